@@ -1,0 +1,323 @@
+"""diffusion.py against diffusers, against problems with a known answer, and against what Algorithm 1 asks of it."""
+
+import math
+import os
+import sys
+
+import pytest
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from diffusion import SAMPLERS, Schedule, T, make, sample, step_noise
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its NumPy 1 spelling
+
+EVERY = [(name, {}) for name in SAMPLERS] + [("ddim", {"eta": 1.0})]
+SHAPE = (2, 4, 3, 5)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def mixture(schedule, means=(-1.0, 1.5), std=0.5):
+    """The exact denoiser of pixels that are independent draws from an even mixture of two Gaussians: nonlinear in z,
+    pointwise, and of either prediction type."""
+    means = torch.tensor(means)
+
+    def model(z, t):
+        alpha, sigma = schedule.alpha_sigma(t, z)
+        var = alpha**2 * std**2 + sigma**2
+        delta = z[..., None] - alpha[..., None] * means  # (B, C, h, w, 2)
+        r = torch.softmax(-(delta**2) / (2 * var[..., None]), dim=-1)
+        x0 = (r * (means + (alpha * std**2 / var)[..., None] * delta)).sum(-1)
+        eps = (z - alpha * x0) / sigma
+        return eps if schedule.prediction == "epsilon" else alpha * eps - sigma * x0
+
+    return model
+
+
+def trajectory(model, z, sampler, **options):
+    steps = []
+    sample(model, z, sampler, callback=lambda i, z: steps.append(z), **options)
+    return steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The schedule
+
+
+def test_schedule_endpoints():
+    linear, scaled = Schedule("linear"), Schedule("scaled_linear")
+    assert linear.alphas_cumprod.shape == (T,) and linear.alphas_cumprod.dtype == torch.float32
+    alpha = linear.alphas_cumprod[1:] / linear.alphas_cumprod[:-1]
+    assert linear.alphas_cumprod[0].item() == pytest.approx(0.9999, abs=1e-6)  # Magic Fixup: alpha_1
+    assert alpha[-1].item() == pytest.approx(0.98, abs=1e-5)  # and alpha_T
+    assert scaled.alphas_cumprod[0].item() == pytest.approx(1 - 0.00085, abs=1e-6)
+    assert scaled.alphas_cumprod[-1].item() == pytest.approx(0.00466, abs=1e-5)
+    for s in (linear, scaled):
+        assert (s.alphas_cumprod.diff() < 0).all()
+
+
+@pytest.mark.parametrize("name, ends", [("linear", (1e-4, 0.02)), ("scaled_linear", (0.00085, 0.012))])
+def test_schedule_is_diffusers(name, ends):
+    peer = pytest.importorskip("diffusers").DDPMScheduler(beta_schedule=name, beta_start=ends[0], beta_end=ends[1])
+    torch.testing.assert_close(Schedule(name).alphas_cumprod, peer.alphas_cumprod, rtol=1e-4, atol=0)
+    t = torch.tensor([0, 999])
+    z = Schedule(name).add_noise(randn(*SHAPE), randn(*SHAPE, seed=1), t)
+    torch.testing.assert_close(z, peer.add_noise(randn(*SHAPE), randn(*SHAPE, seed=1), t), rtol=1e-4, atol=1e-5)
+
+
+def test_add_noise():
+    s = Schedule()
+    x0, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
+    t = torch.tensor([3, 700])
+    z = s.add_noise(x0, noise, t)
+    for b in range(2):  # an int and a batch of timesteps are the same numbers
+        assert torch.equal(z[b : b + 1], s.add_noise(x0[b : b + 1], noise[b : b + 1], int(t[b])))
+        a = s.alphas_cumprod[t[b]].double()
+        torch.testing.assert_close(z[b], (a.sqrt() * x0[b] + (1 - a).sqrt() * noise[b]).float(), rtol=1e-5, atol=1e-5)
+    z = s.add_noise(torch.full((1, 1, 200, 200), 2.0), randn(1, 1, 200, 200), 500)
+    a = s.alphas_cumprod[500].item()
+    assert z.mean().item() == pytest.approx(2 * a**0.5, abs=0.02) and z.var().item() == pytest.approx(1 - a, abs=0.02)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("t", [1, 500, 981, torch.tensor([1, 981])])
+def test_prediction_is_inverted(prediction, t):
+    s = Schedule(prediction=prediction)
+    x0, eps = randn(*SHAPE), randn(*SHAPE, seed=1)
+    alpha, sigma = s.alpha_sigma(t, x0)
+    output = eps if prediction == "epsilon" else alpha * eps - sigma * x0
+    for got, want in zip(s.x0_eps(output, s.add_noise(x0, eps, t), t), (x0, eps)):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parity with diffusers, latent by latent
+
+
+def peer_trajectory(name, options, schedule, k, timesteps, model, z, generator):
+    """The same run in diffusers, as latents in our space: one per timestep, the last of each."""
+    diffusers = pytest.importorskip("diffusers")
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    config |= {"steps_offset": 1, "timestep_spacing": "leading", "prediction_type": schedule.prediction}
+    if name == "ddpm":
+        peer = diffusers.DDPMScheduler(**config, clip_sample=False)
+    elif name == "ddim":
+        peer = diffusers.DDIMScheduler(**config, clip_sample=False, set_alpha_to_one=False)
+    elif name == "pndm":  # it sees eps always: with v it extrapolates v, where the paper extrapolates eps
+        peer = diffusers.PNDMScheduler(**config | {"prediction_type": "epsilon"}, skip_prk_steps=True)
+    elif name in ("euler", "heun"):
+        peer = getattr(diffusers, f"{name.title()}DiscreteScheduler")(**config)
+    elif name == "dpm++":
+        peer = diffusers.DPMSolverMultistepScheduler(**config)
+    else:
+        peer = diffusers.DEISMultistepScheduler(**config)
+    peer.set_timesteps(**({"timesteps": timesteps} if name == "dpm++" else {"num_inference_steps": k}))
+    if name == "deis":  # its own 'leading' divides by k + 1, and it takes no list of timesteps: put it on our ladder
+        peer.timesteps = torch.tensor(timesteps)
+        abar = peer.alphas_cumprod[timesteps + [0]]
+        peer.sigmas = ((1 - abar) / abar) ** 0.5
+    step = {"generator": generator} if name in ("ddpm", "ddim") else {}
+
+    edm = name in ("euler", "heun")
+    if edm:
+        z = z * (1 + peer.sigmas[0] ** 2) ** 0.5
+    latents = []
+    for n, t in enumerate(peer.timesteps):
+        output = model(peer.scale_model_input(z, t), t.long().expand(len(z)))
+        if name == "pndm":
+            output = schedule.x0_eps(output, z, int(t))[1]
+        z = peer.step(output, t, z, **step, **options).prev_sample
+        latents.append(z / (1 + peer.sigmas[n + 1] ** 2) ** 0.5 if edm else z)
+    calls = [int(t) for t in peer.timesteps]  # Heun and PNDM: a step's second call is made at the next timestep
+    if name == "heun":
+        latents = latents[1::2] + latents[-1:]
+    elif name == "pndm" and k > 1:
+        latents = latents[1:]
+    assert sorted(set(calls), reverse=True) == timesteps
+    return latents
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("k", [1, 2, 5, 20, 30, 50])
+@pytest.mark.parametrize("name, options", EVERY)
+def test_trajectory_is_diffusers(name, options, k, prediction):
+    schedule = Schedule(prediction=prediction)
+    model, z = mixture(schedule), randn(*SHAPE)
+    sampler = make(name, schedule, k, **options)
+    assert len(sampler.timesteps) == sampler.k == k and sampler.timesteps[-1] == 1
+    draws = torch.Generator().manual_seed(7)
+    ours = trajectory(model, z, sampler, noise=lambda i: torch.randn(SHAPE, generator=draws))
+    generator = torch.Generator().manual_seed(7)
+    theirs = peer_trajectory(name, options, schedule, k, sampler.timesteps, model, z, generator)
+    assert len(ours) == len(theirs) == k
+    for i, (a, b) in enumerate(zip(ours, theirs)):
+        error = ((a - b).norm() / b.norm()).item()
+        assert error <= 1e-4, f"step {i} of {k}: relative error {error:.1e}"
+
+
+def test_timesteps():
+    assert make("ddim", Schedule(), 50).timesteps == list(range(981, 0, -20))
+    assert make("ddim", Schedule(), T).timesteps == list(range(999, -1, -1))
+    assert all(make(name, Schedule(), 7).timesteps == make("ddim", Schedule(), 7).timesteps for name in SAMPLERS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A problem with a known answer
+
+
+def gaussian_error(name, k, prediction="epsilon", mean=1.0, std=2.0):
+    """Error at the level t = 1, where all samplers' ladders still agree, for data ~ N(mean, std^2): there the exact
+    solution of the ODE keeps (z - alpha mean) / sqrt(alpha^2 std^2 + sigma^2) constant."""
+    schedule = Schedule(prediction=prediction)
+    sampler = make(name, schedule, k)
+    c = randn(1, 1, 1, 64).double()
+
+    def exact(t):
+        a = schedule.abar[t]
+        return math.sqrt(a) * mean + math.sqrt(a * std**2 + 1 - a) * c
+
+    z = trajectory(mixture(schedule, (mean, mean), std), exact(sampler.timesteps[0]), sampler)[-2]
+    return (z - exact(sampler.timesteps[-1])).norm().item() / c.norm().item()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_converges_and_higher_order_is_better(prediction):
+    names = [name for name in SAMPLERS if name != "ddpm"]
+    error = {name: [gaussian_error(name, k, prediction) for k in (10, 20, 50, 100, 200)] for name in names}
+    for name in names:
+        assert error[name][-1] < 0.02 and error[name][-1] < error[name][0] / 10, f"{name}: {error[name]}"
+    for name in ("heun", "pndm", "dpm++", "deis"):
+        assert error[name][-1] < 1e-3, f"{name}: {error[name]}"
+        for better, first_order in zip(error[name], error["ddim"]):
+            assert better < 0.5 * first_order, f"{name}: {error[name]} against {error['ddim']}"
+    assert error["ddim"] == pytest.approx(error["euler"], rel=1e-3)  # the same method, but for where they end
+
+
+@pytest.mark.parametrize("name, options", [("ddpm", {}), ("ddim", {"eta": 1.0})])
+def test_stochastic_samplers_have_the_right_moments(name, options):
+    schedule = Schedule()
+    sampler = make(name, schedule, 100, **options)
+    model, shape = mixture(schedule, (0.5, 0.5), 0.7), (1, 100, 100)
+    z = sample(model, randn(1, *shape), sampler, noise=step_noise(shape, [3]))
+    assert z.mean().item() == pytest.approx(0.5, abs=0.04) and z.std().item() == pytest.approx(0.7, abs=0.04)
+
+
+def test_step_noise_depends_on_seed_and_step_alone():
+    both, one = step_noise((4, 3, 5), [1, 2]), step_noise((4, 3, 5), [2])
+    assert both(6).shape == (2, 4, 3, 5) and torch.equal(both(6)[1:], one(6))
+    assert not torch.equal(one(6), one(7)) and not torch.equal(both(6)[0], both(6)[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What Algorithm 1 of Differential Diffusion asks
+
+
+def overridden(model, sampler, z_init, eps, release, noise, tell_all=True):
+    """Algorithm 1 with a given map: a pixel is the noised original up to and with step `release` (B or 1, 1, h, w),
+    and free from then on  ->  z after each step. The sampler is told of every override, or of each pixel's last."""
+    state, steps, z = None, [], None
+    for i in range(sampler.k):
+        restarted = i <= release
+        z_i = sampler.noise_to(i, z_init, eps)
+        z = z_i if z is None else torch.where(restarted, z_i, z)
+        z, state = sampler.step(model, z, i, state, noise(i), restarted if tell_all else i == release)
+        steps.append(z)
+    return steps
+
+
+@pytest.mark.parametrize("name, options", EVERY)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("tell_all", [True, False])
+def test_a_constant_map_is_sdedit(name, options, prediction, tell_all):
+    schedule = Schedule(prediction=prediction)
+    pointwise = mixture(schedule)
+
+    def model(z, t):  # not pointwise: what happens next door matters
+        return pointwise(z, t) + 0.1 * z.roll(1, -1)
+
+    sampler = make(name, schedule, 8, **options)
+    z_init, eps, noise = randn(*SHAPE), randn(*SHAPE, seed=1), step_noise(SHAPE[1:], [5, 6])
+    for start in range(8):
+        sdedit = trajectory(model, sampler.noise_to(start, z_init, eps), sampler, start=start, noise=noise)
+        ours = overridden(model, sampler, z_init, eps, torch.full((1, 1, 3, 5), start), noise, tell_all)
+        assert all(torch.equal(a, b) for a, b in zip(ours[start:], sdedit, strict=True))
+
+
+@pytest.mark.parametrize("name, options", EVERY)
+@pytest.mark.parametrize("tell_all", [True, False])
+def test_each_pixel_starts_where_its_own_override_ends(name, options, tell_all):
+    """With a pointwise denoiser every pixel of a mixed map is its own SDEdit, and no pixel disturbs another."""
+    schedule = Schedule()
+    model, sampler = mixture(schedule), make(name, schedule, 8, **options)
+    z_init, eps, noise = randn(*SHAPE), randn(*SHAPE, seed=1), step_noise(SHAPE[1:], [5, 6])
+    release = torch.arange(15).view(1, 1, 3, 5) % 8
+    end = overridden(model, sampler, z_init, eps, release, noise, tell_all)[-1]
+    for start in range(8):
+        sdedit = sample(model, sampler.noise_to(start, z_init, eps), sampler, start=start, noise=noise)
+        here = (release == start).expand(SHAPE)
+        torch.testing.assert_close(end[here], sdedit[here], rtol=1e-6, atol=1e-6)
+    per_image = torch.stack([release[0], 7 - release[0]])  # (B, 1, h, w): a map of its own for each image
+    end_2 = overridden(model, sampler, z_init, eps, per_image, noise, tell_all)[-1]
+    torch.testing.assert_close(end_2[0], end[0], rtol=1e-6, atol=1e-6)
+
+
+def test_a_void_past_matters():
+    """The state is not decoration: keeping the stale history gives another picture."""
+    schedule = Schedule()
+    model, z_init, eps = mixture(schedule), randn(*SHAPE), randn(*SHAPE, seed=1)
+    for name in ("pndm", "dpm++", "deis"):
+        sampler = make(name, schedule, 8)
+        z, state = sampler.step(model, randn(*SHAPE, seed=2), 0)
+        z = sampler.noise_to(1, z_init, eps)
+        stale, _ = sampler.step(model, z, 1, state)
+        right, _ = sampler.step(model, z, 1, state, restarted=torch.ones(1, 1, 3, 5, dtype=torch.bool))
+        assert torch.equal(right, sampler.step(model, z, 1)[0]) and (stale - right).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name, calls", [("ddim", 8), ("dpm++", 8), ("deis", 8), ("pndm", 9), ("heun", 15)])
+def test_model_calls(name, calls):
+    seen = []
+
+    def model(z, t):
+        assert t.dtype == torch.long and t.shape == (2,)
+        seen.append(t)
+        return z
+
+    sample(model, randn(*SHAPE), make(name, Schedule(), 8))
+    assert len(seen) == calls
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Edges and errors
+
+
+@pytest.mark.parametrize("name, options", EVERY)
+@pytest.mark.parametrize("k", [1, 3, T])
+def test_any_number_of_steps_stays_finite(name, options, k):
+    schedule = Schedule("linear")
+    z = randn(1, 1, 1, 2)
+    out = sample(mixture(schedule), z, make(name, schedule, k, **options), noise=step_noise((1, 1, 2), [0]))
+    assert torch.isfinite(out).all()
+    assert sample(mixture(schedule), z, make(name, schedule, k, **options), start=k) is z
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: Schedule("cosine"), "cosine"),
+        (lambda: Schedule(prediction="x0"), "x0"),
+        (lambda: make("plms", Schedule(), 10), "plms.*ddpm, ddim, pndm"),
+        (lambda: make("ddim", Schedule(), 0), "1 .. 1000, not 0"),
+        (lambda: make("ddim", Schedule(), T + 1), "not 1001"),
+        (lambda: make("ddim", Schedule(), 10, eta=1.5), "eta"),
+        (lambda: make("ddpm", Schedule(), 10).step(lambda z, t: z, randn(*SHAPE), 0), "stochastic"),
+        (lambda: sample(lambda z, t: z, randn(*SHAPE), make("ddim", Schedule(), 10), start=11), "start"),
+    ],
+)
+def test_errors_are_one_clear_line(call, words):
+    with pytest.raises(ValueError, match=words) as e:
+        call()
+    assert "\n" not in str(e.value)

@@ -1,0 +1,227 @@
+"""Train the toy models on the toy world: the autoencoder, then the text-conditional base model.
+
+    python train.py --stage vae            an hour or two on 2 CPU cores, minutes on a GPU
+    python train.py --stage base
+    python train.py --stage base --resume  goes on exactly where it stopped
+
+While it runs, OUT holds the loss curve and a sheet of samples as PNG, and the training state as one safetensors file.
+Every batch is a function of (seed, step) alone, so a resumed run sees the very same data and noise as one that never
+stopped. Checkpoints appear whole or not at all: they are written beside their place and renamed into it.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import toyworld
+import vae
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes. What can be changed from the command line is changed by the option of the same name.
+
+
+@dataclass
+class Recipe:
+    steps: int
+    batch: int
+    lr: float  # Adam's, after a linear warm-up; falls to zero along half a cosine
+    warmup: int  # steps
+    ema: float  # decay of the weight average that is shipped; ramped up, so that early weights are soon forgotten
+    seed: int = 0
+    save_every: int = 500
+
+
+RECIPES = {
+    "vae": Recipe(steps=6000, batch=16, lr=1.2e-3, warmup=200, ema=0.998),
+    "base": Recipe(steps=12000, batch=64, lr=8e-4, warmup=300, ema=0.999),
+}
+# Autoencoder
+CROP = 64  # pixels; three quarters of the crops are centred on an object, since the background teaches little
+FULL_FROM = 0.85  # share of the steps after which whole pictures (a quarter as many) replace crops: norms see both
+KL = 2e-4  # weight of KL(q(z|x) || N(0, 1)) per latent number: enough to keep latents near the origin and smooth
+EDGES = 0.5  # weight of the error in neighbouring pixels' differences: crisp edges
+OBJECTS = 3.0  # weight of pixels inside objects
+
+
+def at(seed, step):
+    """The random generator of one step: exact resume without saving any random state."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage vae
+
+
+def vae_batch(recipe, step):
+    """-> images (B, 3, S, S) in [-1, 1], weights (B, 1, S, S)"""
+    g = at(recipe.seed, step)
+    if step >= FULL_FROM * recipe.steps:
+        frames = toyworld.render(toyworld.random_scenes(recipe.batch // 4, g))
+        return frames.image * 2 - 1, 1 + (OBJECTS - 1) * (frames.segments[:, None] > 0)
+    frames = toyworld.render(toyworld.random_scenes(recipe.batch, g))
+    n, size = len(frames.image), frames.image.shape[-1]
+    on_object = (frames.segments > 0).flatten(1).float() + 1e-6
+    anywhere = torch.rand(n, 1, generator=g) < 0.25
+    centre = torch.multinomial(torch.where(anywhere, 1.0, on_object), 1, generator=g)[:, 0]
+    jitter = torch.randint(-CROP // 3, CROP // 3, (2, n), generator=g)
+    top, left = (torch.stack([centre // size, centre % size]) + jitter - CROP // 2).clamp(0, size - CROP)
+    crops = [slice(int(t), int(t) + CROP) for t in top], [slice(int(t), int(t) + CROP) for t in left]
+    image = torch.stack([f[:, r, c] for f, r, c in zip(frames.image, *crops)])
+    weight = torch.stack([s[None, r, c] for s, r, c in zip(frames.segments, *crops)]) > 0
+    return image * 2 - 1, 1 + (OBJECTS - 1) * weight
+
+
+def vae_loss(model, x, weight, noise):
+    """x (B, 3, S, S), weight (B, 1, S, S), noise (B, C, s, s) -> scalar"""
+    mean, logvar = model.encode(x)
+    error = model.decode(mean + (0.5 * logvar).exp() * noise) - x
+    edges = sum((error.diff(dim=d).abs() * weight.narrow(d, 1, weight.shape[d] - 1)).mean() for d in (2, 3))
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    return (error.abs() * weight).mean() + EDGES * edges + KL * kl
+
+
+def train_vae(recipe, out, resume, device):
+    model = vae.VAE(vae.CONFIGS["toy"]).to(device, memory_format=torch.channels_last)
+
+    def loss(step):
+        x, weight = vae_batch(recipe, step)
+        f, c = model.config.factor, model.config.latent_channels
+        noise = torch.randn(len(x), c, x.shape[2] // f, x.shape[3] // f, generator=at(recipe.seed + 1, step))
+        x = x.to(device, memory_format=torch.channels_last)
+        return vae_loss(model, x, weight.to(device), noise.to(device))
+
+    def sheet(average):
+        frames = toyworld.render(toyworld.random_scenes(8, at(recipe.seed + 2, 0)))
+        with torch.no_grad():
+            back = average.decode(average.encode((frames.image * 2 - 1).to(device))[0]).cpu() / 2 + 0.5
+        mse, inside = (back.clamp(0, 1) - frames.image) ** 2, (frames.segments[:, None] > 0).expand_as(back)
+        tqdm.write(f"PSNR {-10 * mse.mean().log10():.2f} dB, inside objects {-10 * mse[inside].mean().log10():.2f} dB")
+        return torch.cat([frames.image, back])
+
+    return fit("vae", model, loss, sheet, recipe, out, resume)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop that both stages share
+
+
+def fit(stage, model, loss, sheet, recipe, out, resume):
+    """Adam on `loss(step)` for recipe.steps steps. -> the averaged model"""
+    state, average = out / f"{stage}-state.safetensors", copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    first, losses = restore(state, model, average, optimizer) if resume else (0, [])
+    bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=stage, unit="step", mininterval=1, smoothing=0.02)
+    for step in bar:
+        rate = recipe.lr * min(1, (step + 1) / recipe.warmup) * (0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        value = loss(step)
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        decay = min(recipe.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        losses.append(value.item())
+        if not math.isfinite(losses[-1]):
+            raise SystemExit(f"train.py: the loss is {losses[-1]} at step {step}; resume with a lower --lr")
+        bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False, images_s=f"{recipe.batch * (bar.format_dict['rate'] or 0):.0f}")
+        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+            save(state, model, average, optimizer, losses)
+            draw_curve(losses, out / f"{stage}-loss.png")
+            draw_sheet(sheet(average), out / f"{stage}-samples.png")
+    return average
+
+
+def save(path, model, average, optimizer, losses):
+    """Everything that the next step depends on, as one safetensors file; no pickle."""
+    tensors = {}
+    for (name, p), q in zip(model.named_parameters(), average.parameters()):
+        tensors[f"model.{name}"], tensors[f"average.{name}"] = p.detach(), q
+        tensors[f"m.{name}"], tensors[f"v.{name}"] = (optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq"))
+    write_whole(path, lambda tmp: save_file({k: t.contiguous() for k, t in tensors.items()}, tmp, {"losses": json.dumps(losses)}))
+
+
+def restore(path, model, average, optimizer):
+    """-> number of steps done, their losses"""
+    if not path.exists():
+        raise SystemExit(f"train.py: nothing to resume: {path} does not exist; leave out --resume to start")
+    with safe_open(path, "pt") as file, torch.no_grad():
+        losses = json.loads(file.metadata()["losses"])
+        for (name, p), q in zip(model.named_parameters(), average.parameters()):
+            p.copy_(file.get_tensor(f"model.{name}"))
+            q.copy_(file.get_tensor(f"average.{name}"))
+            m, v = (file.get_tensor(f"{k}.{name}").to(p) for k in "mv")
+            # The moments keep the parameters' memory format, so that a resumed sum has the same order of additions.
+            m, v = (torch.empty_like(p).copy_(x) for x in (m, v))
+            optimizer.state[p] = {"step": torch.tensor(float(len(losses))), "exp_avg": m, "exp_avg_sq": v}
+    return len(losses), losses
+
+
+def write_whole(path, write):
+    """Call write(temporary path), then rename: readers see the old file or the new one, never half of one."""
+    tmp = path.with_name(f".{path.name}.tmp")
+    write(tmp)
+    os.replace(tmp, path)
+
+
+def draw_sheet(images, path, columns=8):
+    """images (N, 3, H, W) in [0, 1] as a grid PNG."""
+    n, _, h, w = images.shape
+    grid = images.clamp(0, 1).view(n // columns, columns, 3, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
+    png = cv2.imencode(".png", (grid.float().numpy()[..., ::-1] * 255).round().astype(np.uint8))[1]
+    write_whole(path, lambda tmp: tmp.write_bytes(png))
+
+
+def draw_curve(losses, path, width=900, height=400):
+    """Loss against step, both axes logarithmic: every point is the mean over its column of the picture."""
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    edges = np.unique(np.geomspace(1, len(losses) + 1, width // 3).astype(int)) - 1
+    y = np.log(np.maximum([np.mean(losses[a:b]) for a, b in zip(edges[:-1], edges[1:])], 1e-12))
+    x = np.log(edges[1:] + 1)
+    px = 60 + (x - x[0]) / max(x[-1] - x[0], 1e-9) * (width - 80)
+    py = 20 + (y.max() - y) / max(y.max() - y.min(), 1e-9) * (height - 60)
+    cv2.polylines(canvas, [np.stack([px, py], 1).astype(np.int32)], False, (200, 80, 20), 2, cv2.LINE_AA)
+    text = dict(fontFace=cv2.FONT_HERSHEY_SIMPLEX, fontScale=0.4, color=(60, 60, 60), lineType=cv2.LINE_AA)
+    for value, where in ((y.max(), 24), (y.min(), height - 40)):
+        cv2.putText(canvas, f"{math.exp(value):.3g}", (8, where), **text)
+    cv2.putText(canvas, f"step 1 .. {len(losses)} (log), loss (log)", (60, height - 12), **text)
+    png = cv2.imencode(".png", canvas)[1]
+    write_whole(path, lambda tmp: tmp.write_bytes(png))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=list(RECIPES), default="base")
+    parser.add_argument("--out", type=Path, default=Path("runs/toy"))
+    parser.add_argument("--resume", action="store_true")
+    for name, kind in (("steps", int), ("batch", int), ("lr", float), ("seed", int), ("save-every", int)):
+        parser.add_argument(f"--{name}", type=kind)
+    args = parser.parse_args()
+    changed = {k: v for k in ("steps", "batch", "lr", "seed", "save_every") if (v := getattr(args, k)) is not None}
+    recipe = replace(RECIPES[args.stage], **changed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)
+    train_vae(recipe, args.out, args.resume, device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

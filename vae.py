@@ -1,0 +1,214 @@
+"""The autoencoder of Stable Diffusion: pixels in [-1, 1] <-> a latent 8 times smaller on each side.
+
+Rombach et al. 2022, *High-Resolution Image Synthesis with Latent Diffusion Models*, section 3.1, with the KL-regularised
+bottleneck. Attribute names are the Hugging Face checkpoint's key names, so that loading is `load_state_dict`.
+
+    x  (B, 3, H, W)  --encode-->  mean, logvar  (B, C, H/8, W/8)        z  (B, C, h, w)  --decode-->  (B, 3, 8h, 8w)
+
+Latents here are *unscaled*; the diffusion model sees them times `config.scaling_factor`, which brings them to about
+unit variance. `sd.StableDiffusion.encode_image` and `.decode` do that multiplication, and nothing else does.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    channels: tuple = (128, 256, 512, 512)  # per level, from the full resolution down
+    layers: int = 2  # residual blocks per level in the encoder; the decoder has one more
+    latent_channels: int = 4
+    groups: int = 32  # of every GroupNorm
+    scaling_factor: float = 0.18215  # 1 / the standard deviation of the latents
+
+    @property
+    def factor(self):
+        """Pixels per latent pixel, along one side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the skip where the width changes."""
+
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Self-attention of every latent pixel to every other, one head of the full width."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+
+    def forward(self, x):
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h w, c)
+        h = F.scaled_dot_product_attention(*(p(h)[:, None] for p in (self.to_q, self.to_k, self.to_v)))[:, 0]
+        return x + self.to_out[0](h).transpose(1, 2).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    """Half the side. The padding is on the right and below only, as the published weights were trained."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the side: nearest neighbour, then a convolution that smooths the steps."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, then a step to the next resolution where there is one."""
+
+    def __init__(self, c_in, c_out, layers, groups, down=False, up=False):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers))
+        if down:
+            self.downsamplers = nn.ModuleList([Downsample(c_out)])
+        if up:
+            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+
+    def forward(self, x):
+        for block in (*self.resnets, *getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+            x = block(x)
+        return x
+
+
+class Middle(nn.Module):
+    """The lowest resolution: the only place where distant pixels meet."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(c, c, groups), ResnetBlock(c, c, groups)])
+        self.attentions = nn.ModuleList([Attention(c, groups)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoder, decoder
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, 2C, H/8, W/8)"""
+
+    def __init__(self, cfg):
+        super().__init__()
+        ch, last = cfg.channels, len(cfg.channels) - 1
+        self.conv_in = nn.Conv2d(3, ch[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            Level(ch[max(i - 1, 0)], ch[i], cfg.layers, cfg.groups, down=i < last) for i in range(len(ch))
+        )
+        self.mid_block = Middle(ch[-1], cfg.groups)
+        self.conv_norm_out = nn.GroupNorm(cfg.groups, ch[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(ch[-1], 2 * cfg.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """(B, C, h, w) -> (B, 3, 8h, 8w)"""
+
+    def __init__(self, cfg):
+        super().__init__()
+        ch, last = cfg.channels[::-1], len(cfg.channels) - 1  # from the lowest resolution up
+        self.conv_in = nn.Conv2d(cfg.latent_channels, ch[0], 3, padding=1)
+        self.mid_block = Middle(ch[0], cfg.groups)
+        self.up_blocks = nn.ModuleList(
+            Level(ch[max(i - 1, 0)], ch[i], cfg.layers + 1, cfg.groups, up=i < last) for i in range(len(ch))
+        )
+        self.conv_norm_out = nn.GroupNorm(cfg.groups, ch[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(ch[-1], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    """The autoencoder for a `VAEConfig`. `encode` and `decode` are the two halves; there is no forward."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def encode(self, x):
+        """x (B, 3, H, W) in [-1, 1], H and W multiples of `config.factor` -> mean, logvar, each (B, C, H/8, W/8).
+
+        The posterior is the diagonal Gaussian q(z|x) = N(mean, exp(logvar)). Unscaled. The logarithm is clamped to
+        [-30, 20], where exp() is finite in every precision.
+        """
+        f = self.config.factor
+        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
+            raise ValueError(f"the autoencoder takes (B, 3, H, W) with H, W multiples of {f}, not {tuple(x.shape)}")
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z):
+        """z (B, C, h, w), unscaled -> (B, 3, 8h, 8w), about [-1, 1] but not clamped."""
+        return self.decoder(self.post_quant_conv(z))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configurations
+
+CONFIGS = {
+    "sd": VAEConfig(),  # Stable Diffusion 1.x and 2.x
+    "sdxl": VAEConfig(scaling_factor=0.13025),
+    "toy": VAEConfig(channels=(16, 32, 96, 128), layers=1, latent_channels=12, groups=8, scaling_factor=1.0),
+}
+
+
+def config_from_shapes(shapes):
+    """Read the configuration off the tensors. shapes: {Hugging Face key: shape}, of the VAE alone.
+
+    Two things cannot be read off shapes: `groups` (32 wherever the width allows, as in every published model) and
+    `scaling_factor` (SD's). A config.json wins where there is one.
+    """
+    levels = 1 + max(int(k.split(".")[2]) for k in shapes if k.startswith("encoder.down_blocks."))
+    channels = tuple(shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels))
+    layers = len({k.split(".")[4] for k in shapes if k.startswith("encoder.down_blocks.0.resnets.")})
+    groups = 32 if all(c % 32 == 0 for c in channels) else 8
+    return VAEConfig(channels, layers, shapes["post_quant_conv.weight"][0], groups)
