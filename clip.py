@@ -79,7 +79,7 @@ class TextConfig:
         }
 
 
-def config_from_tensors(shapes: dict) -> TextConfig:
+def config_from_shapes(shapes: dict) -> TextConfig:
     """Reads the configuration off Hugging Face-named tensor shapes, for checkpoints that come without a config.json.
 
     shapes: tensor name -> shape. Heads are 64 wide and width 768 means quick_gelu, as in every released Stable
@@ -92,9 +92,8 @@ def config_from_tensors(shapes: dict) -> TextConfig:
     except KeyError as missing:
         raise ValueError(f"these tensors are not a CLIP text encoder: there is no {missing}") from None
     layers = len({name.split(".")[3] for name in shapes if name.startswith("text_model.encoder.layers.")})
-    # A ViT-H with all its 24 layers comes from OpenCLIP itself: SD 2 reads the one before the last.
     return TextConfig(vocab_size, width, layers, max(1, width // 64), length, mlp_width,
-                      "quick_gelu" if width == 768 else "gelu", _last_id(vocab_size), int((width, layers) == (1024, 24)),
+                      "quick_gelu" if width == 768 else "gelu", _last_id(vocab_size),
                       projection=shapes["text_projection.weight"][0] if "text_projection.weight" in shapes else None)
 
 

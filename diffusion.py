@@ -338,20 +338,20 @@ def step_noise(shape: tuple, seeds: list[int]) -> Callable[[int], Tensor]:
 
 
 @torch.no_grad()
-def sample(model, z: Tensor, sampler: Sampler, start: int = 0, noise=None, callback=None) -> Tensor:
+def sample(model, z: Tensor, sampler: Sampler, start: int = 0, step_noise=None, callback=None) -> Tensor:
     """The reverse process: from noise, text to image; from a noised original and start > 0, SDEdit.
 
-    model     (z, t) -> the network's output, t (B,) long
-    z         (B, C, h, w) at the level of step `start`: torch.randn, or sampler.noise_to(start, z_init, noise)
-    noise     i -> (B, C, h, w), asked at each step of a stochastic sampler, e.g. step_noise(z.shape[1:], seeds)
-    callback  called as callback(i, z) with the result of step i
-      ->      (B, C, h, w), the clean latent; z itself where start = k.  ValueError for a start outside 0 .. k
+    model       (z, t) -> the network's output, t (B,) long
+    z           (B, C, h, w) at the level of step `start`: torch.randn, or sampler.noise_to(start, z_init, noise)
+    step_noise  i -> (B, C, h, w), asked at each step of a stochastic sampler: step_noise(z.shape[1:], seeds)
+    callback    called as callback(i, z) with the result of step i
+      ->        (B, C, h, w), the clean latent; z itself where start = k.  ValueError for a start outside 0 .. k
     """
     if not 0 <= start <= sampler.k:
         raise ValueError(f"start must lie in 0 .. {sampler.k} (the number of steps), not {start}")
     state = None
     for i in range(start, sampler.k):
-        z, state = sampler.step(model, z, i, state, noise(i) if noise and sampler.stochastic else None)
+        z, state = sampler.step(model, z, i, state, step_noise(i) if step_noise and sampler.stochastic else None)
         if callback:
             callback(i, z)
     return z

@@ -26,7 +26,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import clip
+import diffusion
+import sd
 import toyworld
+import unet
 import vae
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,6 +58,10 @@ FULL_FROM = 0.85  # share of the steps after which whole pictures (a quarter as 
 KL = 2e-4  # weight of KL(q(z|x) || N(0, 1)) per latent number: enough to keep latents near the origin and smooth
 EDGES = 0.5  # weight of the error in neighbouring pixels' differences: crisp edges
 OBJECTS = 3.0  # weight of pixels inside objects
+# Base model
+SCENES = 40_000  # distinct scenes; captions are worded anew every time
+DROPPED = 0.1  # share of captions left out, so that there is an unconditional model to guide away from
+GAMMA = 5.0  # of Min-SNR: low noise levels, where the weight would grow without bound, count no more than this
 
 
 def at(seed, step):
@@ -112,6 +120,70 @@ def train_vae(recipe, out, resume, device):
         return torch.cat([frames.image, back])
 
     return fit("vae", model, loss, sheet, recipe, out, resume)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage base
+
+
+def base_data(recipe, out, autoencoder, device):
+    """The scenes that the base model learns from, with their latents (N, C, h, w), made once and kept in a file."""
+    scenes, path = toyworld.random_scenes(SCENES, at(recipe.seed, 0)), out / "latents.safetensors"
+    if not path.exists():
+        parts = []
+        for i in tqdm(range(0, SCENES, 64), desc="latents", unit="batch", mininterval=1):
+            image = toyworld.render(scenes[i : i + 64]).image.to(device, memory_format=torch.channels_last)
+            with torch.no_grad():
+                parts.append(autoencoder.encode(image * 2 - 1)[0].half().cpu())
+        write_whole(path, lambda tmp: save_file({"latents": torch.cat(parts).contiguous()}, tmp))
+    return scenes, load_file(path)["latents"]
+
+
+def base_loss(model, schedule, z, ids, t, noise):
+    """The simple loss of DDPM, eq. 14, weighted by Min-SNR (Hang et al. 2023): w = min(SNR, gamma) / SNR on epsilon."""
+    output = model["unet"](schedule.add_noise(z, noise, t), t, model["text"](ids))
+    snr = (schedule.alpha / schedule.sigma).to(z.device)[t] ** 2
+    return ((output - noise).square().mean((1, 2, 3)) * snr.clamp(max=GAMMA) / snr).mean()
+
+
+def train_base(recipe, out, resume, device):
+    """Text encoder and UNet together, from nothing (Stable Diffusion's text encoder came trained, ours has no CLIP)."""
+    autoencoder = sd.load_part(out / "model" / "vae").to(device, memory_format=torch.channels_last)
+    scenes, latents = base_data(recipe, out, autoencoder, device)
+    factor = autoencoder.config.scaling_factor
+    texts = toyworld.captions(scenes[:5000], at(recipe.seed, 0))
+    tokenizer = clip.Tokenizer(*clip.learn_bpe(texts, 600))
+    text_config = replace(clip.CONFIGS["toy"], vocab_size=len(tokenizer.vocab), eos=tokenizer.vocab[clip.END])
+    model = nn.ModuleDict({"unet": unet.UNet(unet.CONFIGS["toy"]), "text": clip.TextEncoder(text_config)})
+    nn.init.zeros_(model["unet"].conv_out.weight)  # the first guess is no noise: a calm start
+    model = model.to(device, memory_format=torch.channels_last)
+    schedule = diffusion.Schedule()
+
+    def loss(step):
+        g = at(recipe.seed + 1, step)
+        index = torch.randint(SCENES, (recipe.batch,), generator=g)
+        told = toyworld.captions(scenes[index], g)
+        dropped = torch.rand(recipe.batch, generator=g) < DROPPED
+        ids = tokenizer(["" if d else c for c, d in zip(told, dropped)])
+        # One timestep from each of `batch` equal parts of 0 .. T-1: uniform, with less variance than free draws.
+        t = ((torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=g)) / recipe.batch * diffusion.T).long()
+        z = latents[index].float() * factor
+        z, ids, t, noise = (x.to(device) for x in (z, ids, t, torch.randn(z.shape, generator=g)))
+        return base_loss(model, schedule, z.contiguous(memory_format=torch.channels_last), ids, t, noise)
+
+    def assemble(average):
+        return sd.StableDiffusion(average["unet"], autoencoder, average["text"], schedule, tokenizer, size=128)
+
+    def sheet(average):
+        toy, prompts = assemble(average), toyworld.captions(toyworld.random_scenes(16, at(recipe.seed + 2, 0)), at(2, 0))
+        noise = torch.randn(16, *latents.shape[1:], generator=at(recipe.seed + 2, 0)).to(device)
+        denoise = toy.denoiser(prompts, guidance=4.0)
+        z = diffusion.sample(denoise, noise, diffusion.make("ddim", schedule, 25))
+        with torch.no_grad():
+            return toy.decode(z).cpu() / 2 + 0.5
+
+    average = fit("base", model, loss, sheet, recipe, out, resume)
+    sd.save(assemble(average), out / "model", torch.float16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

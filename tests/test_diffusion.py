@@ -149,7 +149,7 @@ def test_trajectory_is_diffusers(name, options, k, prediction):
     sampler = make(name, schedule, k, **options)
     assert len(sampler.timesteps) == sampler.k == k and sampler.timesteps[-1] == 1
     draws = torch.Generator().manual_seed(7)
-    ours = trajectory(model, z, sampler, noise=lambda i: torch.randn(SHAPE, generator=draws))
+    ours = trajectory(model, z, sampler, step_noise=lambda i: torch.randn(SHAPE, generator=draws))
     generator = torch.Generator().manual_seed(7)
     theirs = peer_trajectory(name, options, schedule, k, sampler.timesteps, model, z, generator)
     assert len(ours) == len(theirs) == k
@@ -201,7 +201,7 @@ def test_stochastic_samplers_have_the_right_moments(name, options):
     schedule = Schedule()
     sampler = make(name, schedule, 100, **options)
     model, shape = mixture(schedule, (0.5, 0.5), 0.7), (1, 100, 100)
-    z = sample(model, randn(1, *shape), sampler, noise=step_noise(shape, [3]))
+    z = sample(model, randn(1, *shape), sampler, step_noise=step_noise(shape, [3]))
     assert z.mean().item() == pytest.approx(0.5, abs=0.04) and z.std().item() == pytest.approx(0.7, abs=0.04)
 
 
@@ -241,7 +241,7 @@ def test_a_constant_map_is_sdedit(name, options, prediction, tell_all):
     sampler = make(name, schedule, 8, **options)
     z_init, eps, noise = randn(*SHAPE), randn(*SHAPE, seed=1), step_noise(SHAPE[1:], [5, 6])
     for start in range(8):
-        sdedit = trajectory(model, sampler.noise_to(start, z_init, eps), sampler, start=start, noise=noise)
+        sdedit = trajectory(model, sampler.noise_to(start, z_init, eps), sampler, start=start, step_noise=noise)
         ours = overridden(model, sampler, z_init, eps, torch.full((1, 1, 3, 5), start), noise, tell_all)
         assert all(torch.equal(a, b) for a, b in zip(ours[start:], sdedit, strict=True))
 
@@ -256,7 +256,7 @@ def test_each_pixel_starts_where_its_own_override_ends(name, options, tell_all):
     release = torch.arange(15).view(1, 1, 3, 5) % 8
     end = overridden(model, sampler, z_init, eps, release, noise, tell_all)[-1]
     for start in range(8):
-        sdedit = sample(model, sampler.noise_to(start, z_init, eps), sampler, start=start, noise=noise)
+        sdedit = sample(model, sampler.noise_to(start, z_init, eps), sampler, start=start, step_noise=noise)
         here = (release == start).expand(SHAPE)
         torch.testing.assert_close(end[here], sdedit[here], rtol=1e-6, atol=1e-6)
     per_image = torch.stack([release[0], 7 - release[0]])  # (B, 1, h, w): a map of its own for each image
@@ -299,7 +299,7 @@ def test_model_calls(name, calls):
 def test_any_number_of_steps_stays_finite(name, options, k):
     schedule = Schedule("linear")
     z = randn(1, 1, 1, 2)
-    out = sample(mixture(schedule), z, make(name, schedule, k, **options), noise=step_noise((1, 1, 2), [0]))
+    out = sample(mixture(schedule), z, make(name, schedule, k, **options), step_noise=step_noise((1, 1, 2), [0]))
     assert torch.isfinite(out).all()
     assert sample(mixture(schedule), z, make(name, schedule, k, **options), start=k) is z
 

@@ -1,0 +1,195 @@
+"""Differential Diffusion: every pixel of an edit has its own strength. Levin & Fried 2023, arXiv 2306.00950.
+
+A change map mu says how much of each pixel is kept: 0 (black) changes fully, 1 (white) stays. Nothing is trained; the
+map is turned into nested masks, one for each step of an ordinary sampler, and a pixel joins the edit late if it is to
+change little. The model is passed in as a function `denoise(z, t) -> output`, so any diffusion model will do.
+
+What the paper calls step t of k, counting down, is step i = k - t of our samplers, counting up:
+
+    the paper   t = k        t = k - 1    ...   t = 1              t = 0
+    here        i = 0        i = 1        ...   i = k - 1          i = k: no noise is left, so denoising changes nothing
+    threshold   (k - t) / k  =  i / k
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+import diffusion
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a map to masks
+
+
+def down_sample(mu, size):
+    """mu (..., H, W) in [0, 1] -> mu_s (B or 1, 1, h, w): the mean over the pixels that each latent pixel covers.
+
+    (The released program interpolates without averaging, which loses or doubles structures thinner than a latent.)
+    """
+    if not (mu.min() >= 0 and mu.max() <= 1):
+        raise ValueError(f"a change map's values lie in 0 .. 1, not {mu.min():.3g} .. {mu.max():.3g}")
+    mu = mu.float().reshape(-1, 1, *mu.shape[-2:])
+    return F.interpolate(mu, size=tuple(size), mode="area") if mu.shape[-2:] != tuple(size) else mu
+
+
+def last_override(mu_s, k):
+    """The last step at which each pixel is still taken from the noised original: the largest i with i / k <= mu_s.
+
+    All masks in one tensor of whole numbers: line 8's `mu_s < i / k` is `last_override(mu_s, k) < i`. Written so, masks
+    are nested by construction, and a map's 0.7 and a step's 7 / 10 are equal although neither is exact in binary.
+    """
+    return torch.floor(mu_s.double() * k + 1e-4).long()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algorithms 1 and 2
+
+
+@torch.no_grad()
+def differential_diffusion(
+    denoise, z_init, change_map, sampler=None, noise=None, *, skip=True, nested=True, step_noise=None, callback=None
+):
+    """Algorithm 2 of the paper, or with skip=False Algorithm 1, in latent space (lines 2 and 12 are the caller's).
+
+    denoise     (z, t) -> the network's output, t (B,) long; guidance and prompt are its own business
+    z_init      (B, C, h, w), the encoded original
+    change_map  (H, W), (B, 1, H, W) or already at (h, w): 0 = change, 1 = keep
+    sampler     of diffusion.make; None: DDIM, 100 steps, Stable Diffusion's schedule
+    noise       (B, C, h, w): one draw noises the original to every level, as in the release. Or a function
+                i -> (B, C, h, w), for a fresh draw at each. None: drawn with seed 0
+    skip        leave out the steps whose result is overwritten everywhere (section 3.3.1)
+    nested      False: the ablation of Figure 3, a pixel is copied from the original once only
+    step_noise  i -> (B, C, h, w), for a stochastic sampler: diffusion.step_noise
+    callback    called as callback(i, z) with the result of step i
+      ->        z_0 (B, C, h, w).  White pixels of a nested run are z_init's own, bit for bit.
+    """
+    sampler = sampler or diffusion.make("ddim", diffusion.Schedule(), 100)
+    if noise is None:
+        noise = torch.randn(z_init.shape, generator=torch.Generator().manual_seed(0)).to(z_init)
+    k = sampler.k
+    mu_s = down_sample(change_map.to(z_init.device), z_init.shape[-2:])  # line 3
+    L = math.floor((1 - mu_s.double().min().item()) * k + 1e-4) if skip else k  # Algorithm 2, line 4
+    first = k - L
+
+    # All z'_t and masks do not depend on the process (section 6): make them ahead. A hundred steps at 64x64: 6.5 MB.
+    fresh = noise if callable(noise) else lambda i: noise
+    z_prime = [sampler.noise_to(i, z_init, fresh(i)) for i in range(first, k)] + [z_init]  # lines 4, 7: add_noise
+    last = last_override(mu_s, k)
+    mask = [(last < i) if nested else (last != i) for i in range(first, k + 1)]  # line 8: mu_s < (k - t) / k
+
+    z, state = z_prime[0], None
+    for i in range(first, k):  # t = k - i
+        if i > first:
+            z = torch.where(mask[i - first], z, z_prime[i - first])  # line 9: z_mix
+        # The sampler is told which pixels are new here, so that it does not extrapolate from a past that they lack.
+        restarted = ~mask[i - first] if i > first else None
+        z, state = sampler.step(denoise, z, i, state, step_noise(i) if sampler.stochastic else None, restarted)  # 5, 10
+        if callback:
+            callback(i, z)
+    return torch.where(mask[-1], z, z_prime[-1])  # t = 0: lines 7 to 9, and line 10 has no noise left to take
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Change maps for the paper's applications
+
+
+def soft_inpainting_map(mask, softness):
+    """Section 4.1: mask (..., H, W), 0 = repaint, 1 = keep, blurred by a Gaussian of `softness` pixels -> a change map.
+
+    The softness is the standard deviation, as Pillow's GaussianBlur takes it. 0 leaves the mask hard.
+    """
+    if softness < 0:
+        raise ValueError(f"softness is a blur in pixels, 0 or more, not {softness}")
+    x = mask.float().reshape(-1, 1, *mask.shape[-2:])
+    if softness == 0:
+        return x
+    radius = math.ceil(3 * softness)
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / softness) ** 2)
+    kernel = (kernel / kernel.sum())[None, None, None]  # (1, 1, 1, 2 radius + 1)
+    x = F.conv2d(F.pad(x, (radius, radius, 0, 0), mode="replicate"), kernel)
+    return F.conv2d(F.pad(x, (0, 0, radius, radius), mode="replicate"), kernel.mT).clamp(0, 1)
+
+
+def strength_fan_map(strengths, height, width):
+    """Section 4.2: columns of equal strength, from left to right -> a change map (1, 1, height, width)."""
+    if not all(0 <= s <= 1 for s in strengths) or not strengths:
+        raise ValueError(f"strengths lie in 0 .. 1, not {strengths}")
+    columns = torch.arange(width) * len(strengths) // width
+    return (1 - torch.tensor(strengths, dtype=torch.float32)[columns]).expand(1, 1, height, width)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the paper compares with: sections 5.1 and 5.2
+
+
+def sdedit(denoise, z_init, strength, sampler, noise, step_noise=None, callback=None):
+    """SDEdit (Meng et al. 2022): one strength in 0 .. 1 for the whole picture. What a constant map amounts to."""
+    start = sampler.k - math.floor(strength * sampler.k + 1e-4)
+    z = sampler.noise_to(start, z_init, noise) if start < sampler.k else z_init
+    return diffusion.sample(denoise, z, sampler, start, step_noise, callback)
+
+
+def blended_latent_diffusion(denoise, z_init, mask, sampler, noise, strength=1.0, **options):
+    """Blended Latent Diffusion (Avrahami et al. 2023): mask (..., H, W), 0 = edit, 1 = keep; two strengths, no more.
+
+    After each step the region outside the edit is put back at that step's noise level: a map of two values.
+    """
+    hard = (down_sample(mask, z_init.shape[-2:]) > 0.5).float()
+    return differential_diffusion(denoise, z_init, 1 - strength * (1 - hard), sampler, noise, **options)
+
+
+def masked_noise(denoise, z_init, change_map, sampler, noise, callback=None):
+    """Baseline II of Figure 8: noise of another size at every pixel, and an ordinary run from there.
+
+    The model has only ever seen noise of one size at a time, and breaks down.
+    """
+    mu_s = down_sample(change_map.to(z_init.device), z_init.shape[-2:])
+    return diffusion.sample(denoise, sampler.noise_to(0, z_init, noise * (1 - mu_s)), sampler, callback=callback)
+
+
+def one_strength_at_a_time(edit, image, change_map, levels, keep_outside):
+    """Baselines I, III and IV of Figure 8: the map cut into `levels` masks of one strength, edited one after another.
+
+    edit          (image, map) -> image (B, 3, H, W): a whole edit, through the autoencoder and back
+    image         (B, 3, H, W)
+    change_map    (..., H, W)
+    keep_outside  False, composition: each edit is made on the last one's whole picture, which decays with every pass
+                  through the autoencoder. True, tiling: pixels outside the mask are put back after each edit
+      ->          (B, 3, H, W)
+    """
+    mu = change_map.reshape(-1, 1, *change_map.shape[-2:])
+    bin_of = (mu * levels).long().clamp(max=levels - 1)
+    for b in bin_of.unique().tolist():  # from the strongest edit to the weakest
+        inside = bin_of == b
+        strength_map = torch.where(inside, mu[inside].mean(), torch.ones_like(mu))
+        edited = edit(image, strength_map)
+        image = torch.where(inside, edited, image) if keep_outside else edited
+    return image
+
+
+def composition(edit, image, change_map, levels=100):
+    return one_strength_at_a_time(edit, image, change_map, levels, keep_outside=False)
+
+
+def tiling(edit, image, change_map, levels=100):
+    return one_strength_at_a_time(edit, image, change_map, levels, keep_outside=True)
+
+
+def five_tiles(edit, image, change_map):
+    return one_strength_at_a_time(edit, image, change_map, 5, keep_outside=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How well an edit follows its map: section 5.2.2
+
+
+def cam(change_map, change):
+    """Correlation Adherence Metric: Pearson's correlation of the map with how much each pixel was *kept*.
+
+    change_map, change: of one shape. A higher map value means less change, so the sign of `change` is turned to make
+    1 the best score, as in the paper's Table 1.
+    """
+    a, b = change_map.double().flatten(), -change.double().flatten()
+    a, b = a - a.mean(), b - b.mean()
+    return (a @ b / (a.norm() * b.norm())).item()

@@ -1,0 +1,610 @@
+"""Any Stable Diffusion checkpoint -> one `StableDiffusion`, and back to the standard Hugging Face folder.
+
+    sd = load("weights/toy")                       a Hugging Face folder: unet/ vae/ text_encoder/ tokenizer/ scheduler/
+    sd = load("v1-5-pruned-emaonly.safetensors")   one file in the original latent-diffusion layout
+    sd = load("sd-v1-4.ckpt")                      the same as a pickle, of which nothing is executed
+    save(sd, "folder")                             diffusers' StableDiffusionPipeline opens it
+
+Our modules' attribute names are the Hugging Face key names, so loading is `load_state_dict`; NAMES below is the one
+table that translates the original layout into them. A model is built on the meta device, where it has shapes and no
+memory, and is given tensors that are views of the file, mapped into memory: a page is read when it is first computed
+with, and the system can drop it again. So loading takes no memory to speak of, unless `dtype` asks for another one.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import clip
+import unet
+import vae
+from diffusion import BETAS, Schedule, T
+
+
+@dataclass
+class StableDiffusion:
+    """The parts of a latent diffusion model. All weights are frozen (`requires_grad` False) and in eval mode."""
+
+    unet: unet.UNet
+    vae: vae.VAE
+    text: clip.TextEncoder
+    schedule: Schedule
+    tokenizer: clip.Tokenizer | None  # None: everything works but encode_prompt
+    size: int  # pixels along a side of the square pictures that it was trained on
+    tokenizer_help: str = ""  # which files to put where, if there is none
+
+    def encode_image(self, x, noise=None):
+        """x (B, 3, H, W) in [-1, 1], H and W multiples of `vae.config.factor` -> z (B, C, h, w), float32, scaled.
+
+        z is the posterior's mean, which is repeatable; with `noise` (B, C, h, w), standard normal, it is the sample
+        mean + std * noise instead. `scaling_factor` is multiplied in here, and divided out in `decode`.
+        """
+        weight = self.vae.quant_conv.weight
+        mean, logvar = self.vae.encode(x.to(weight.device, weight.dtype))
+        z = mean if noise is None else mean + (logvar / 2).exp() * noise.to(mean)
+        return z.float() * self.vae.config.scaling_factor
+
+    def decode(self, z):
+        """z (B, C, h, w), scaled -> (B, 3, H, W), float32, about [-1, 1] but not clamped."""
+        weight = self.vae.quant_conv.weight
+        return self.vae.decode((z / self.vae.config.scaling_factor).to(weight.device, weight.dtype)).float()
+
+    def encode_prompt(self, prompts):
+        """A list of B strings -> context (B, 77, D) for the UNet. ValueError if the model came without a tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError(f"a prompt needs a tokenizer, and there is none: {self.tokenizer_help}")
+        return self.text(self.tokenizer(prompts).to(self.text.text_model.final_layer_norm.weight.device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names: the original latent-diffusion layout -> Hugging Face
+#
+# Each row says what stands for what, from left to right within a name, wherever a component of the name begins. N is a
+# number. The original UNet counts its blocks straight through, the step to the next resolution included: with 2
+# residual blocks per level, input_blocks 1, 2, 3 are level 0's resnets and its downsampler, 4, 5, 6 are level 1's.
+# {down} and {up} turn such a count into (level, place). The original decoder counts resolutions from the finest up, in
+# the order of the encoder; {reversed} counts them as they are run.
+
+PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+NAMES = {
+    "unet": {
+        "time_embed.0.": "time_embedding.linear_1.",
+        "time_embed.2.": "time_embedding.linear_2.",
+        "label_emb.0.0.": "add_embedding.linear_1.",
+        "label_emb.0.2.": "add_embedding.linear_2.",
+        "input_blocks.0.0.": "conv_in.",
+        "input_blocks.N.0.op.": "down_blocks.{down[0]}.downsamplers.0.conv.",
+        "input_blocks.N.0.": "down_blocks.{down[0]}.resnets.{down[1]}.",
+        "input_blocks.N.1.": "down_blocks.{down[0]}.attentions.{down[1]}.",
+        "middle_block.0.": "mid_block.resnets.0.",
+        "middle_block.1.": "mid_block.attentions.0.",
+        "middle_block.2.": "mid_block.resnets.1.",
+        "output_blocks.N.1.conv.": "up_blocks.{up[0]}.upsamplers.0.conv.",  # after a resnet alone ...
+        "output_blocks.N.2.conv.": "up_blocks.{up[0]}.upsamplers.0.conv.",  # ... or after a resnet and a transformer
+        "output_blocks.N.0.": "up_blocks.{up[0]}.resnets.{up[1]}.",
+        "output_blocks.N.1.": "up_blocks.{up[0]}.attentions.{up[1]}.",
+        "out.0.": "conv_norm_out.",
+        "out.2.": "conv_out.",
+        # inside a residual block; transformers have the same names in both layouts
+        "in_layers.0.": "norm1.",
+        "in_layers.2.": "conv1.",
+        "emb_layers.1.": "time_emb_proj.",
+        "out_layers.0.": "norm2.",
+        "out_layers.3.": "conv2.",
+        "skip_connection.": "conv_shortcut.",
+    },
+    "vae": {
+        "encoder.down.N.block.": "encoder.down_blocks.{n}.resnets.",
+        "encoder.down.N.downsample.": "encoder.down_blocks.{n}.downsamplers.0.",
+        "decoder.up.N.block.": "decoder.up_blocks.{reversed}.resnets.",
+        "decoder.up.N.upsample.": "decoder.up_blocks.{reversed}.upsamplers.0.",
+        "mid.block_1.": "mid_block.resnets.0.",
+        "mid.block_2.": "mid_block.resnets.1.",
+        "mid.attn_1.": "mid_block.attentions.0.",
+        "norm_out.": "conv_norm_out.",
+        "nin_shortcut.": "conv_shortcut.",
+        # inside the attention
+        "norm.": "group_norm.",
+        "q.": "to_q.",
+        "k.": "to_k.",
+        "v.": "to_v.",
+        "proj_out.": "to_out.0.",
+        # and what Hugging Face called them until 2023
+        "query.": "to_q.",
+        "key.": "to_k.",
+        "value.": "to_v.",
+        "proj_attn.": "to_out.0.",
+    },
+    "text_encoder": {
+        # SD 2: OpenCLIP. Its fused attn.in_proj_weight is cut into q, k, v in `translate`.
+        "model.token_embedding.": "embeddings.token_embedding.",
+        "model.positional_embedding": "embeddings.position_embedding.weight",
+        "model.ln_final.": "final_layer_norm.",
+        "model.transformer.resblocks.": "encoder.layers.",
+        "attn.": "self_attn.",
+        "ln_1.": "layer_norm1.",
+        "ln_2.": "layer_norm2.",
+        "mlp.c_fc.": "mlp.fc1.",
+        "mlp.c_proj.": "mlp.fc2.",
+        # SD 1: Hugging Face's own encoder, whose names begin with text_model. or, in some versions, do not
+        "transformer.": "",
+        "text_model.": "",
+        "embeddings.": "text_model.embeddings.",
+        "encoder.": "text_model.encoder.",
+        "final_layer_norm.": "text_model.final_layer_norm.",
+    },
+}
+# What checkpoints hold besides, and nobody needs here: moving averages (the plain weights are there as well), the noise
+# schedule as buffers, the autoencoder's training loss, and what CLIP compares pictures with.
+IGNORED = re.compile(
+    r"model_ema\..*|(sqrt_(one_minus_|recipm?1?_?)?|log_one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod"
+    r"|betas|posterior_.*|lvlb_weights|logvar|scale_factor|first_stage_model\.loss\..*"
+    r"|(cond_stage_model\..*)?(position_ids|logit_scale|attn_mask)|cond_stage_model\.model\.text_projection"
+    r"|(text_model\.)?embeddings\.position_ids"
+)
+
+
+def translate(part, tensors):
+    """{original name, without its prefix: tensor} of one part -> {Hugging Face name: tensor}, as views.
+
+    part is 'unet', 'vae' or 'text_encoder'. Names that are Hugging Face's already stay as they are.
+    """
+
+    def count(pattern):
+        return [int(m[1]) for name in tensors if (m := re.match(pattern, name))]
+
+    per_level = min(count(r"input_blocks\.(\d+)\.0\.op\."), default=3)  # residual blocks and a step, on the way down
+    finest = max(count(r"decoder\.up\.(\d+)\."), default=0)
+
+    def fields(n):
+        return {"n": n, "down": divmod(n - 1, per_level), "up": divmod(n, per_level), "reversed": finest - n}
+
+    out = {}
+    for name, tensor in tensors.items():
+        for old, new in NAMES[part].items():
+            pattern = r"(?<![^.])" + re.escape(old).replace("N", r"(\d+)")
+            name = re.sub(pattern, lambda m, new=new: new.format(**fields(int(m[1]))) if m.groups() else new, name)
+        if part == "vae" and ".attentions." in name and tensor.ndim == 4:
+            tensor = tensor.flatten(1)  # (c, c, 1, 1), a convolution, -> (c, c)
+        if ".in_proj_" in name:  # (3 D, D) or (3 D,)
+            for letter, third in zip("qkv", tensor.chunk(3)):
+                out[name.replace("in_proj_", f"{letter}_proj.")] = third
+        else:
+            out[name] = tensor
+    return out
+
+
+def split_parts(path, tensors):
+    """The tensors of a single-file checkpoint -> {part: {Hugging Face name: tensor}}, and whether its text encoder is
+    OpenCLIP. ValueError if it is no such checkpoint."""
+    parts = {part: {} for part in PREFIX}
+    for name, tensor in tensors.items():
+        part = next((part for part, prefix in PREFIX.items() if name.startswith(prefix)), None)
+        if part and not IGNORED.fullmatch(name):
+            parts[part][name.removeprefix(PREFIX[part])] = tensor
+    if any(name.startswith("conditioner.") for name in tensors):
+        raise ValueError(f"{path} is a Stable Diffusion XL checkpoint, whose two text encoders load() does not read")
+    absent = [f"{PREFIX[part]}*" for part, found in parts.items() if not found]
+    if absent:
+        raise ValueError(f"{path} is not a whole Stable Diffusion checkpoint: it has no tensors {' or '.join(absent)}; "
+                         f"its first is {next(iter(tensors), None)!r}")
+    unknown = [n for n in tensors if not IGNORED.fullmatch(n) and not n.startswith(tuple(PREFIX.values()))]
+    if unknown:
+        raise ValueError(f"{path}: {problem('unexpected', unknown)}")
+    parts = {part: translate(part, found) for part, found in parts.items()}
+    openclip = "cond_stage_model.model.ln_final.weight" in tensors
+    if openclip:
+        # SD 2 reads OpenCLIP's penultimate layer. Its folder stores one layer less, and so do we.
+        text, name = parts["text_encoder"], "text_model.encoder.layers.{}."
+        last = sum(k.endswith(".layer_norm1.weight") for k in text) - 1
+        parts["text_encoder"] = {k: v for k, v in text.items() if not k.startswith(name.format(last))}
+    return parts, openclip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json <-> configuration
+
+DOWN, UP = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")  # without, with transformers
+
+
+def check_json(c, class_name, **fixed):
+    """ValueError unless c is of that class, and has each fixed option at one of its values, the first if absent."""
+    if c.get("_class_name", class_name) != class_name:
+        raise ValueError(f"config.json describes a {c['_class_name']}, not a {class_name}")
+    for option, values in fixed.items():
+        if c.get(option, values[0]) not in values:
+            raise ValueError(f"config.json of a {class_name} with {option} = {c[option]!r}, which is not implemented")
+
+
+def unet_from_json(c):
+    """The config.json of a UNet2DConditionModel -> UNetConfig. ValueError for what is not implemented."""
+    check_json(
+        c, "UNet2DConditionModel", act_fn=["silu"], norm_eps=[1e-5], downsample_padding=[1], flip_sin_to_cos=[True],
+        freq_shift=[0], center_input_sample=[False], mid_block_scale_factor=[1], dropout=[0.0],
+        mid_block_type=["UNetMidBlock2DCrossAttn"],
+        only_cross_attention=[False], dual_cross_attention=[False], mid_block_only_cross_attention=[None, False],
+        class_embed_type=[None], num_class_embeds=[None], encoder_hid_dim=[None], time_embedding_type=["positional"],
+        time_embedding_dim=[None], time_cond_proj_dim=[None], resnet_time_scale_shift=["default"], conv_in_kernel=[3],
+        conv_out_kernel=[3], attention_type=["default"], addition_embed_type=[None, "text_time"],
+    )  # fmt: skip
+    channels = tuple(c["block_out_channels"])
+    attends = [kind == "CrossAttnDownBlock2D" for kind in c["down_block_types"]]
+    if c["down_block_types"] != [DOWN[a] for a in attends] or c["up_block_types"] != [UP[a] for a in attends[::-1]]:
+        raise ValueError(f"config.json with blocks {c['down_block_types']}, {c['up_block_types']}: not implemented")
+
+    def per_level(value):
+        return tuple(value) if isinstance(value, list | tuple) else (value,) * len(channels)
+
+    depth = per_level(c.get("transformer_layers_per_block", 1))
+    context = set(per_level(c["cross_attention_dim"]))
+    # Its attention_head_dim is, by an old mistake that every checkpoint relies on, the number of heads: 8 in SD 1.
+    # In SD 2 and XL it is a list of numbers, which makes heads of the same width everywhere.
+    heads = per_level(c.get("num_attention_heads") or c.get("attention_head_dim", 8))
+    widths = {width / n for width, n in zip(channels, heads)}
+    if (len(set(heads)) > 1 and len(widths) > 1) or len(context) > 1:
+        raise ValueError(f"config.json with attention heads {heads}, contexts {context}: not implemented")
+    same = len(set(heads)) == 1
+    return unet.UNetConfig(
+        c["in_channels"], c["out_channels"], channels, c["layers_per_block"],
+        depth=tuple(d if a else 0 for d, a in zip(depth, attends)), mid_depth=depth[-1],
+        heads=heads[0] if same else None, head_width=None if same else int(widths.pop()), context=context.pop(),
+        linear_proj=c.get("use_linear_projection", False), groups=c.get("norm_num_groups", 32),
+        added=c["projection_class_embeddings_input_dim"] if c.get("addition_embed_type") else 0,
+    )  # fmt: skip
+
+
+def unet_to_json(c):
+    """UNetConfig -> the config.json with which diffusers opens these weights, but for its `sample_size`."""
+    depth = [d or c.mid_depth for d in c.depth]  # a level that has no transformers needs some number
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+             "projection_class_embeddings_input_dim": c.added}  # fmt: skip
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": c.in_channels, "out_channels": c.out_channels, "layers_per_block": c.layers,
+        "block_out_channels": c.channels, "norm_num_groups": c.groups, "cross_attention_dim": c.context,
+        "down_block_types": [DOWN[d > 0] for d in c.depth], "up_block_types": [UP[d > 0] for d in c.depth[::-1]],
+        "attention_head_dim": c.heads or [c.heads_at(width) for width in c.channels],
+        "transformer_layers_per_block": depth if len({*depth, c.mid_depth}) > 1 else c.mid_depth,
+        "use_linear_projection": c.linear_proj, **(added if c.added else {}),
+    }  # fmt: skip
+
+
+def vae_from_json(c):
+    """The config.json of an AutoencoderKL -> VAEConfig. ValueError for what is not implemented."""
+    check_json(
+        c, "AutoencoderKL", act_fn=["silu"], in_channels=[3], out_channels=[3], shift_factor=[None, 0],
+        latents_mean=[None], latents_std=[None], use_quant_conv=[True], use_post_quant_conv=[True],
+        mid_block_add_attention=[True], down_block_types=[["DownEncoderBlock2D"] * len(c["block_out_channels"])],
+    )  # fmt: skip
+    return vae.VAEConfig(tuple(c["block_out_channels"]), c["layers_per_block"], c["latent_channels"],
+                         c.get("norm_num_groups", 32), c.get("scaling_factor", 0.18215))
+
+
+def vae_to_json(c):
+    """VAEConfig -> the config.json with which diffusers opens these weights, but for its `sample_size`."""
+    n = len(c.channels)
+    return {
+        "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": c.latent_channels,
+        "block_out_channels": c.channels, "layers_per_block": c.layers, "norm_num_groups": c.groups,
+        "down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n,
+        "scaling_factor": c.scaling_factor,
+    }  # fmt: skip
+
+
+def schedule_from_json(c, prediction=None):
+    """A scheduler_config.json of any scheduler -> Schedule. ValueError for another noise schedule than we know."""
+    name = c.get("beta_schedule", "linear")
+    if name in BETAS:
+        for key, beta in (("beta_start", BETAS[name][0]), ("beta_end", BETAS[name][-1])):
+            if abs(c.get(key, beta) - beta) > 1e-6:
+                raise ValueError(f"a {name!r} noise schedule with {key} = {c[key]} is not implemented")
+    if c.get("num_train_timesteps", T) != T or c.get("trained_betas") or c.get("rescale_betas_zero_snr"):
+        raise ValueError("a noise schedule of other than 1000 steps, or with betas of its own, is not implemented")
+    return Schedule(name, prediction or c.get("prediction_type", "epsilon"))
+
+
+def schedule_to_json(schedule):
+    betas = BETAS[schedule.name]
+    return {  # DDIM, as Stable Diffusion runs it: timesteps 1, 21, 41, .., and an end at the first noise level
+        "_class_name": "DDIMScheduler", "num_train_timesteps": T, "beta_schedule": schedule.name,
+        "beta_start": round(float(betas[0]), 8), "beta_end": round(float(betas[-1]), 8),
+        "prediction_type": schedule.prediction, "steps_offset": 1, "timestep_spacing": "leading",
+        "set_alpha_to_one": False, "clip_sample": False,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+class Inert(dict):
+    """Stands for whatever a training framework left in a pickle: it takes any arguments and state, and does nothing."""
+
+    def __init__(self, *_):
+        super().__init__()
+
+    def __setstate__(self, _):
+        pass
+
+
+BYSTANDERS = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "numpy", "collections", "typing")
+
+
+def read(path):
+    """A .safetensors file or a pickled state dict -> {name: tensor}, mapped into memory, in the CPU's address space.
+
+    Nothing in a pickle is executed: names of known training frameworks become `Inert`, any other name but a tensor's
+    is refused. FileNotFoundError if there is no file, ValueError if it is empty, damaged, refused or no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty: download it again")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as f:
+                return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118, it is no dict
+        except SafetensorError as e:
+            raise ValueError(f"{path} is not a whole safetensors file ({e}): download it again") from None
+    if path.suffix not in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ValueError(f"{path} is not a checkpoint: expected a folder, .safetensors, .ckpt, .pt, .pth or .bin")
+    zipped = zipfile.is_zipfile(path)  # torch.save's format since 2020, the one that can be mapped
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        refused = [name for name in foreign if not name.startswith(tuple(b + "." for b in BYSTANDERS))]
+        if refused:
+            raise pickle.UnpicklingError(f"it refers to {', '.join(refused[:3])}")
+        with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as e:
+        reason = re.search(r"it refers to .*|Unsupported \w+ [^\n]*|Unsupported [^\n]*|$", str(e))[0]
+        raise ValueError(f"{path} is refused: its pickle holds more than tensors{reason and f' ({reason})'}, and could "
+                         "run code. Get the .safetensors version, or convert it where you trust it") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as e:
+        raise ValueError(f"{path} is not a whole checkpoint ({str(e).splitlines()[0]}): download it again") from None
+    while isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]
+    tensors = {k: v for k, v in tensors.items() if torch.is_tensor(v)} if isinstance(tensors, dict) else {}
+    if not tensors:
+        raise ValueError(f"{path} is not a checkpoint: there are no tensors in it")
+    return tensors
+
+
+def read_folder(folder):
+    """The weights in one part's folder, whole or in shards, full or half precision -> {name: tensor}, as `read`."""
+    folder = Path(folder)
+    for kind in ("safetensors", "bin"):
+        for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
+            for variant in ("", ".fp16"):
+                if (file := folder / f"{stem}{variant}.{kind}").is_file():
+                    return read(file)
+                for index in (f"{stem}.{kind}.index{variant}.json", f"{stem}{variant}.{kind}.index.json"):
+                    if (folder / index).is_file():
+                        files = sorted(set(read_json(folder / index)["weight_map"].values()))
+                        return {k: v for file in files for k, v in read(folder / file).items()}
+    raise FileNotFoundError(f"there are no weights in {folder}: expected diffusion_pytorch_model.safetensors, "
+                            "model.safetensors, or the same as .bin")
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}") from None
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} is damaged ({e}): copy it again") from None
+
+
+@contextlib.contextmanager
+def whole(path):
+    """A name to write to, which becomes `path` if nothing goes wrong: the file is there whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)  # also where the old file is mapped: the map keeps the old contents
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Load
+
+
+@dataclass(frozen=True)
+class Part:
+    model: type
+    from_shapes: object  # {Hugging Face name: shape} -> configuration
+    from_json: object  # config.json -> configuration
+    to_json: object
+    file: str
+
+
+PARTS = {
+    "unet": Part(unet.UNet, unet.config_from_shapes, unet_from_json, unet_to_json, "diffusion_pytorch_model"),
+    "vae": Part(vae.VAE, vae.config_from_shapes, vae_from_json, vae_to_json, "diffusion_pytorch_model"),
+    "text_encoder": Part(clip.TextEncoder, clip.config_from_shapes, clip.TextConfig.from_json,
+                         clip.TextConfig.to_json, "model"),
+}  # fmt: skip
+
+
+def problem(kind, names):
+    return f"{len(names)} {kind} tensors, e.g. {', '.join(names[:3])}" if names else ""
+
+
+def build(part, tensors, where, config=None, dtype=None, device="cpu"):
+    """{Hugging Face name: tensor} -> the model of that part, which takes the tensors over. `where` is for the errors.
+
+    ValueError names the tensors that are missing, unexpected or of another shape than the configuration says.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        config = config or PARTS[part].from_shapes(shapes)
+    except (KeyError, ValueError, IndexError) as e:
+        raise ValueError(f"{where}: these tensors do not make a {part} (at {e})") from None
+    with torch.device("meta"):
+        model = PARTS[part].model(config)
+    want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = [
+        problem("missing", [n for n in want if n not in shapes]),
+        problem("unexpected", [n for n in shapes if n not in want]),
+        problem("misshapen", [f"{n} {shapes[n]} instead of {s}" for n, s in want.items() if shapes.get(n, s) != s]),
+    ]
+    if any(problems):
+        raise ValueError(f"{where}, the {part}: {'; '.join(filter(None, problems))}")
+    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def load_part(folder, part, dtype=None, device="cpu"):
+    """One part of a Hugging Face folder, e.g. load_part('weights/toy/vae', 'vae') -> model. Errors as `load`."""
+    folder = Path(folder)
+    tensors = {k: v for k, v in read_folder(folder).items() if not IGNORED.fullmatch(k)}
+    config = None
+    if (folder / "config.json").is_file():
+        try:
+            config = PARTS[part].from_json(read_json(folder / "config.json"))
+        except KeyError as missing:
+            raise ValueError(f"{folder / 'config.json'} has no {missing}") from None
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{folder}: {e}") from None
+    return build(part, translate(part, tensors), folder, config, dtype, device)
+
+
+def load(path, dtype=None, device="cpu", prediction=None):
+    """Read a Stable Diffusion 1 or 2 checkpoint, of any width, in any layout.
+
+    path        a Hugging Face folder, or a single .safetensors, .ckpt or .pt in the original layout
+    dtype       None: as stored, and the weights stay in the file, mapped. Otherwise cast, tensor by tensor.
+    prediction  what the UNet predicts, 'epsilon' or 'v_prediction'. None: a folder says it. A single file does not:
+                then it is v for an SD 2 with 768 in its file name (768-v-ema.ckpt, v2-1_768-ema-pruned.safetensors),
+                as published, and epsilon for any other.
+      ->        StableDiffusion
+
+    A config.json wins over what can be read off the tensors. FileNotFoundError or ValueError, of one line, for a path
+    that is not there, damaged, not a Stable Diffusion, refused (see `read`), or of an architecture not implemented.
+    """
+    path = Path(path)
+    if path.is_dir():
+        sd = load_folder(path, dtype, device, prediction)
+    elif path.exists():
+        sd = load_file(path, dtype, device, prediction)
+    else:
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    u, v, t = sd.unet.config, sd.vae.config, sd.text.config
+    if (u.context, u.out_channels) != (t.width, v.latent_channels):
+        raise ValueError(f"{path}: its parts do not fit: the UNet reads text of width {u.context} and gives "
+                         f"{u.out_channels} channels, the text encoder gives {t.width}, the VAE {v.latent_channels}")
+    if sd.tokenizer and max(sd.tokenizer.symbols) >= t.vocab_size:
+        raise ValueError(f"{path}: its tokenizer is not the text encoder's, which knows {t.vocab_size} symbols only")
+    return sd
+
+
+def load_folder(path, dtype, device, prediction):
+    index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
+    if "text_encoder_2" in index:
+        raise ValueError(f"{path} is a Stable Diffusion XL, whose two text encoders load() does not read")
+    for part in PARTS:
+        if not (path / part).is_dir():
+            raise FileNotFoundError(f"{path} is not a Stable Diffusion: there is no folder {part}/ in it")
+    models = [load_part(path / part, part, dtype, device) for part in PARTS]
+
+    def config_json(name):
+        return read_json(path / name) if (path / name).is_file() else {}
+
+    scheduler = config_json("scheduler/scheduler_config.json") or schedule_to_json(Schedule())
+    side = config_json("unet/config.json").get("sample_size", 64)
+    tokenizer = find_tokenizer([path / "tokenizer"])
+    hint = f"put vocab.json and merges.txt, of the checkpoint's own tokenizer/, into {path / 'tokenizer'}/"
+    return StableDiffusion(*models, schedule_from_json(scheduler, prediction), tokenizer,
+                           side * models[1].config.factor, hint)
+
+
+def load_file(path, dtype, device, prediction):
+    parts, openclip = split_parts(path, read(path))
+    shapes = {name: tuple(tensor.shape) for name, tensor in parts["text_encoder"].items()}
+    try:  # which activation is not in the tensors, but OpenCLIP has always had GELU, and OpenAI its own
+        text = replace(clip.config_from_shapes(shapes), activation="gelu" if openclip else "quick_gelu")
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    models = [build(part, tensors, path, text if part == "text_encoder" else None, dtype, device)
+              for part, tensors in parts.items()]  # fmt: skip
+    prediction = prediction or ("v_prediction" if openclip and "768" in path.name else "epsilon")
+    side = 96 if prediction == "v_prediction" else 64
+    tokenizer = find_tokenizer([path.parent / "tokenizer", path.parent], pad="!" if openclip else clip.END)
+    hint = (f"put vocab.json and merges.txt (from the tokenizer/ of any Stable Diffusion 1 or 2 on Hugging Face), or "
+            f"{clip.ARCHIVE} (of openai/CLIP), into {path.parent.resolve()}/")  # fmt: skip
+    return StableDiffusion(*models, Schedule(prediction=prediction), tokenizer, side * models[1].config.factor, hint)
+
+
+def find_tokenizer(folders, pad=None):
+    """The first folder's tokenizer, or None. A damaged one is an error (ValueError), not an absent one."""
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):
+            return clip.Tokenizer.load(folder, pad)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Save
+
+
+def save_part(model, folder, dtype=None, **more):
+    """Write a UNet, VAE or TextEncoder as one part of a Hugging Face folder: config.json and the weights.
+
+    dtype: the stored precision, None as it is. more: further entries of config.json, e.g. sample_size=64.
+    """
+    folder = Path(folder)
+    part = next(p for p in PARTS.values() if isinstance(model, p.model))
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    with whole(folder / f"{part.file}.safetensors") as file:
+        save_file(tensors, file, metadata={"format": "pt"})  # transformers insists on that entry
+    write_json(folder / "config.json", part.to_json(model.config) | more)
+
+
+def save(sd, folder, dtype=None):
+    """Write the standard folder that diffusers' StableDiffusionPipeline.from_pretrained opens, and `load`.
+
+    dtype: the stored precision, e.g. torch.float16 for half the size; None as it is. Each file is written whole or not
+    at all, and model_index.json, without which diffusers sees no pipeline, comes last.
+    """
+    folder = Path(folder)
+    save_part(sd.unet, folder / "unet", dtype, sample_size=sd.size // sd.vae.config.factor)
+    save_part(sd.vae, folder / "vae", dtype, sample_size=sd.size)
+    save_part(sd.text, folder / "text_encoder", dtype)
+    write_json(folder / "scheduler" / "scheduler_config.json", schedule_to_json(sd.schedule))
+    if sd.tokenizer:
+        with tempfile.TemporaryDirectory() as made:
+            sd.tokenizer.save(made)
+            for file in Path(made).iterdir():
+                with whole(folder / "tokenizer" / file.name) as out:
+                    out.write_bytes(file.read_bytes())
+    inpainting = sd.unet.config.in_channels > sd.unet.config.out_channels
+    write_json(folder / "model_index.json", {
+        "_class_name": "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    })  # fmt: skip
+
+
+def write_json(path, content):
+    with whole(path) as out:
+        out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
