@@ -193,8 +193,8 @@ class TextEncoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Cleaning and splitting text
 #
-# CLIP was trained on text cleaned by the ftfy package. `fix_text` does by hand what its defaults do, except for mojibake
-# repair (guessing that a garbled word was UTF-8 read as Latin-1) and HTML entities in capitals ("&EACUTE;").
+# CLIP was trained on text cleaned by the ftfy package. `fix_text` does by hand what its defaults do, except for
+# mojibake repair (guessing that a garbled word was UTF-8 read as Latin-1) and HTML entities in capitals ("&EACUTE;").
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -330,7 +330,7 @@ class Tokenizer:
             raise ValueError(f"the vocabulary has no {missing[0]!r}")
         for pair in merges:
             if len(pair) != 2 or "".join(pair) not in vocab:
-                raise ValueError(f"{' '.join(pair)!r} among the merges is no pair that makes a symbol of the vocabulary")
+                raise ValueError(f"{' '.join(pair)!r} among the merges makes no symbol of the vocabulary")
         self.vocab, self.merges, self.pad, self.length = vocab, merges, pad, length
         self.symbols = {i: symbol for symbol, i in vocab.items()}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}

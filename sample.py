@@ -13,7 +13,6 @@ that this project trained and ships; --weights takes any Stable Diffusion 1.x or
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -107,14 +106,10 @@ def labelled(pictures, labels, gap=2):
 
 def save_picture(picture, path, parameters):
     """Whole or not at all, with the parameters in a text chunk."""
-    path, note = Path(path), PngImagePlugin.PngInfo()
+    note = PngImagePlugin.PngInfo()
     note.add_text("parameters", json.dumps(parameters))
-    tmp = path.with_name(f".{path.name}.tmp")
-    try:
+    with sd.whole(path) as tmp:
         picture.save(tmp, "PNG", pnginfo=note)
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +245,7 @@ def parse(argv):
     how = p.add_mutually_exclusive_group()
     how.add_argument("--change-map", metavar="MAP", help="grey picture: black = change fully, white = keep")
     how.add_argument("--mask", help="black = repaint, white = keep; blurred by --softness into a change map")
-    how.add_argument("--strength-fan", type=strengths_of, metavar="N|LIST", help="columns, or their strengths: 0.2,0.5,0.8")
+    how.add_argument("--strength-fan", type=strengths_of, metavar="N|LIST", help="columns, or a list: 0.2,0.5,0.8")
     how.add_argument("--strength", type=number(float, 0, 1), help="0 = keep everything, 1 = keep nothing")
     p.add_argument("--softness", type=number(float, 0, 1000), default=40, help="blur of --mask, in pixels of --image")
     p.add_argument("--white-is-change", action="store_true", help="the map or mask is white where it changes")
@@ -313,7 +308,7 @@ def run(args):
         output = labelled(
             [output.crop((a, 0, b, args.height)) for a, b in zip(columns[:-1], columns[1:])],
             [f"{s:.2g}" for s in strengths], gap=0,
-        )  # fmt: skip
+        )
 
     parameters = {k: v for k, v in vars(args).items() if v is not None} | {"weights": str(args.weights)}
     save_picture(output, args.out, parameters)

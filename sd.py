@@ -14,7 +14,6 @@ with, and the system can drop it again. So loading takes no memory to speak of, 
 import contextlib
 import json
 import os
-import pickle
 import re
 import tempfile
 import zipfile
@@ -64,6 +63,29 @@ class StableDiffusion:
         if self.tokenizer is None:
             raise ValueError(f"a prompt needs a tokenizer, and there is none: {self.tokenizer_help}")
         return self.text(self.tokenizer(prompts).to(self.text.text_model.final_layer_norm.weight.device))
+
+    def denoiser(self, prompts, negative="", guidance=1.0, channels=None):
+        """The function that samplers and Algorithm 1 call: (z, t) -> the guided output, both (B, C, h, w), t (B,).
+
+        prompts   B strings, one per picture
+        guidance  w of classifier-free guidance (Ho & Salimans 2022): 1 = the prompt alone, and half the work
+        channels  (B, C', h, w), put beside z at every step: mask and masked picture of an inpainting model
+
+        Keys and values of the text are made here, once: they are the same at every step.
+        """
+        guided = guidance != 1
+        context = self.encode_prompt(([negative] * len(prompts) if guided else []) + list(prompts))
+        keys_values = self.unet.keys_values(context)
+
+        def denoise(z, t):
+            z = torch.cat([z, channels.to(z)], 1) if channels is not None else z
+            if not guided:
+                return self.unet(z.to(context.dtype), t, keys_values)
+            both = self.unet(torch.cat([z, z]).to(context.dtype), torch.cat([t, t]), keys_values)  # one batch
+            without, with_ = both.chunk(2)
+            return without + guidance * (with_ - without)
+
+        return denoise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,10 +169,8 @@ NAMES = {
 # What checkpoints hold besides, and nobody needs here: moving averages (the plain weights are there as well), the noise
 # schedule as buffers, the autoencoder's training loss, and what CLIP compares pictures with.
 IGNORED = re.compile(
-    r"model_ema\..*|(sqrt_(one_minus_|recipm?1?_?)?|log_one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod"
-    r"|betas|posterior_.*|lvlb_weights|logvar|scale_factor|first_stage_model\.loss\..*"
-    r"|(cond_stage_model\..*)?(position_ids|logit_scale|attn_mask)|cond_stage_model\.model\.text_projection"
-    r"|(text_model\.)?embeddings\.position_ids"
+    r"model_ema\..*|first_stage_model\.loss\..*|(\w+_)?alphas_cumprod(_prev)?|betas|posterior_\w+|lvlb_weights|logvar"
+    r"|(.*\.)?(position_ids|logit_scale)|cond_stage_model\..*\.text_projection(\.weight)?"
 )
 
 
@@ -186,119 +206,32 @@ def translate(part, tensors):
 
 def split_parts(path, tensors):
     """The tensors of a single-file checkpoint -> {part: {Hugging Face name: tensor}}, and whether its text encoder is
-    OpenCLIP. ValueError if it is no such checkpoint."""
-    parts = {part: {} for part in PREFIX}
-    for name, tensor in tensors.items():
-        part = next((part for part, prefix in PREFIX.items() if name.startswith(prefix)), None)
-        if part and not IGNORED.fullmatch(name):
-            parts[part][name.removeprefix(PREFIX[part])] = tensor
+    OpenCLIP. `path` is for the errors: ValueError if this is not Stable Diffusion 1 or 2, or holds something else too.
+    """
     if any(name.startswith("conditioner.") for name in tensors):
         raise ValueError(f"{path} is a Stable Diffusion XL checkpoint, whose two text encoders load() does not read")
+    names = [name for name in tensors if not IGNORED.fullmatch(name)]
+    parts = {
+        part: translate(part, {n.removeprefix(prefix): tensors[n] for n in names if n.startswith(prefix)})
+        for part, prefix in PREFIX.items()
+    }
     absent = [f"{PREFIX[part]}*" for part, found in parts.items() if not found]
     if absent:
         raise ValueError(f"{path} is not a whole Stable Diffusion checkpoint: it has no tensors {' or '.join(absent)}; "
-                         f"its first is {next(iter(tensors), None)!r}")
-    unknown = [n for n in tensors if not IGNORED.fullmatch(n) and not n.startswith(tuple(PREFIX.values()))]
+                         f"its first is {next(iter(tensors))}")
+    unknown = [name for name in names if not name.startswith(tuple(PREFIX.values()))]
     if unknown:
-        raise ValueError(f"{path}: {problem('unexpected', unknown)}")
-    parts = {part: translate(part, found) for part, found in parts.items()}
+        raise ValueError(f"{path}: {len(unknown)} unexpected tensors, e.g. {', '.join(unknown[:3])}")
     openclip = "cond_stage_model.model.ln_final.weight" in tensors
-    if openclip:
-        # SD 2 reads OpenCLIP's penultimate layer. Its folder stores one layer less, and so do we.
-        text, name = parts["text_encoder"], "text_model.encoder.layers.{}."
-        last = sum(k.endswith(".layer_norm1.weight") for k in text) - 1
-        parts["text_encoder"] = {k: v for k, v in text.items() if not k.startswith(name.format(last))}
+    if openclip:  # SD 2 reads its penultimate layer. The Hugging Face folder stores one layer less, and so do we.
+        text = parts["text_encoder"]
+        last = sum(name.endswith(".layer_norm1.weight") for name in text) - 1
+        parts["text_encoder"] = {n: t for n, t in text.items() if f".encoder.layers.{last}." not in n}
     return parts, openclip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# config.json <-> configuration
-
-DOWN, UP = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")  # without, with transformers
-
-
-def check_json(c, class_name, **fixed):
-    """ValueError unless c is of that class, and has each fixed option at one of its values, the first if absent."""
-    if c.get("_class_name", class_name) != class_name:
-        raise ValueError(f"config.json describes a {c['_class_name']}, not a {class_name}")
-    for option, values in fixed.items():
-        if c.get(option, values[0]) not in values:
-            raise ValueError(f"config.json of a {class_name} with {option} = {c[option]!r}, which is not implemented")
-
-
-def unet_from_json(c):
-    """The config.json of a UNet2DConditionModel -> UNetConfig. ValueError for what is not implemented."""
-    check_json(
-        c, "UNet2DConditionModel", act_fn=["silu"], norm_eps=[1e-5], downsample_padding=[1], flip_sin_to_cos=[True],
-        freq_shift=[0], center_input_sample=[False], mid_block_scale_factor=[1], dropout=[0.0],
-        mid_block_type=["UNetMidBlock2DCrossAttn"],
-        only_cross_attention=[False], dual_cross_attention=[False], mid_block_only_cross_attention=[None, False],
-        class_embed_type=[None], num_class_embeds=[None], encoder_hid_dim=[None], time_embedding_type=["positional"],
-        time_embedding_dim=[None], time_cond_proj_dim=[None], resnet_time_scale_shift=["default"], conv_in_kernel=[3],
-        conv_out_kernel=[3], attention_type=["default"], addition_embed_type=[None, "text_time"],
-    )  # fmt: skip
-    channels = tuple(c["block_out_channels"])
-    attends = [kind == "CrossAttnDownBlock2D" for kind in c["down_block_types"]]
-    if c["down_block_types"] != [DOWN[a] for a in attends] or c["up_block_types"] != [UP[a] for a in attends[::-1]]:
-        raise ValueError(f"config.json with blocks {c['down_block_types']}, {c['up_block_types']}: not implemented")
-
-    def per_level(value):
-        return tuple(value) if isinstance(value, list | tuple) else (value,) * len(channels)
-
-    depth = per_level(c.get("transformer_layers_per_block", 1))
-    context = set(per_level(c["cross_attention_dim"]))
-    # Its attention_head_dim is, by an old mistake that every checkpoint relies on, the number of heads: 8 in SD 1.
-    # In SD 2 and XL it is a list of numbers, which makes heads of the same width everywhere.
-    heads = per_level(c.get("num_attention_heads") or c.get("attention_head_dim", 8))
-    widths = {width / n for width, n in zip(channels, heads)}
-    if (len(set(heads)) > 1 and len(widths) > 1) or len(context) > 1:
-        raise ValueError(f"config.json with attention heads {heads}, contexts {context}: not implemented")
-    same = len(set(heads)) == 1
-    return unet.UNetConfig(
-        c["in_channels"], c["out_channels"], channels, c["layers_per_block"],
-        depth=tuple(d if a else 0 for d, a in zip(depth, attends)), mid_depth=depth[-1],
-        heads=heads[0] if same else None, head_width=None if same else int(widths.pop()), context=context.pop(),
-        linear_proj=c.get("use_linear_projection", False), groups=c.get("norm_num_groups", 32),
-        added=c["projection_class_embeddings_input_dim"] if c.get("addition_embed_type") else 0,
-    )  # fmt: skip
-
-
-def unet_to_json(c):
-    """UNetConfig -> the config.json with which diffusers opens these weights, but for its `sample_size`."""
-    depth = [d or c.mid_depth for d in c.depth]  # a level that has no transformers needs some number
-    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-             "projection_class_embeddings_input_dim": c.added}  # fmt: skip
-    return {
-        "_class_name": "UNet2DConditionModel",
-        "in_channels": c.in_channels, "out_channels": c.out_channels, "layers_per_block": c.layers,
-        "block_out_channels": c.channels, "norm_num_groups": c.groups, "cross_attention_dim": c.context,
-        "down_block_types": [DOWN[d > 0] for d in c.depth], "up_block_types": [UP[d > 0] for d in c.depth[::-1]],
-        "attention_head_dim": c.heads or [c.heads_at(width) for width in c.channels],
-        "transformer_layers_per_block": depth if len({*depth, c.mid_depth}) > 1 else c.mid_depth,
-        "use_linear_projection": c.linear_proj, **(added if c.added else {}),
-    }  # fmt: skip
-
-
-def vae_from_json(c):
-    """The config.json of an AutoencoderKL -> VAEConfig. ValueError for what is not implemented."""
-    check_json(
-        c, "AutoencoderKL", act_fn=["silu"], in_channels=[3], out_channels=[3], shift_factor=[None, 0],
-        latents_mean=[None], latents_std=[None], use_quant_conv=[True], use_post_quant_conv=[True],
-        mid_block_add_attention=[True], down_block_types=[["DownEncoderBlock2D"] * len(c["block_out_channels"])],
-    )  # fmt: skip
-    return vae.VAEConfig(tuple(c["block_out_channels"]), c["layers_per_block"], c["latent_channels"],
-                         c.get("norm_num_groups", 32), c.get("scaling_factor", 0.18215))
-
-
-def vae_to_json(c):
-    """VAEConfig -> the config.json with which diffusers opens these weights, but for its `sample_size`."""
-    n = len(c.channels)
-    return {
-        "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": c.latent_channels,
-        "block_out_channels": c.channels, "layers_per_block": c.layers, "norm_num_groups": c.groups,
-        "down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n,
-        "scaling_factor": c.scaling_factor,
-    }  # fmt: skip
+# scheduler_config.json <-> Schedule
 
 
 def schedule_from_json(c, prediction=None):
@@ -320,7 +253,7 @@ def schedule_to_json(schedule):
         "beta_start": round(float(betas[0]), 8), "beta_end": round(float(betas[-1]), 8),
         "prediction_type": schedule.prediction, "steps_offset": 1, "timestep_spacing": "leading",
         "set_alpha_to_one": False, "clip_sample": False,
-    }  # fmt: skip
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,7 +274,7 @@ BYSTANDERS = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf",
 
 
 def read(path):
-    """A .safetensors file or a pickled state dict -> {name: tensor}, mapped into memory, in the CPU's address space.
+    """A .safetensors file or a pickled state dict -> {name: tensor}, on the CPU, mapped into memory.
 
     Nothing in a pickle is executed: names of known training frameworks become `Inert`, any other name but a tensor's
     is refused. FileNotFoundError if there is no file, ValueError if it is empty, damaged, refused or no checkpoint.
@@ -361,18 +294,18 @@ def read(path):
         raise ValueError(f"{path} is not a checkpoint: expected a folder, .safetensors, .ckpt, .pt, .pth or .bin")
     zipped = zipfile.is_zipfile(path)  # torch.save's format since 2020, the one that can be mapped
     try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-        refused = [name for name in foreign if not name.startswith(tuple(b + "." for b in BYSTANDERS))]
-        if refused:
-            raise pickle.UnpicklingError(f"it refers to {', '.join(refused[:3])}")
-        with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as e:
-        reason = re.search(r"it refers to .*|Unsupported \w+ [^\n]*|Unsupported [^\n]*|$", str(e))[0]
-        raise ValueError(f"{path} is refused: its pickle holds more than tensors{reason and f' ({reason})'}, and could "
-                         "run code. Get the .safetensors version, or convert it where you trust it") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as e:
-        raise ValueError(f"{path} is not a whole checkpoint ({str(e).splitlines()[0]}): download it again") from None
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        refused = [name for name in names if name.split(".")[0] not in BYSTANDERS]
+        if not refused:
+            with torch.serialization.safe_globals([(Inert, name) for name in names]):
+                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as e:  # a damaged file can fail in any way
+        refused = re.findall(r"GLOBAL (\S+)", str(e))
+        if not refused:
+            raise ValueError(f"{path} is damaged, or no checkpoint ({str(e).splitlines()[0]})") from None
+    if refused:
+        raise ValueError(f"{path} is refused: a pickle that refers to {', '.join(refused[:3])} could run code. Get the "
+                         ".safetensors version, or convert it on a machine where you trust it")
     while isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
         tensors = tensors["state_dict"]
     tensors = {k: v for k, v in tensors.items() if torch.is_tensor(v)} if isinstance(tensors, dict) else {}
@@ -423,25 +356,20 @@ def whole(path):
 # Load
 
 
-@dataclass(frozen=True)
-class Part:
-    model: type
-    from_shapes: object  # {Hugging Face name: shape} -> configuration
-    from_json: object  # config.json -> configuration
-    to_json: object
-    file: str
+PARTS = {  # name: (network, configuration from shapes, from config.json, to config.json)
+    "unet": (unet.UNet, unet.config_from_shapes, unet.config_from_json, unet.config_to_json),
+    "vae": (vae.VAE, vae.config_from_shapes, vae.config_from_json, vae.config_to_json),
+    "text_encoder": (clip.TextEncoder, clip.config_from_shapes, clip.TextConfig.from_json, clip.TextConfig.to_json),
+}
 
 
-PARTS = {
-    "unet": Part(unet.UNet, unet.config_from_shapes, unet_from_json, unet_to_json, "diffusion_pytorch_model"),
-    "vae": Part(vae.VAE, vae.config_from_shapes, vae_from_json, vae_to_json, "diffusion_pytorch_model"),
-    "text_encoder": Part(clip.TextEncoder, clip.config_from_shapes, clip.TextConfig.from_json,
-                         clip.TextConfig.to_json, "model"),
-}  # fmt: skip
+class Bare(torch.overrides.TorchFunctionMode):
+    """with torch.device("meta"), Bare(): builds a network without drawing its initial weights. On the meta device there
+    is nothing to draw, but PyTorch would spend a second and 60 MB on importing what it takes to do so."""
 
-
-def problem(kind, names):
-    return f"{len(names)} {kind} tensors, e.g. {', '.join(names[:3])}" if names else ""
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if getattr(f, "__module__", "") == "torch.nn.init" else f(*args, **kwargs)
 
 
 def build(part, tensors, where, config=None, dtype=None, device="cpu"):
@@ -449,37 +377,39 @@ def build(part, tensors, where, config=None, dtype=None, device="cpu"):
 
     ValueError names the tensors that are missing, unexpected or of another shape than the configuration says.
     """
+    network, from_shapes, *_ = PARTS[part]
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
-        config = config or PARTS[part].from_shapes(shapes)
+        config = config or from_shapes(shapes)
     except (KeyError, ValueError, IndexError) as e:
         raise ValueError(f"{where}: these tensors do not make a {part} (at {e})") from None
-    with torch.device("meta"):
-        model = PARTS[part].model(config)
+    with torch.device("meta"), Bare():
+        model = network(config)
     want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [
-        problem("missing", [n for n in want if n not in shapes]),
-        problem("unexpected", [n for n in shapes if n not in want]),
-        problem("misshapen", [f"{n} {shapes[n]} instead of {s}" for n, s in want.items() if shapes.get(n, s) != s]),
-    ]
-    if any(problems):
-        raise ValueError(f"{where}, the {part}: {'; '.join(filter(None, problems))}")
+    problems = {
+        "missing": [n for n in want if n not in shapes],
+        "unexpected": [n for n in shapes if n not in want],
+        "misshapen": [f"{n} {shapes[n]} instead of {s}" for n, s in want.items() if shapes.get(n, s) != s],
+    }
+    problems = [f"{len(n)} {kind} tensors, e.g. {', '.join(n[:3])}" for kind, n in problems.items() if n]
+    if problems:
+        raise ValueError(f"{where}, the {part}: {'; '.join(problems)}")
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
     return model.requires_grad_(False).eval()
 
 
 def load_part(folder, part, dtype=None, device="cpu"):
-    """One part of a Hugging Face folder, e.g. load_part('weights/toy/vae', 'vae') -> model. Errors as `load`."""
-    folder = Path(folder)
-    tensors = {k: v for k, v in read_folder(folder).items() if not IGNORED.fullmatch(k)}
-    config = None
+    """One part of a Hugging Face folder: load_part('weights/toy/vae', 'vae') -> model. Arguments, errors as `load`."""
+    folder, config = Path(folder), None
     if (folder / "config.json").is_file():
+        _, _, from_json, _ = PARTS[part]
         try:
-            config = PARTS[part].from_json(read_json(folder / "config.json"))
+            config = from_json(read_json(folder / "config.json"))
         except KeyError as missing:
             raise ValueError(f"{folder / 'config.json'} has no {missing}") from None
         except (ValueError, TypeError) as e:
             raise ValueError(f"{folder}: {e}") from None
+    tensors = {name: tensor for name, tensor in read_folder(folder).items() if not IGNORED.fullmatch(name)}
     return build(part, translate(part, tensors), folder, config, dtype, device)
 
 
@@ -540,12 +470,12 @@ def load_file(path, dtype, device, prediction):
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     models = [build(part, tensors, path, text if part == "text_encoder" else None, dtype, device)
-              for part, tensors in parts.items()]  # fmt: skip
+              for part, tensors in parts.items()]
     prediction = prediction or ("v_prediction" if openclip and "768" in path.name else "epsilon")
     side = 96 if prediction == "v_prediction" else 64
     tokenizer = find_tokenizer([path.parent / "tokenizer", path.parent], pad="!" if openclip else clip.END)
     hint = (f"put vocab.json and merges.txt (from the tokenizer/ of any Stable Diffusion 1 or 2 on Hugging Face), or "
-            f"{clip.ARCHIVE} (of openai/CLIP), into {path.parent.resolve()}/")  # fmt: skip
+            f"{clip.ARCHIVE} (of openai/CLIP), into {path.parent.resolve()}/")
     return StableDiffusion(*models, Schedule(prediction=prediction), tokenizer, side * models[1].config.factor, hint)
 
 
@@ -567,11 +497,12 @@ def save_part(model, folder, dtype=None, **more):
     dtype: the stored precision, None as it is. more: further entries of config.json, e.g. sample_size=64.
     """
     folder = Path(folder)
-    part = next(p for p in PARTS.values() if isinstance(model, p.model))
+    to_json = next(to_json for network, _, _, to_json in PARTS.values() if isinstance(model, network))
+    stem = "model" if isinstance(model, clip.TextEncoder) else "diffusion_pytorch_model"
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    with whole(folder / f"{part.file}.safetensors") as file:
+    with whole(folder / f"{stem}.safetensors") as file:
         save_file(tensors, file, metadata={"format": "pt"})  # transformers insists on that entry
-    write_json(folder / "config.json", part.to_json(model.config) | more)
+    write_json(folder / "config.json", to_json(model.config) | more)
 
 
 def save(sd, folder, dtype=None):
@@ -602,7 +533,7 @@ def save(sd, folder, dtype=None):
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
-    })  # fmt: skip
+    })
 
 
 def write_json(path, content):

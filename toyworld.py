@@ -30,13 +30,13 @@ COLOURS = ("red", "yellow", "green", "blue", "purple", "white")
 GROUND = torch.tensor([[0.36, 0.55, 0.18, 5.0, 4.0, 0.10],
                        [0.84, 0.74, 0.50, 1.5, 7.0, 0.06],
                        [0.90, 0.93, 0.97, 1.2, 1.5, 0.03],
-                       [0.16, 0.42, 0.58, 1.0, 9.0, 0.09]])  # fmt: skip
+                       [0.16, 0.42, 0.58, 1.0, 9.0, 0.09]])
 #                   tint of the light     sky at the top        sky at the horizon    direct light, shadow length
 TIME = torch.tensor([[1.00, 1.00, 1.00,   0.30, 0.55, 0.90,     0.75, 0.87, 0.97,     0.50, 0.7],
                      [0.98, 0.72, 0.58,   0.42, 0.30, 0.50,     1.00, 0.66, 0.36,     0.45, 1.3],
-                     [0.40, 0.46, 0.70,   0.03, 0.04, 0.14,     0.13, 0.16, 0.32,     0.40, 0.9]])  # fmt: skip
+                     [0.40, 0.46, 0.70,   0.03, 0.04, 0.14,     0.13, 0.16, 0.32,     0.40, 0.9]])
 COLOUR = torch.tensor([[0.86, 0.13, 0.10], [0.96, 0.80, 0.12], [0.12, 0.62, 0.25],
-                       [0.14, 0.30, 0.90], [0.55, 0.18, 0.72], [0.95, 0.95, 0.95]])  # fmt: skip
+                       [0.14, 0.30, 0.90], [0.55, 0.18, 0.72], [0.95, 0.95, 0.95]])
 OWN, BROWN, DARK, PALE = range(4)  # a part has the object's colour, or one of these
 FIXED = torch.tensor([[0.0, 0.0, 0.0], [0.42, 0.27, 0.14], [0.28, 0.20, 0.18], [0.90, 0.86, 0.76]])
 ROUND, TURNED, FACETED = range(3)  # an ellipse; a trapezoid shaded like a cone; one shaded like a box seen on its edge
@@ -49,7 +49,7 @@ PARTS = {
     "house": [(FACETED, 0.0, 0.34, 0.52, 0.34, 0.0, OWN), (FACETED, 0.0, 0.90, 0.64, 0.24, 0.8, DARK),
               (TURNED, -0.14, 0.20, 0.11, 0.20, 0.0, DARK)],
     "mushroom": [(TURNED, 0.0, 0.30, 0.15, 0.30, 0.2, PALE), (ROUND, 0.0, 0.64, 0.52, 0.28, 0.0, OWN)],
-}  # fmt: skip
+}
 MAX_PARTS = max(map(len, PARTS.values()))
 PART = torch.tensor([[*PARTS[k], *[(-1,) + (1,) * 6] * (MAX_PARTS - len(PARTS[k]))] for k in KINDS], dtype=torch.float)
 
@@ -105,7 +105,7 @@ def random_scenes(n, generator=None, objects=3):
         ground=choice(GROUNDS, n), time=choice(TIMES, n), horizon=horizon, sun=sun, texture=uniform(0, 6.28, n, 6),
         camera=torch.zeros(n, 2), kind=kind, colour=choice(COLOURS, n, objects), x=(px - 0.5) * 0.9 * z, z=z,
         size=uniform(0.62, 0.95, n, objects),
-    )  # fmt: skip
+    )
 
 
 def captions(scenes, generator=None):
@@ -116,15 +116,16 @@ def captions(scenes, generator=None):
 
     def one(i):
         order = scenes.x[i].argsort().tolist()  # as people read: from left to right
-        things = [f"a {COLOURS[scenes.colour[i, k]]} {KINDS[scenes.kind[i, k]]}" for k in order if scenes.kind[i, k] >= 0]
+        order = [k for k in order if scenes.kind[i, k] >= 0]
+        things = [f"a {COLOURS[scenes.colour[i, k]]} {KINDS[scenes.kind[i, k]]}" for k in order]
         things = things[0] if len(things) == 1 else ", ".join(things[:-1]) + " and " + things[-1]
-        ground, time = GROUNDS[scenes.ground[i]], "at " + TIMES[scenes.time[i]]
+        ground, time = GROUNDS[scenes.ground[i]], TIMES[scenes.time[i]]
         where = f"{pick('on', 'on', 'on the')} {ground}"
         return pick(
-            f"{things} {where} {time}", f"{things} {where} {time}", f"{things} {where} {time}", f"{things} {where} {time}",
-            f"a photo of {things} {where} {time}", f"{time}, {things} {where}", f"{things}, {ground}, {TIMES[scenes.time[i]]}",
-            f"{ground} {time}", f"{things} {where}", f"{things} {time}",
-        )  # fmt: skip
+            *4 * [f"{things} {where} at {time}"], f"a photo of {things} {where} at {time}",
+            f"at {time}, {things} {where}", f"{things}, {ground}, {time}", f"{ground} at {time}",
+            f"{things} {where}", f"{things} at {time}",
+        )
 
     return [one(i) for i in range(len(scenes))]
 
@@ -248,7 +249,8 @@ def draw_ground(scenes, ground, z, haze):
     gx, gz = ground
     p = scenes.texture[:, :, None, None]
     fx, fz, amplitude = (GROUND[scenes.ground, j][:, None, None] for j in (3, 4, 5))
-    wave = torch.sin(fx * gx + 2 * torch.sin(1.3 * gz + p[:, 0])) * torch.sin(fz * gz + 2 * torch.sin(0.9 * gx + p[:, 1]))
+    warp_x, warp_z = 2 * torch.sin(1.3 * gz + p[:, 0]), 2 * torch.sin(0.9 * gx + p[:, 1])
+    wave = torch.sin(fx * gx + warp_x) * torch.sin(fz * gz + warp_z)
     fade = torch.exp(-0.35 * (z - 2).clamp(min=0))  # towards the horizon the texture would alias, and haze sets in
     colour = (GROUND[scenes.ground, :3] * TIME[scenes.time, :3])[:, :, None, None]
     return torch.lerp(haze, colour * (1 + amplitude * fade * wave)[:, None], (0.25 + 0.75 * fade)[:, None])

@@ -13,17 +13,15 @@ import argparse
 import copy
 import json
 import math
-import os
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm import tqdm
 
 import clip
@@ -49,8 +47,8 @@ class Recipe:
 
 
 RECIPES = {
-    "vae": Recipe(steps=6000, batch=16, lr=1.2e-3, warmup=200, ema=0.998),
-    "base": Recipe(steps=12000, batch=64, lr=8e-4, warmup=300, ema=0.999),
+    "vae": Recipe(steps=3600, batch=16, lr=1.2e-3, warmup=200, ema=0.998),
+    "base": Recipe(steps=9000, batch=32, lr=1e-3, warmup=300, ema=0.9995),
 }
 # Autoencoder
 CROP = 64  # pixels; three quarters of the crops are centred on an object, since the background teaches little
@@ -101,8 +99,9 @@ def vae_loss(model, x, weight, noise):
     return (error.abs() * weight).mean() + EDGES * edges + KL * kl
 
 
-def train_vae(recipe, out, resume, device):
-    model = vae.VAE(vae.CONFIGS["toy"]).to(device, memory_format=torch.channels_last)
+def train_vae(recipe, out, resume, device, init):
+    model = init.vae.requires_grad_(True) if init else vae.VAE(vae.CONFIGS["toy"])
+    model = model.to(device, memory_format=torch.channels_last)
 
     def loss(step):
         x, weight = vae_batch(recipe, step)
@@ -119,24 +118,29 @@ def train_vae(recipe, out, resume, device):
         tqdm.write(f"PSNR {-10 * mse.mean().log10():.2f} dB, inside objects {-10 * mse[inside].mean().log10():.2f} dB")
         return torch.cat([frames.image, back])
 
-    return fit("vae", model, loss, sheet, recipe, out, resume)
+    average = fit("vae", model, loss, sheet, recipe, out, resume)
+    images = toyworld.render(toyworld.random_scenes(256, at(recipe.seed + 3, 0))).image * 2 - 1
+    with torch.no_grad():
+        spread = average.encode(images.to(device))[0].std().item()
+    average.config = replace(average.config, scaling_factor=round(1 / spread, 5))
+    sd.save_part(average, out / "model" / "vae", torch.float16, sample_size=images.shape[-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage base
 
 
-def base_data(recipe, out, autoencoder, device):
-    """The scenes that the base model learns from, with their latents (N, C, h, w), made once and kept in a file."""
-    scenes, path = toyworld.random_scenes(SCENES, at(recipe.seed, 0)), out / "latents.safetensors"
+def encode_scenes(scenes, path, autoencoder, device):
+    """-> latents (N, C, h, w), unscaled: made once, and kept in a file."""
     if not path.exists():
         parts = []
-        for i in tqdm(range(0, SCENES, 64), desc="latents", unit="batch", mininterval=1):
+        for i in tqdm(range(0, len(scenes), 64), desc="latents", unit="batch", mininterval=1):
             image = toyworld.render(scenes[i : i + 64]).image.to(device, memory_format=torch.channels_last)
             with torch.no_grad():
                 parts.append(autoencoder.encode(image * 2 - 1)[0].half().cpu())
-        write_whole(path, lambda tmp: save_file({"latents": torch.cat(parts).contiguous()}, tmp))
-    return scenes, load_file(path)["latents"]
+        with sd.whole(path) as tmp:
+            save_file({"latents": torch.cat(parts)}, tmp)
+    return load_file(path)["latents"]
 
 
 def base_loss(model, schedule, z, ids, t, noise):
@@ -146,18 +150,24 @@ def base_loss(model, schedule, z, ids, t, noise):
     return ((output - noise).square().mean((1, 2, 3)) * snr.clamp(max=GAMMA) / snr).mean()
 
 
-def train_base(recipe, out, resume, device):
-    """Text encoder and UNet together, from nothing (Stable Diffusion's text encoder came trained, ours has no CLIP)."""
-    autoencoder = sd.load_part(out / "model" / "vae").to(device, memory_format=torch.channels_last)
-    scenes, latents = base_data(recipe, out, autoencoder, device)
-    factor = autoencoder.config.scaling_factor
-    texts = toyworld.captions(scenes[:5000], at(recipe.seed, 0))
-    tokenizer = clip.Tokenizer(*clip.learn_bpe(texts, 600))
-    text_config = replace(clip.CONFIGS["toy"], vocab_size=len(tokenizer.vocab), eos=tokenizer.vocab[clip.END])
-    model = nn.ModuleDict({"unet": unet.UNet(unet.CONFIGS["toy"]), "text": clip.TextEncoder(text_config)})
-    nn.init.zeros_(model["unet"].conv_out.weight)  # the first guess is no noise: a calm start
+def new_base(out, scenes, device):
+    """The toy Stable Diffusion before its training: the autoencoder of stage vae, and a vocabulary of the captions."""
+    autoencoder = sd.load_part(out / "model" / "vae", "vae", torch.float32, device)
+    tokenizer = clip.Tokenizer(*clip.learn_bpe(toyworld.captions(scenes[:5000], at(0, 0)), 600))
+    text = replace(clip.CONFIGS["toy"], vocab_size=len(tokenizer.vocab), eos=tokenizer.vocab[clip.END])
+    model = unet.UNet(unet.CONFIGS["toy"])
+    nn.init.zeros_(model.conv_out.weight)  # the first guess is no noise: a calm start
+    return sd.StableDiffusion(model, autoencoder, clip.TextEncoder(text), diffusion.Schedule(), tokenizer, size=128)
+
+
+def train_base(recipe, out, resume, device, init):
+    """Text encoder and UNet together: Stable Diffusion's text encoder came trained on pictures, ours has to learn."""
+    scenes = toyworld.random_scenes(SCENES, at(recipe.seed, 0))
+    toy = init or new_base(out, scenes, device)
+    latents = encode_scenes(scenes, out / "latents.safetensors", toy.vae, device)
+    tokenizer, schedule, factor = toy.tokenizer, toy.schedule, toy.vae.config.scaling_factor
+    model = nn.ModuleDict({"unet": toy.unet, "text": toy.text}).requires_grad_(True)
     model = model.to(device, memory_format=torch.channels_last)
-    schedule = diffusion.Schedule()
 
     def loss(step):
         g = at(recipe.seed + 1, step)
@@ -171,19 +181,16 @@ def train_base(recipe, out, resume, device):
         z, ids, t, noise = (x.to(device) for x in (z, ids, t, torch.randn(z.shape, generator=g)))
         return base_loss(model, schedule, z.contiguous(memory_format=torch.channels_last), ids, t, noise)
 
-    def assemble(average):
-        return sd.StableDiffusion(average["unet"], autoencoder, average["text"], schedule, tokenizer, size=128)
-
     def sheet(average):
-        toy, prompts = assemble(average), toyworld.captions(toyworld.random_scenes(16, at(recipe.seed + 2, 0)), at(2, 0))
+        shown = replace(toy, unet=average["unet"], text=average["text"])
+        prompts = toyworld.captions(toyworld.random_scenes(16, at(recipe.seed + 2, 0)), at(recipe.seed + 2, 0))
         noise = torch.randn(16, *latents.shape[1:], generator=at(recipe.seed + 2, 0)).to(device)
-        denoise = toy.denoiser(prompts, guidance=4.0)
-        z = diffusion.sample(denoise, noise, diffusion.make("ddim", schedule, 25))
         with torch.no_grad():
-            return toy.decode(z).cpu() / 2 + 0.5
+            z = diffusion.sample(shown.denoiser(prompts, guidance=4.0), noise, diffusion.make("ddim", schedule, 25))
+            return shown.decode(z).cpu() / 2 + 0.5
 
     average = fit("base", model, loss, sheet, recipe, out, resume)
-    sd.save(assemble(average), out / "model", torch.float16)
+    sd.save(replace(toy, unet=average["unet"], text=average["text"]), out / "model", torch.float16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,7 +202,7 @@ def fit(stage, model, loss, sheet, recipe, out, resume):
     state, average = out / f"{stage}-state.safetensors", copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     first, losses = restore(state, model, average, optimizer) if resume else (0, [])
-    bar = tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=stage, unit="step", mininterval=1, smoothing=0.02)
+    bar = tqdm(range(first, recipe.steps), stage, recipe.steps, initial=first, mininterval=1, smoothing=0.02)
     for step in bar:
         rate = recipe.lr * min(1, (step + 1) / recipe.warmup) * (0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
         for group in optimizer.param_groups:
@@ -211,7 +218,8 @@ def fit(stage, model, loss, sheet, recipe, out, resume):
         losses.append(value.item())
         if not math.isfinite(losses[-1]):
             raise SystemExit(f"train.py: the loss is {losses[-1]} at step {step}; resume with a lower --lr")
-        bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False, images_s=f"{recipe.batch * (bar.format_dict['rate'] or 0):.0f}")
+        rate = recipe.batch * (bar.format_dict["rate"] or 0)
+        bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", images_s=f"{rate:.0f}", refresh=False)
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
             save(state, model, average, optimizer, losses)
             draw_curve(losses, out / f"{stage}-loss.png")
@@ -225,7 +233,8 @@ def save(path, model, average, optimizer, losses):
     for (name, p), q in zip(model.named_parameters(), average.parameters()):
         tensors[f"model.{name}"], tensors[f"average.{name}"] = p.detach(), q
         tensors[f"m.{name}"], tensors[f"v.{name}"] = (optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq"))
-    write_whole(path, lambda tmp: save_file({k: t.contiguous() for k, t in tensors.items()}, tmp, {"losses": json.dumps(losses)}))
+    with sd.whole(path) as tmp:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, tmp, {"losses": json.dumps(losses)})
 
 
 def restore(path, model, average, optimizer):
@@ -244,19 +253,12 @@ def restore(path, model, average, optimizer):
     return len(losses), losses
 
 
-def write_whole(path, write):
-    """Call write(temporary path), then rename: readers see the old file or the new one, never half of one."""
-    tmp = path.with_name(f".{path.name}.tmp")
-    write(tmp)
-    os.replace(tmp, path)
-
-
 def draw_sheet(images, path, columns=8):
     """images (N, 3, H, W) in [0, 1] as a grid PNG."""
     n, _, h, w = images.shape
     grid = images.clamp(0, 1).view(n // columns, columns, 3, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
-    png = cv2.imencode(".png", (grid.float().numpy()[..., ::-1] * 255).round().astype(np.uint8))[1]
-    write_whole(path, lambda tmp: tmp.write_bytes(png))
+    with sd.whole(path) as tmp:
+        tmp.write_bytes(cv2.imencode(".png", (grid.float().numpy()[..., ::-1] * 255).round().astype(np.uint8))[1])
 
 
 def draw_curve(losses, path, width=900, height=400):
@@ -272,8 +274,8 @@ def draw_curve(losses, path, width=900, height=400):
     for value, where in ((y.max(), 24), (y.min(), height - 40)):
         cv2.putText(canvas, f"{math.exp(value):.3g}", (8, where), **text)
     cv2.putText(canvas, f"step 1 .. {len(losses)} (log), loss (log)", (60, height - 12), **text)
-    png = cv2.imencode(".png", canvas)[1]
-    write_whole(path, lambda tmp: tmp.write_bytes(png))
+    with sd.whole(path) as tmp:
+        tmp.write_bytes(cv2.imencode(".png", canvas)[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,7 +285,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=list(RECIPES), default="base")
     parser.add_argument("--out", type=Path, default=Path("runs/toy"))
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
+    parser.add_argument("--init", type=Path, help="start from these weights, e.g. weights/toy, instead of from nothing")
     for name, kind in (("steps", int), ("batch", int), ("lr", float), ("seed", int), ("save-every", int)):
         parser.add_argument(f"--{name}", type=kind)
     args = parser.parse_args()
@@ -292,8 +295,9 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    train_vae(recipe, args.out, args.resume, device)
+    init = sd.load(args.init, torch.float32, device) if args.init else None
+    {"vae": train_vae, "base": train_base}[args.stage](recipe, args.out, args.resume, device, init)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

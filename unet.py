@@ -330,7 +330,7 @@ CONFIGS = {
     "toy": UNetConfig(
         in_channels=12, out_channels=12, channels=(64, 128), layers=1, depth=(1, 1), heads=4, context=128
     ),
-}  # fmt: skip
+}
 
 
 def config_from_shapes(shapes):
@@ -362,3 +362,77 @@ def config_from_shapes(shapes):
         groups=32 if all(c % 32 == 0 for c in channels) else 8,
         added=shapes["add_embedding.linear_1.weight"][1] if "add_embedding.linear_1.weight" in shapes else 0,
     )
+
+
+# config.json of diffusers' UNet2DConditionModel. Its attention_head_dim is, by an old mistake that every checkpoint
+# relies on, the *number* of heads: 8 in SD 1; in SD 2 and XL a list of numbers, which makes all heads equally wide.
+
+DOWN, UP = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")  # without, with transformers
+FIXED = {  # options of that class which the published Stable Diffusions leave at these values, and this file has not
+    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "norm_eps": 1e-5, "downsample_padding": 1, "dropout": 0.0,
+    "flip_sin_to_cos": True, "freq_shift": 0, "center_input_sample": False, "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "only_cross_attention": False, "dual_cross_attention": False,
+    "mid_block_only_cross_attention": None, "class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim": None,
+    "time_embedding_type": "positional", "time_embedding_dim": None, "time_cond_proj_dim": None,
+    "resnet_time_scale_shift": "default", "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default",
+}
+
+
+def config_from_json(c):
+    """The content of a config.json -> UNetConfig. KeyError if a size is missing, ValueError for what we do not have."""
+    c = {"addition_embed_type": None} | c
+    cross = ["CrossAttn" in kind for kind in c["down_block_types"]]
+    must = FIXED | {
+        "down_block_types": [DOWN[x] for x in cross], "up_block_types": [UP[x] for x in reversed(cross)],
+        "addition_embed_type": c["addition_embed_type"] and "text_time",
+    }
+    for option, value in must.items():
+        if c.get(option, value) != value and (c[option] or value):  # false is as good as null
+            raise ValueError(f"its config.json has {option} = {c[option]!r}; only {value!r} is implemented")
+    channels = tuple(c["block_out_channels"])
+
+    def per_level(value):
+        return tuple(value) if isinstance(value, list) else (value,) * len(channels)
+
+    depth = per_level(c.get("transformer_layers_per_block", 1))
+    heads = per_level(c.get("num_attention_heads") or c.get("attention_head_dim", 8))
+    widths = {width // n for width, n in zip(channels, heads)}
+    if len(set(heads)) > 1 < len(widths):
+        raise ValueError(f"its config.json has {heads} attention heads; only an equal number or width is implemented")
+    same = len(set(heads)) == 1
+    return UNetConfig(
+        in_channels=c["in_channels"],
+        out_channels=c["out_channels"],
+        channels=channels,
+        layers=c["layers_per_block"],
+        depth=tuple(d if x else 0 for d, x in zip(depth, cross)),
+        mid_depth=depth[-1],
+        heads=heads[0] if same else None,
+        head_width=None if same else widths.pop(),
+        context=c["cross_attention_dim"],
+        linear_proj=c.get("use_linear_projection", False),
+        groups=c.get("norm_num_groups", 32),
+        added=c["projection_class_embeddings_input_dim"] if c["addition_embed_type"] else 0,
+    )
+
+
+def config_to_json(config):
+    """UNetConfig -> the content of a config.json with which diffusers opens these weights."""
+    c = config
+    depth = [d or 1 for d in c.depth[:-1]] + [c.mid_depth]  # where there are no transformers, any number will do
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": c.in_channels,
+        "out_channels": c.out_channels,
+        "block_out_channels": c.channels,
+        "layers_per_block": c.layers,
+        "down_block_types": [DOWN[d > 0] for d in c.depth],
+        "up_block_types": [UP[d > 0] for d in reversed(c.depth)],
+        "transformer_layers_per_block": depth if len(set(depth)) > 1 else depth[0],
+        "attention_head_dim": c.heads or [c.heads_at(width) for width in c.channels],
+        "cross_attention_dim": c.context,
+        "use_linear_projection": c.linear_proj,
+        "norm_num_groups": c.groups,
+        **({"addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": c.added} if c.added else {}),
+    }

@@ -1,6 +1,6 @@
 """The autoencoder of Stable Diffusion: pixels in [-1, 1] <-> a latent 8 times smaller on each side.
 
-Rombach et al. 2022, *High-Resolution Image Synthesis with Latent Diffusion Models*, section 3.1, with the KL-regularised
+Rombach et al. 2022, *High-Resolution Image Synthesis with Latent Diffusion Models*, section 3.1, with a KL-regularised
 bottleneck. Attribute names are the Hugging Face checkpoint's key names, so that loading is `load_state_dict`.
 
     x  (B, 3, H, W)  --encode-->  mean, logvar  (B, C, H/8, W/8)        z  (B, C, h, w)  --decode-->  (B, 3, 8h, 8w)
@@ -11,7 +11,6 @@ unit variance. `sd.StableDiffusion.encode_image` and `.decode` do that multiplic
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -212,3 +211,45 @@ def config_from_shapes(shapes):
     layers = len({k.split(".")[4] for k in shapes if k.startswith("encoder.down_blocks.0.resnets.")})
     groups = 32 if all(c % 32 == 0 for c in channels) else 8
     return VAEConfig(channels, layers, shapes["post_quant_conv.weight"][0], groups)
+
+
+# config.json of diffusers' AutoencoderKL.
+
+FIXED = {  # options of that class which the published Stable Diffusions leave at these values, and this file has not
+    "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3, "shift_factor": None,
+    "latents_mean": None, "latents_std": None, "use_quant_conv": True, "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+
+
+def config_from_json(c):
+    """The content of a config.json -> VAEConfig. KeyError if a size is missing, ValueError for what we do not have."""
+    n = len(c["block_out_channels"])
+    must = FIXED | {"down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n}
+    for option, value in must.items():
+        if c.get(option, value) != value:
+            raise ValueError(f"its config.json has {option} = {c[option]!r}; only {value!r} is implemented")
+    return VAEConfig(
+        channels=tuple(c["block_out_channels"]),
+        layers=c["layers_per_block"],
+        latent_channels=c["latent_channels"],
+        groups=c.get("norm_num_groups", 32),
+        scaling_factor=c.get("scaling_factor", 0.18215),  # older files do not say it
+    )
+
+
+def config_to_json(config):
+    """VAEConfig -> the content of a config.json with which diffusers opens these weights."""
+    n = len(config.channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": config.channels,
+        "layers_per_block": config.layers,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.groups,
+        "scaling_factor": config.scaling_factor,
+        "down_block_types": ["DownEncoderBlock2D"] * n,
+        "up_block_types": ["UpDecoderBlock2D"] * n,
+    }

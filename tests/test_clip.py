@@ -234,8 +234,8 @@ def test_same_ids_as_transformers(tmp_path, toy):
     transformers = pytest.importorskip("transformers")
     toy.save(tmp_path)
     peer = transformers.CLIPTokenizer.from_pretrained(tmp_path)
-    texts = [*CAPTIONS, "", "A CAFÉ at 5 o'clock", "e\u0301 日本語 привет 👩‍👧 x²", "a <|endoftext|> b", "no  double\n spaces",
-             "red " * 90, "unseen qwertz-words [and] {brackets}"]
+    texts = [*CAPTIONS, "", "A CAFÉ at 5 o'clock", "e\u0301 日本語 привет 👩‍👧 x²", "a <|endoftext|> b",
+             "no  double\n spaces", "red " * 90, "unseen qwertz-words [and] {brackets}"]
     want = peer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     with pytest.warns(UserWarning, match="left out"):
         got = toy(texts)

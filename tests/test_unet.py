@@ -18,7 +18,7 @@ SMALL = {
     "xl": UNetConfig(channels=(32, 32, 64), depth=(0, 1, 2), mid_depth=2, heads=None, head_width=16, linear_proj=True,
                      context=40, added=6 * 8 + 20),
     "toy": UNetConfig(12, 12, (32, 64), layers=1, depth=(1, 1), heads=4, context=16, groups=8),
-}  # fmt: skip
+}
 
 
 def random_model(config, seed=0):
@@ -42,7 +42,7 @@ def peer_of(model):
     c = model.config
     cross = [d > 0 for d in c.depth]
     options = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-               "projection_class_embeddings_input_dim": c.added} if c.added else {}  # fmt: skip
+               "projection_class_embeddings_input_dim": c.added} if c.added else {}
     if len({d for d in c.depth if d} | {c.mid_depth}) > 1:
         options["transformer_layers_per_block"] = [max(1, d) for d in c.depth]
     peer = diffusers.UNet2DConditionModel(
@@ -52,7 +52,7 @@ def peer_of(model):
         up_block_types=["CrossAttnUpBlock2D" if x else "UpBlock2D" for x in reversed(cross)],
         attention_head_dim=c.heads or [w // c.head_width for w in c.channels],
         use_linear_projection=c.linear_proj, **options,
-    )  # fmt: skip
+    )
     return peer
 
 
@@ -112,7 +112,7 @@ def test_parameter_counts_are_the_published_ones(name, count):
 def test_shapes_give_the_configuration_back(name):
     with torch.device("meta"):
         shapes = {k: tuple(v.shape) for k, v in UNet(unet.CONFIGS[name]).state_dict().items()}
-    want = replace(unet.CONFIGS[name], prediction="epsilon")  # the prediction is not in the tensors, nor the toy's heads
+    want = replace(unet.CONFIGS[name], prediction="epsilon")  # neither that nor heads are in the tensors
     assert unet.config_from_shapes(shapes) == (replace(want, heads=8) if name == "toy" else want)
 
 

@@ -33,7 +33,7 @@ def test_same_numbers_as_diffusers(name):
     peer = diffusers.AutoencoderKL(
         latent_channels=c.latent_channels, block_out_channels=c.channels, layers_per_block=c.layers,
         norm_num_groups=c.groups, down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n,
-    ).eval()  # fmt: skip
+    ).eval()
     peer.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 4 * c.factor, 3 * c.factor)
     mean, logvar = model.encode(x)

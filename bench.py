@@ -1,0 +1,161 @@
+"""Speed and memory side by side with peers. One topic each, one table each.
+
+    python bench.py load [--fp32]      loading a checkpoint of Stable Diffusion 1.4's size, in every layout
+
+The weights are random, so nothing is downloaded. Every figure is taken in a process of its own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent
+TOPICS = {}
+
+
+def topic(f):
+    TOPICS[f.__name__] = f
+    return f
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def memory(key):
+    """This process's memory in MiB: VmHWM is the peak of all of it, RssAnon what is private now, not a file's pages."""
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
+
+
+class Watch:
+    """with Watch() as w: ...   then w.seconds, and w.total and w.private, the peaks in MiB above the start."""
+
+    def __enter__(self):
+        self.start_private, self.start, self.private, self.done = memory("RssAnon"), memory("VmRSS"), 0, False
+        self.thread = threading.Thread(target=self.sample)
+        self.thread.start()
+        self.clock = time.perf_counter()
+        return self
+
+    def sample(self):
+        while not self.done:
+            self.private = max(self.private, memory("RssAnon") - self.start_private)
+            time.sleep(0.005)
+
+    def __exit__(self, *_):
+        self.seconds = time.perf_counter() - self.clock
+        self.done = True
+        self.thread.join()
+        self.total = memory("VmHWM") - self.start
+
+
+def table(header, rows):
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+    for row in (header, ["-" * w for w in widths], *rows):
+        print("| " + " | ".join(str(cell).ljust(w) for cell, w in zip(row, widths)) + " |")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def make_checkpoints(folder, dtype):
+    """A random Stable Diffusion 1.4 in three layouts -> {layout: path}"""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from test_sd import CAPTIONS, to_original  # the original layout, written independently of sd.py
+
+    import clip
+    import diffusion
+    import sd
+    import unet
+    import vae
+
+    def random_model(network, config):
+        with torch.device("meta"):
+            model = network(config)
+        model = model.to(dtype).to_empty(device="cpu")
+        for p in model.parameters():
+            p.data.uniform_(-0.02, 0.02)
+        return model
+
+    model = sd.StableDiffusion(
+        random_model(unet.UNet, unet.CONFIGS["sd1"]), random_model(vae.VAE, vae.CONFIGS["sd"]),
+        random_model(clip.TextEncoder, clip.CONFIGS["clip-vit-l"]), diffusion.Schedule(),
+        clip.Tokenizer(*clip.learn_bpe(CAPTIONS, 600)), size=512,
+    )  # fmt: skip
+    paths = {"folder": folder / "folder", ".safetensors": folder / "sd.safetensors", ".ckpt": folder / "sd.ckpt"}
+    sd.save(model, paths["folder"])
+    tensors = to_original(model)
+    sd.save_file(tensors, paths[".safetensors"])
+    torch.save({"state_dict": tensors}, paths[".ckpt"])
+    model.tokenizer.save(folder / "tokenizer")
+    return paths
+
+
+def load_once(who, path, dtype, configs):
+    """Load, then one step of the UNet at 512x512, both measured. In a process of its own; prints a line of JSON."""
+    if who == "ours":
+        import sd
+
+        with Watch() as loading:
+            network = sd.load(path).unet
+    else:
+        import diffusers
+
+        diffusers.utils.logging.disable_progress_bar()
+        options = {"torch_dtype": getattr(torch, dtype), "safety_checker": None, "local_files_only": True}
+        read = diffusers.StableDiffusionPipeline.from_pretrained
+        if Path(path).is_file():
+            read, options["config"] = diffusers.StableDiffusionPipeline.from_single_file, configs
+        with Watch() as loading:
+            network = read(path, **options).unet
+    network.float()  # half precision is slow on many CPUs
+    torch.manual_seed(0)
+    with torch.no_grad(), Watch() as step:
+        out = network(torch.randn(1, 4, 64, 64), torch.tensor([500]), torch.randn(1, 77, 768))
+    out = out if torch.is_tensor(out) else out.sample
+    print(json.dumps({"loading": loading.seconds, "total": loading.total, "private": loading.private,
+                      "step": step.seconds, "norm": out.norm().item()}))  # fmt: skip
+
+
+@topic
+def load(args):
+    dtype = "float32" if args.fp32 else "float16"
+    with tempfile.TemporaryDirectory(dir=args.tmp) as folder:
+        paths = make_checkpoints(Path(folder), getattr(torch, dtype))
+        gigabytes = paths[".safetensors"].stat().st_size / 1e9
+        print(f"Stable Diffusion 1.4, random, {dtype}, {gigabytes:.2f} GB; {torch.get_num_threads()} threads\n")
+        rows = []
+        for layout, path in paths.items():
+            for who in ("ours", "diffusers"):
+                child = [sys.executable, __file__, "--once", who, str(path), dtype, str(paths["folder"])]
+                result = subprocess.run(child, capture_output=True, text=True)
+                if result.returncode:
+                    rows.append([layout, who, "failed: " + result.stderr.strip().splitlines()[-1][:90], *[""] * 5])
+                    continue
+                r = json.loads(result.stdout.splitlines()[-1])
+                ratio = r["total"] * 2**20 / 1e9 / gigabytes
+                rows.append([layout, who, f"{r['loading']:.2f}", f"{r['total']:.0f}", f"{ratio:.2f}",
+                             f"{r['private']:.0f}", f"{r['step']:.1f}", f"{r['norm']:.4f}"])  # fmt: skip
+        table(["layout", "who", "load s", "peak MiB", "of file size", "private MiB", "512x512 step s", "norm"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--once"]:
+        load_once(*sys.argv[2:])
+        sys.exit()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("topic", choices=TOPICS)
+    parser.add_argument("--fp32", action="store_true", help="load: a checkpoint of 4 GB instead of 2")
+    parser.add_argument("--tmp", help="folder for the checkpoints, 3 times that size")
+    args = parser.parse_args()
+    TOPICS[args.topic](args)

@@ -1,0 +1,190 @@
+"""What is claimed about the shipped toy weights, measured again, and the README's pictures, drawn again.
+
+    python reproduce.py                        everything, into reproduced/
+    python reproduce.py --only autoencoder     one item of SECTIONS
+    python reproduce.py --quick                fewer samples, to see that it works
+
+The toy world knows the truth about its scenes, so that what a person would judge by eye is counted here: does the sky
+of "a red ball on snow at night" have a night's colours, is there snow, is there something red. Scenes are held out:
+no training stage draws from these seeds.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import diffdiff
+import diffusion
+import sample
+import sd
+import toyworld
+from toyworld import COLOUR, COLOURS, FIXED, GROUNDS, KINDS, TIME, TIMES
+
+HELD_OUT = 10**9  # training seeds are below 2 * 10^8
+
+
+def scenes_of(seed, n, objects=3):
+    return toyworld.random_scenes(n, torch.Generator().manual_seed(HELD_OUT + seed), objects)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Colour probes: what is in a picture of the toy world?
+
+
+def sky_and_ground(images):
+    """images (B, 3, H, W) in [0, 1] -> (B, 6): mean colour of the upper fifth, median colour of the lowest eighth"""
+    h = images.shape[2]
+    sky, land = images[:, :, : h // 5], images[:, :, -h // 8 :]
+    return torch.cat([sky.mean((2, 3)), land.flatten(2).median(2).values], 1)
+
+
+def probe_scene(images):
+    """-> (time, ground) as indices (B,): the nearest of the twelve combinations' mean colours in true renders."""
+    scenes = scenes_of(1, 600)
+    features = sky_and_ground(toyworld.render(scenes).image)
+    group = scenes.time * len(GROUNDS) + scenes.ground
+    centres = torch.stack([features[group == g].mean(0) for g in range(len(TIMES) * len(GROUNDS))])
+    nearest = torch.cdist(sky_and_ground(images), centres).argmin(1)
+    return nearest // len(GROUNDS), nearest % len(GROUNDS)
+
+
+def probe_object(images, time):
+    """Which colour do the objects have? images (B, 3, H, W), time (B,) -> (B,) index into COLOURS
+
+    The light's tint is divided out. Then each pixel below the horizon votes for the nearest of: every object colour and
+    fixed colour in three shades, and its row's median in five (ground, lit and shadowed).
+    """
+    x = images / TIME[time, :3, None, None]
+    ground = x.median(3, keepdim=True).values
+    shades = torch.tensor([0.5, 0.75, 1.0])
+    candidates = torch.cat([COLOUR[:, None] * shades[:, None], FIXED[1:, None] * shades[:, None]]).flatten(0, 1)
+    distance = torch.stack(
+        [(x - c[:, None, None]).abs().sum(1) for c in candidates]
+        + [(x - ground * s).abs().sum(1) for s in (0.5, 0.65, 0.8, 1.0, 1.1)], 1,
+    )  # (B, candidates, H, W)
+    below = slice(int(0.42 * x.shape[2]), int(0.97 * x.shape[2]))
+    nearest = distance[:, :, below].argmin(1) // len(shades)
+    votes = torch.stack([(nearest == c).flatten(1).sum(1) for c in range(len(COLOURS))], 1).float()
+    votes[:, COLOURS.index("white")] /= 2  # haze and highlights are whitish too
+    return votes.argmax(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurements
+
+
+def autoencoder(toy, quick, out):
+    """PSNR of the round trip."""
+    squared, inside = [], []
+    for i in tqdm(range(0, 64 if quick else 512, 32), desc="autoencoder", leave=False):
+        frames = toyworld.render(scenes_of(1000 + i, 32))
+        back = toy.decode(toy.encode_image(frames.image * 2 - 1)).clamp(-1, 1) / 2 + 0.5
+        error = (back - frames.image).square().mean(1)  # (B, H, W)
+        squared.append(error.flatten())
+        inside.append(error[frames.segments > 0])
+    draw_rows(out / "autoencoder.png", frames.image[:8], back[:8])
+    psnr = [round(-10 * torch.cat(e).mean().log10().item(), 2) for e in (squared, inside)]
+    return {"psnr_db": psnr[0], "psnr_inside_objects_db": psnr[1]}
+
+
+def adherence(toy, quick, out):
+    """Share of text-to-image pictures with the sky, the ground and the object colour that the prompt names."""
+    scenes = scenes_of(2, 32 if quick else 288, objects=1)
+    truth = (scenes.time, scenes.ground, scenes.colour[:, 0])
+    prompts = [
+        f"a {COLOURS[colour]} {KINDS[kind]} on {GROUNDS[ground]} at {TIMES[time]}"
+        for time, ground, colour, kind in zip(*truth, scenes.kind[:, 0])
+    ]
+    sampler, images = diffusion.make("ddim", toy.schedule, 50), []
+    for i in tqdm(range(0, len(prompts), 32), desc="adherence", leave=False):
+        noise = torch.randn(len(prompts[i : i + 32]), *latent_shape(toy), generator=torch.Generator().manual_seed(i))
+        images.append(toy.decode(diffusion.sample(toy.denoiser(prompts[i : i + 32], guidance=7.5), noise, sampler)))
+    images = (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+    draw_rows(out / "adherence.png", images[:8], images[8:16])
+    result = {}
+    for who, pictures in (("true renders", toyworld.render(scenes).image), ("text to image", images)):
+        time, ground = probe_scene(pictures)
+        colour = probe_object(pictures, scenes.time)
+        right = [(a == b).float() for a, b in zip((time, ground, colour), truth)]
+        result[who] = {n: round(r.mean().item(), 3) for n, r in zip(("sky", "ground", "object"), right)}
+        result[who]["mean"] = round(torch.stack(right).mean().item(), 3)
+    return result
+
+
+def gradient(toy, quick, out):
+    """CAM of a gradient map: does the change grow as the map says? Mean absolute change, less that of a black map."""
+    n = 8 if quick else 64
+    scenes = scenes_of(3, n)
+    scenes.time[:], scenes.ground[:] = TIMES.index("noon"), GROUNDS.index("grass")
+    image = toyworld.render(scenes).image
+    z_init = toy.encode_image(image * 2 - 1)
+    back = toy.decode(z_init)
+    mu = torch.linspace(0, 1, image.shape[3]).expand(image.shape[2:])
+    sampler = diffusion.make("ddim", toy.schedule, 50)
+    denoise = toy.denoiser(["snow at night"] * n, guidance=7.5)
+    noise = torch.randn(z_init.shape, generator=torch.Generator().manual_seed(0))
+    change = []
+    for m in tqdm((mu, torch.zeros_like(mu)), desc="gradient", leave=False):
+        edited = toy.decode(diffdiff.differential_diffusion(denoise, z_init, m, sampler, noise))
+        change.append((edited - back).abs().mean((0, 1)))
+        if m is mu:
+            draw_rows(out / "gradient.png", image[:8], edited[:8] / 2 + 0.5)
+    measured = {"cam": change[0] - change[1], "cam of the biased measurement": change[0]}
+    return {name: round(diffdiff.cam(mu, e), 3) for name, e in measured.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README's pictures
+
+
+def examples(toy, quick, out):
+    """The input and the map that the README's first command takes, and the sheets that it shows."""
+    folder = Path(__file__).parent / "examples"
+    folder.mkdir(exist_ok=True)
+    frame = toyworld.render(toyworld.Scene(
+        ground=torch.tensor([0]), time=torch.tensor([0]), horizon=torch.tensor([0.42]), sun=torch.tensor([0.8]),
+        texture=torch.tensor([[0.5, 1.0, 2.0, 0.3, 4.0, 1.0]]), camera=torch.zeros(1, 2),
+        kind=torch.tensor([[KINDS.index("house"), KINDS.index("tree"), KINDS.index("ball")]]),
+        colour=torch.tensor([[COLOURS.index("yellow"), COLOURS.index("green"), COLOURS.index("red")]]),
+        x=torch.tensor([[-0.9, 0.25, 0.85]]), z=torch.tensor([[3.4, 3.0, 2.5]]), size=torch.tensor([[0.9, 0.95, 0.62]]),
+    ))
+    sample.tensor_to_picture(frame.image[0]).save(folder / "meadow.png")
+    Image.fromarray(np.tile(np.linspace(0, 255, 128).round().astype(np.uint8), (128, 1))).save(folder / "gradient.png")
+    return {"written": ["examples/meadow.png", "examples/gradient.png"]}
+
+
+def latent_shape(model):
+    side = model.size // model.vae.config.factor
+    return model.vae.config.latent_channels, side, side
+
+
+def draw_rows(path, *rows):
+    """Each row (N, 3, H, W) in [0, 1] -> one PNG."""
+    grid = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
+    sample.save_picture(sample.tensor_to_picture(grid), path, {})
+
+
+SECTIONS = {"examples": examples, "autoencoder": autoencoder, "adherence": adherence, "gradient": gradient}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(SECTIONS))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--weights", type=Path, default=sample.TOY)
+    parser.add_argument("--out", type=Path, default=Path("reproduced"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    toy = sd.load(args.weights, torch.float32)
+    for name in [args.only] if args.only else SECTIONS:
+        with torch.inference_mode():
+            print(json.dumps({name: SECTIONS[name](toy, args.quick, args.out)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The command line, on the shipped toy weights: every mode, every kind of picture, every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import diffdiff
+import sample
+import sd
+
+ROOT = Path(sample.__file__).parent
+MEADOW, GRADIENT = str(ROOT / "examples/meadow.png"), str(ROOT / "examples/gradient.png")
+
+
+def run(tmp_path, *argv, out="out.png"):
+    out = tmp_path / out
+    sample.main([*map(str, argv), "--steps", "4", "--out", str(out), "--precision", "fp32", "--device", "cpu"])
+    return np.asarray(Image.open(out).convert("RGB"), int)
+
+
+def fails(capsys, *argv):
+    """-> the one line that a person gets"""
+    with pytest.raises(SystemExit) as stop:
+        sample.main([*map(str, argv)])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("sample.py: error: "), lines
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def round_trip():
+    toy = sd.load(sample.TOY, torch.float32)
+    x = sample.picture_to_tensor(Image.open(MEADOW), (128, 128))
+    with torch.inference_mode():
+        return np.asarray(sample.tensor_to_picture(toy.decode(toy.encode_image(x))[0] / 2 + 0.5), int)
+
+
+def test_change_map(tmp_path, round_trip):
+    """The white side is the autoencoder's round trip; the black side is not."""
+    image = run(tmp_path, "--image", MEADOW, "--change-map", GRADIENT, "--prompt", "snow at night")
+    change = np.abs(image - round_trip).mean((0, 2))
+    assert change[-8:].mean() < 3 < 20 < change[:32].mean()
+
+
+def test_white_is_change_turns_the_map_round(tmp_path):
+    flipped = Image.fromarray(255 - np.asarray(Image.open(GRADIENT)))
+    flipped.save(tmp_path / "flipped.png")
+    a = run(tmp_path, "--image", MEADOW, "--change-map", GRADIENT, "--prompt", "snow at night")
+    b = run(tmp_path, "--image", MEADOW, "--change-map", tmp_path / "flipped.png", "--white-is-change",
+            "--prompt", "snow at night")
+    assert np.array_equal(a, b)
+
+
+def test_white_map_is_the_round_trip_and_costs_no_step(tmp_path, round_trip):
+    Image.new("L", (64, 64), 255).save(tmp_path / "white.png")
+    image = run(tmp_path, "--image", MEADOW, "--change-map", tmp_path / "white.png", "--prompt", "snow at night")
+    assert np.array_equal(image, round_trip)
+
+
+def test_strength_is_a_grey_map(tmp_path):
+    Image.new("L", (128, 128), 51).save(tmp_path / "grey.png")  # 51 / 255 = 0.2
+    a = run(tmp_path, "--image", MEADOW, "--strength", "0.8", "--prompt", "sand at sunset")
+    b = run(tmp_path, "--image", MEADOW, "--change-map", tmp_path / "grey.png", "--prompt", "sand at sunset")
+    assert np.array_equal(a, b)
+
+
+def test_soft_inpainting_and_fan_and_text(tmp_path, round_trip):
+    mask = np.full((128, 128), 255, np.uint8)
+    mask[:, :40] = 0
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    image = run(tmp_path, "--image", MEADOW, "--mask", tmp_path / "mask.png", "--softness", 8, "--prompt", "night")
+    change = np.abs(image - round_trip).mean((0, 2))
+    assert change[:16].mean() > 5 * change[-16:].mean()
+    fan = run(tmp_path, "--image", MEADOW, "--strength-fan", "0,0.5,1", "--prompt", "snow at night")
+    assert fan.shape[1] == 128 and fan.shape[0] > 128  # a bar with labels above
+    assert np.abs(fan[-128:, :40] - round_trip[:, :40]).mean() < np.abs(fan[-128:, -40:] - round_trip[:, -40:]).mean()
+    assert run(tmp_path, "--prompt", "a red ball on snow at night").shape == (128, 128, 3)
+
+
+def test_sheet_strip_and_parameters(tmp_path):
+    run(tmp_path, "--image", MEADOW, "--change-map", GRADIENT, "--prompt", "snow at night", "--seed", "7",
+        "--sheet", tmp_path / "sheet.png", "--steps-strip", tmp_path / "strip.png")
+    parameters = json.loads(Image.open(tmp_path / "out.png").text["parameters"])
+    assert parameters["seed"] == 7 and parameters["prompt"] == "snow at night" and parameters["steps"] == 4
+    assert Image.open(tmp_path / "sheet.png").width > 3 * 128
+    assert Image.open(tmp_path / "strip.png").width > 4 * 128
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "I;16", "1"])
+def test_any_picture_mode(tmp_path, mode):
+    picture = Image.open(MEADOW).convert("RGB").resize((90, 60))
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+    else:
+        picture = picture.convert(mode)
+    path = tmp_path / ("in.tif" if mode == "CMYK" else "in.png")
+    picture.save(path)
+    image = run(tmp_path, "--image", path, "--strength", "0.25", "--prompt", "snow")
+    assert image.shape == (104, 160, 3)  # the aspect kept, the area of 128 x 128, sides multiples of 8
+    assert 30 < image.mean() < 240
+
+
+def test_16_bit_grey_keeps_its_tones(tmp_path):
+    ramp = np.linspace(0, 65535, 128).astype(np.uint16)
+    picture = sample.to_rgb(Image.fromarray(np.tile(ramp, (128, 1))))
+    assert np.abs(np.asarray(picture)[0, :, 0] - np.linspace(0, 255, 128)).max() <= 1
+
+
+def test_exif_rotation_is_undone(tmp_path):
+    picture = Image.new("RGB", (40, 20), "red")
+    exif = picture.getexif()
+    exif[0x112] = 6  # the camera was held upright
+    picture.save(tmp_path / "in.jpg", exif=exif)
+    assert sample.open_picture(tmp_path / "in.jpg").size == (20, 40)
+
+
+def test_map_follows_the_picture_when_it_is_cut():
+    """--size of another aspect cuts picture and map at the same place."""
+    half = Image.fromarray(np.repeat([[0, 255]], 100, 0).repeat(100, 1).astype(np.uint8))
+    size = (64, 128)
+    x = sample.picture_to_tensor(half.convert("RGB"), size)
+    mu = sample.map_to_tensor(half, half, size)
+    assert np.abs((x[0, 0] / 2 + 0.5 - mu[0, 0]).numpy()).mean() < 0.02
+
+
+def test_same_seed_same_picture_and_skipping_is_exact(tmp_path):
+    argv = ["--image", MEADOW, "--strength", "0.5", "--prompt", "snow at night"]
+    a = run(tmp_path, *argv)
+    assert np.array_equal(a, run(tmp_path, *argv)) and np.array_equal(a, run(tmp_path, *argv, "--no-skip"))
+    assert not np.array_equal(a, run(tmp_path, *argv, "--seed", "1"))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "pndm", "euler", "heun", "dpm++", "deis"])
+def test_every_sampler_keeps_white_and_changes_black(tmp_path, sampler, round_trip):
+    argv = ["--image", MEADOW, "--change-map", GRADIENT, "--prompt", "snow at night", "--sampler", sampler]
+    image = run(tmp_path, *argv)
+    change = np.abs(image - round_trip).mean((0, 2))
+    assert change[-8:].mean() < 3 < 15 < change[:32].mean()
+
+
+def test_guidance_one_needs_no_unconditional_pass():
+    toy = sd.load(sample.TOY, torch.float32)
+    z, t = torch.randn(1, *[toy.vae.config.latent_channels, 16, 16]), torch.tensor([500])
+    with torch.inference_mode():
+        conditional = toy.unet(z, t, toy.encode_prompt(["snow at night"]))
+        unconditional = toy.unet(z, t, toy.encode_prompt([""]))
+        torch.testing.assert_close(toy.denoiser(["snow at night"])(z, t), conditional)
+        guided = toy.denoiser(["snow at night"], guidance=3.0)(z, t)
+    torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), atol=1e-4, rtol=1e-4)
+
+
+def test_one_clear_line(tmp_path, capsys):
+    text, empty, half = tmp_path / "text.png", tmp_path / "empty.png", tmp_path / "half.png"
+    text.write_text("not a picture")
+    empty.touch()
+    half.write_bytes(Path(MEADOW).read_bytes()[:2000])
+    Image.new("L", (50, 100)).save(tmp_path / "tall.png")
+    edit = ["--image", MEADOW, "--prompt", "snow", "--out", tmp_path / "out.png", "--steps", 2]
+    assert "no such file" in fails(capsys, "--image", tmp_path / "none.png", "--strength", 0.5)
+    for bad in (text, empty, half):
+        assert "not a picture" in fails(capsys, "--image", bad, "--strength", 0.5, "--out", tmp_path / "out.png")
+        assert "not a picture" in fails(capsys, *edit, "--change-map", bad)
+    assert "aspect" in fails(capsys, *edit, "--change-map", tmp_path / "tall.png")
+    assert "--strength" in fails(capsys, *edit, "--strength", "1.5")
+    assert "--steps" in fails(capsys, *edit, "--strength", 0.5, "--steps", 0)
+    assert "--sampler" in fails(capsys, *edit, "--strength", 0.5, "--sampler", "magic")
+    assert "--strength-fan" in fails(capsys, *edit, "--strength-fan", "0.2,2")
+    assert "--softness" in fails(capsys, *edit, "--mask", GRADIENT, "--softness", -1)
+    assert "--size" in fails(capsys, *edit, "--strength", 0.5, "--size", "big")
+    assert "not allowed with" in fails(capsys, *edit, "--strength", 0.5, "--change-map", GRADIENT)
+    assert "needs a picture" in fails(capsys, "--strength", 0.5, "--prompt", "snow")
+    assert "how much" in fails(capsys, *edit)
+    assert "what to draw" in fails(capsys)
+    assert ".png" in fails(capsys, *edit, "--strength", 0.5, "--out", tmp_path / "out.jpg")
+    assert "folder" in fails(capsys, *edit, "--strength", 0.5, "--out", tmp_path / "none" / "out.png")
+    assert "--device" in fails(capsys, *edit, "--strength", 0.5, "--device", "abacus")
+    assert str(tmp_path) in fails(capsys, *edit, "--strength", 0.5, "--weights", tmp_path / "none.safetensors")
+    assert not (tmp_path / "out.png").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_prompt_that_is_too_long_is_cut_with_one_warning(tmp_path, capsys):
+    run(tmp_path, "--prompt", "snow " * 100)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == 1 and "75" in lines[0]
+
+
+def test_no_traceback_from_a_shell(tmp_path):
+    """In a process of its own, as a person runs it."""
+    result = subprocess.run([sys.executable, ROOT / "sample.py", "--image", tmp_path / "none.png", "--strength", "0.5"],
+                            capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(not (ROOT / "../shared/real/road.jpg").exists(), reason="needs ../shared/real")
+def test_the_road(tmp_path):
+    """A real photo and a real map: the white side is the round trip, change grows towards black."""
+    real = ROOT / "../shared/real"
+    out = run(tmp_path, "--image", real / "road.jpg", "--change-map", real / "road_change_map.jpg",
+              "--prompt", "snow at night")
+    toy = sd.load(sample.TOY, torch.float32)
+    picture = sample.open_picture(real / "road.jpg")
+    with torch.inference_mode():
+        back = toy.decode(toy.encode_image(sample.picture_to_tensor(picture, (128, 128))))[0] / 2 + 0.5
+    mu = sample.map_to_tensor(sample.open_picture(real / "road_change_map.jpg"), picture, (128, 128))[0, 0]
+    change = torch.from_numpy(np.abs(out / 255 - back.clamp(0, 1).permute(1, 2, 0).numpy()).mean(2))
+    assert diffdiff.cam(mu, change) > 0.3
+    assert change[mu > 0.95].mean() < 0.02 < change[mu < 0.2].mean()

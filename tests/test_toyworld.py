@@ -1,0 +1,112 @@
+"""The toy world keeps the promises that its pictures are judged by."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import toyworld
+from toyworld import COLOURS, GROUNDS, KINDS, TIMES, Scene, captions, random_scenes, render
+
+
+def scene(ground="sand", time="noon", sun=0.6, kind=("ball",), colour=("red",), x=(0.0,), z=(3.0,), size=(0.8,)):
+    return Scene(
+        ground=torch.tensor([GROUNDS.index(ground)]), time=torch.tensor([TIMES.index(time)]),
+        horizon=torch.tensor([0.42]), sun=torch.tensor([sun]), texture=torch.zeros(1, 6), camera=torch.zeros(1, 2),
+        kind=torch.tensor([[KINDS.index(k) if k else -1 for k in kind]]),
+        colour=torch.tensor([[COLOURS.index(c) for c in colour]]),
+        x=torch.tensor([x]), z=torch.tensor([z]), size=torch.tensor([size]),
+    )
+
+
+def test_same_seed_same_pictures_and_captions():
+    def draw(seed):
+        g = torch.Generator().manual_seed(seed)
+        scenes = random_scenes(6, g)
+        return render(scenes).image, captions(scenes, g)
+
+    a, b, c = draw(1), draw(1), draw(2)
+    assert torch.equal(a[0], b[0]) and a[1] == b[1]
+    assert not torch.equal(a[0], c[0]) and a[1] != c[1]
+
+
+def test_a_scene_looks_the_same_in_any_batch():
+    scenes = random_scenes(8, torch.Generator().manual_seed(0))
+    whole = render(scenes)
+    for i in range(8):
+        alone = render(scenes[i : i + 1])
+        torch.testing.assert_close(alone.image[0], whole.image[i], atol=1e-5, rtol=0)
+        assert torch.equal(alone.segments[0], whole.segments[i])
+
+
+def test_objects_stand_where_the_camera_model_says():
+    s = scene(x=(0.5,), z=(4.0,))
+    segments = render(s, 256).segments[0]
+    rows, columns = (segments == 1).nonzero().T
+    assert columns.float().mean() / 256 == pytest.approx(0.5 + 0.5 / 4, abs=0.01)
+    assert rows.max() / 256 == pytest.approx(0.42 + 1 / 4, abs=0.01)
+    assert (columns.max() - columns.min() + 1) / 256 == pytest.approx(0.8 / 4, abs=0.01)  # a ball is one size wide
+
+
+def test_nearer_objects_hide_farther_ones_and_depth_agrees():
+    s = scene(kind=("box", "ball"), colour=("red", "blue"), x=(0.0, 0.0), z=(4.0, 2.5), size=(0.8, 0.8))
+    f = render(s)
+    assert (f.segments[0] == 1).any() and (f.segments[0] == 2).any()
+    assert (f.depth[0][f.segments[0] == 2] == 2.5).all() and (f.depth[0][f.segments[0] == 1] == 4.0).all()
+    assert f.depth[0, 0, 0] == math.inf
+    alone = render(dataclasses.replace(s, kind=torch.tensor([[KINDS.index("box"), -1]])))
+    assert ((f.segments == 1).sum() < (alone.segments == 1).sum()).item()
+
+
+@pytest.mark.parametrize("sun", [0.7, -0.7, math.pi - 0.7, math.pi + 0.7])
+def test_shadows_fall_away_from_the_light(sun):
+    s = scene(sun=sun, z=(3.0,))
+    empty = dataclasses.replace(s, kind=torch.tensor([[-1]]))
+    with_it, without = render(s, 256), render(empty, 256)
+    darker = ((without.image - with_it.image).mean(1)[0] > 0.04) & (with_it.segments[0] == 0)
+    rows, columns = darker.nonzero().T.float() / 256
+    assert darker.sum() > 200
+    assert math.copysign(1, columns.mean() - 0.5) == -math.copysign(1, math.sin(sun))
+    foot = 0.42 + 1 / 3
+    assert math.copysign(1, rows.mean() - foot) == math.copysign(1, math.cos(sun))  # light ahead: towards the camera
+    assert (rows > 0.42).all()
+
+
+def test_water_reflects_and_dry_ground_does_not():
+    for ground, reflects in (("water", True), ("snow", False)):
+        s = scene(ground, z=(3.0,), sun=math.pi + 0.5)  # light from behind: no shadow below the foot
+        empty = dataclasses.replace(s, kind=torch.tensor([[-1]]))
+        change = (render(s, 256).image - render(empty, 256).image)[0, :, int((0.42 + 1 / 3 + 0.06) * 256), 128]
+        assert (change[0] - change[2] > 0.15).item() is reflects  # redder below the ball
+
+
+def test_deleting_an_object_leaves_no_trace():
+    s = random_scenes(16, torch.Generator().manual_seed(5))
+    gone = dataclasses.replace(s, kind=torch.full_like(s.kind, -1))
+    f = render(gone)
+    assert f.segments.max() == 0
+    moved = dataclasses.replace(gone, x=s.x + 1)
+    assert torch.equal(f.image, render(moved).image)
+
+
+def test_captions_name_what_is_there():
+    g = torch.Generator().manual_seed(0)
+    scenes = random_scenes(300, g)
+    named = 0
+    for i, text in enumerate(captions(scenes, g)):
+        ground, time = GROUNDS[scenes.ground[i]], TIMES[scenes.time[i]]
+        assert ground in text or time in text
+        for k in range(3):
+            if scenes.kind[i, k] >= 0:
+                named += f"{COLOURS[scenes.colour[i, k]]} {KINDS[scenes.kind[i, k]]}" in text
+        for other in set(GROUNDS) - {ground}:
+            assert other not in text
+    assert named > 0.8 * (scenes.kind >= 0).sum()
+
+
+def test_pictures_are_in_range_and_objects_visible():
+    f = render(random_scenes(64, torch.Generator().manual_seed(9)))
+    assert f.image.min() >= 0 and f.image.max() <= 1 and f.image.isfinite().all()
+    assert ((f.segments > 0).flatten(1).float().mean(1) > 0.005).all()
+    assert toyworld.PART.shape == (len(KINDS), toyworld.MAX_PARTS, 7)

@@ -1,0 +1,103 @@
+"""The training loop: exact resume, whole checkpoints, a clear stop."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+import vae
+
+RECIPE = train.Recipe(steps=12, batch=2, lr=1e-3, warmup=3, ema=0.9, save_every=4)
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    return vae.VAE(vae.VAEConfig(channels=(8, 8), layers=1, latent_channels=2, groups=4))
+
+
+def loss_of(model):
+    def loss(step):
+        g = train.at(0, step)
+        x = torch.rand(2, 3, 8, 8, generator=g) * 2 - 1
+        return train.vae_loss(model, x, torch.ones(2, 1, 8, 8), torch.randn(2, 2, 4, 4, generator=g))
+
+    return loss
+
+
+def run(model, out, resume, loss=None):
+    sheet = torch.zeros(8, 3, 8, 8)
+    return train.fit("tiny", model, loss or loss_of(model), lambda average: sheet, RECIPE, out, resume)
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
+    a, b, c = tiny(), tiny(), tiny(seed=1)  # c's own start is forgotten: it resumes from b's state
+    average = run(a, tmp_path, resume=False)
+    (tmp_path / "b").mkdir()
+    broken = loss_of(b)
+
+    def stops(step):
+        if step == 6:  # after the save at step 4
+            raise KeyboardInterrupt
+        return broken(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(b, tmp_path / "b", resume=False, loss=stops)
+    resumed = run(c, tmp_path / "b", resume=True)
+    for p, q in zip([*a.parameters(), *average.parameters()], [*c.parameters(), *resumed.parameters()]):
+        assert torch.equal(p, q)
+    whole, pieces = (load_file(d / "tiny-state.safetensors") for d in (tmp_path, tmp_path / "b"))
+    assert whole.keys() == pieces.keys() and all(torch.equal(whole[k], pieces[k]) for k in whole)
+
+
+def test_training_learns_and_draws(tmp_path):
+    model = tiny()
+    before = torch.stack([loss_of(model)(s) for s in range(100, 110)]).mean().item()
+    average = run(model, tmp_path, resume=False)
+    after = torch.stack([loss_of(average)(s) for s in range(100, 110)]).mean().item()
+    assert after < before
+    for name in ("tiny-loss.png", "tiny-samples.png", "tiny-state.safetensors"):
+        assert (tmp_path / name).stat().st_size > 100
+    assert not list(tmp_path.glob(".*"))  # nothing half-written is left
+
+
+def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path):
+    model = tiny()
+    with pytest.raises(SystemExit, match="loss is nan at step 0"):
+        run(model, tmp_path, resume=False, loss=lambda step: loss_of(model)(step) * torch.nan)
+    assert not (tmp_path / "tiny-state.safetensors").exists()
+
+
+def test_resuming_from_nothing_says_so(tmp_path):
+    with pytest.raises(SystemExit, match="nothing to resume"):
+        run(tiny(), tmp_path, resume=True)
+
+
+def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
+    """A process that dies inside the write: the file under the final name is the complete old one."""
+    path = tmp_path / "state"
+    code = f"""
+        import os, sd
+        with sd.whole({str(path)!r}) as tmp:
+            tmp.write_bytes(b"old")
+        with sd.whole({str(path)!r}) as tmp:
+            tmp.write_bytes(b"ne")
+            os.kill(os.getpid(), 9)
+    """
+    root = Path(train.__file__).parent
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env).returncode == -9
+    assert path.read_bytes() == b"old"
+
+
+def test_batches_depend_on_the_step_alone():
+    recipe = train.RECIPES["vae"]
+    first, again, other = (train.vae_batch(recipe, s)[0] for s in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.shape == (recipe.batch, 3, train.CROP, train.CROP)
+    assert train.vae_batch(recipe, recipe.steps - 1)[0].shape == (recipe.batch // 4, 3, 128, 128)
