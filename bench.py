@@ -77,6 +77,8 @@ def make_checkpoints(folder, dtype):
     import unet
     import vae
 
+    torch.manual_seed(0)
+
     def random_model(network, config):
         with torch.device("meta"):
             model = network(config)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import diffdiff
 import diffusion
+import layouts
 import sd
 
 TOY = Path(__file__).parent / "weights" / "toy"
@@ -108,7 +109,7 @@ def save_picture(picture, path, parameters):
     """Whole or not at all, with the parameters in a text chunk."""
     note = PngImagePlugin.PngInfo()
     note.add_text("parameters", json.dumps(parameters))
-    with sd.whole(path) as tmp:
+    with layouts.whole(path) as tmp:
         picture.save(tmp, "PNG", pnginfo=note)
 
 

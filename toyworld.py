@@ -154,28 +154,28 @@ def render(scenes, size=128):
 
     sky, haze = draw_sky(scenes, x, y, size)
     land = draw_ground(scenes, ground, z, haze)
-    back_to_front = scenes.z.argsort(1, descending=True)
-    for slot in back_to_front.T:
-        cast_shadows(scenes, slot, ground, land)
-    water = draw_reflections(scenes, back_to_front, x, y, ground, land, size)
-    image = torch.lerp(sky, water, below[:, None])
+    back_to_front = [present(scenes, slot) for slot in scenes.z.argsort(1, descending=True).T]
+    for i, k in back_to_front:  # what the ground shows of the objects, then the objects
+        wet = scenes.ground[i] == GROUNDS.index("water")
+        cast_shadows(scenes, i[~wet], k[~wet], ground, land)
+        reflect(scenes, i[wet], k[wet], x, y, ground, land, size)
+    image = torch.lerp(sky, land, below[:, None])
 
     segments = torch.zeros(B, size, size, dtype=torch.uint8)
     depth = torch.where(y > horizon, z, torch.inf).expand(B, size, size).clone()
-    for slot in back_to_front.T:
-        for i, k in present(scenes, slot):
-            u, v, scale = local(scenes, i, k, x, y)
-            image[i], alpha = paint(scenes, i, k, u, v, image[i], 1 / (scale * size))
-            body = alpha > 0.5
-            segments[i] = torch.where(body, (k + 1).to(torch.uint8)[:, None, None], segments[i])
-            depth[i] = torch.where(body, (scenes.z[i, k] - scenes.camera[i, 1])[:, None, None], depth[i])
+    for i, k in back_to_front:
+        u, v, scale = local(scenes, i, k, x, y)
+        image[i], alpha = paint(scenes, i, k, u, v, image[i], 1 / (scale * size))
+        body = alpha > 0.5
+        segments[i] = torch.where(body, (k + 1).to(torch.uint8)[:, None, None], segments[i])
+        depth[i] = torch.where(body, (scenes.z[i, k] - scenes.camera[i, 1])[:, None, None], depth[i])
     return Frames(image.clamp_(0, 1), segments, depth)
 
 
 def present(scenes, slot):
-    """Scenes whose object number `slot` (B,) exists, with those numbers: at most one pair (i, k) of index tensors."""
+    """Indices (n,) of the scenes whose object number `slot` (B,) exists, and those numbers (n,)."""
     i = (scenes.kind[torch.arange(len(slot)), slot] >= 0).nonzero()[:, 0]
-    return [(i, slot[i])] if len(i) else []
+    return i, slot[i]
 
 
 def local(scenes, i, k, x, y):
@@ -256,23 +256,19 @@ def draw_ground(scenes, ground, z, haze):
     return torch.lerp(haze, colour * (1 + amplitude * fade * wave)[:, None], (0.25 + 0.75 * fade)[:, None])
 
 
-def cast_shadows(scenes, slot, ground, land):
-    """Darken `land` in place where object number `slot` (B,) of each scene stands in the light's way."""
-    for i, k in present(scenes, slot):
-        i, k = i[(dry := scenes.ground[i] != GROUNDS.index("water"))], k[dry]
-        if not len(i):
-            continue
-        size, length, sun = (s[:, None, None] for s in (scenes.size[i, k], TIME[scenes.time[i], 10], scenes.sun[i]))
-        dx, dz = (g[i] - s[i, k][:, None, None] for g, s in zip(ground, (scenes.x, scenes.z)))
-        # The ground point (dx, dz) from the foot is dark if the ray to the light passes through the figure, at (u, v).
-        v = -dz / (length * sun.cos())
-        u = dx + length * v * sun.sin()
-        touch = torch.exp(-(dx**2 + (2.5 * dz) ** 2) / (0.18 * size**2))  # where light hardly reaches, under the object
-        dark = 0.45 * torch.maximum(shape_of(scenes.kind[i, k], u / size, v / size, 0.12), touch * 0.8)
-        land[i] *= 1 - dark[:, None]
+def cast_shadows(scenes, i, k, ground, land):
+    """Darken `land` in place where object k of scene i stands in the light's way."""
+    size, length, sun = (s[:, None, None] for s in (scenes.size[i, k], TIME[scenes.time[i], 10], scenes.sun[i]))
+    dx, dz = (g[i] - s[i, k][:, None, None] for g, s in zip(ground, (scenes.x, scenes.z)))
+    # The ground point (dx, dz) from the foot is dark if the ray to the light passes through the figure, at (u, v).
+    v = -dz / (length * sun.cos())
+    u = dx + length * v * sun.sin()
+    touch = torch.exp(-(dx**2 + (2.5 * dz) ** 2) / (0.18 * size**2))  # where light hardly reaches, under the object
+    dark = 0.45 * torch.maximum(outline(scenes.kind[i, k], u / size, v / size, 0.12), touch * 0.8)
+    land[i] *= 1 - dark[:, None]
 
 
-def shape_of(kind, u, v, soft):
+def outline(kind, u, v, soft):
     """Coverage of whole figures, all parts together, where only the outline matters."""
     soft, cover = torch.full((len(kind), 1, 1), soft), torch.zeros_like(u + v)
     for p in range(MAX_PARTS - 1):  # the last part of the only figure with three is its door, inside the outline
@@ -283,15 +279,9 @@ def shape_of(kind, u, v, soft):
     return cover
 
 
-def draw_reflections(scenes, back_to_front, x, y, ground, land, size):
-    """Objects standing in water, mirrored at their feet, broken up by ripples. -> land (B, 3, H, W)"""
-    for slot in back_to_front.T:
-        for i, k in present(scenes, slot):
-            i, k = i[(wet := scenes.ground[i] == GROUNDS.index("water"))], k[wet]
-            if not len(i):
-                continue
-            u, v, scale = local(scenes, i, k, x, y)
-            ripple = 0.04 * torch.sin(9 * ground[1][i] + scenes.texture[i, 0, None, None])
-            mirrored, cover = paint(scenes, i, k, u + ripple, -v, land[i], 1.5 / (scale * size))
-            land[i] = torch.lerp(land[i], mirrored, 0.6 * cover[:, None])
-    return land
+def reflect(scenes, i, k, x, y, ground, land, size):
+    """Draw object k of scene i onto `land` in place, mirrored at its foot and broken up by ripples."""
+    u, v, scale = local(scenes, i, k, x, y)
+    ripple = 0.04 * torch.sin(9 * ground[1][i] + scenes.texture[i, 0, None, None])
+    mirrored, cover = paint(scenes, i, k, u + ripple, -v, land[i], 1.5 / (scale * size))
+    land[i] = torch.lerp(land[i], mirrored, 0.6 * cover[:, None])

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import clip
 import diffusion
+import layouts
 import sd
 import toyworld
 import unet
@@ -57,7 +58,7 @@ KL = 2e-4  # weight of KL(q(z|x) || N(0, 1)) per latent number: enough to keep l
 EDGES = 0.5  # weight of the error in neighbouring pixels' differences: crisp edges
 OBJECTS = 3.0  # weight of pixels inside objects
 # Base model
-SCENES = 40_000  # distinct scenes; captions are worded anew every time
+SCENES = 24_000  # distinct scenes; captions are worded anew every time
 DROPPED = 0.1  # share of captions left out, so that there is an unconditional model to guide away from
 GAMMA = 5.0  # of Min-SNR: low noise levels, where the weight would grow without bound, count no more than this
 
@@ -138,8 +139,8 @@ def encode_scenes(scenes, path, autoencoder, device):
             image = toyworld.render(scenes[i : i + 64]).image.to(device, memory_format=torch.channels_last)
             with torch.no_grad():
                 parts.append(autoencoder.encode(image * 2 - 1)[0].half().cpu())
-        with sd.whole(path) as tmp:
-            save_file({"latents": torch.cat(parts)}, tmp)
+        with layouts.whole(path) as tmp:
+            save_file({"latents": torch.cat(parts).contiguous()}, tmp)
     return load_file(path)["latents"]
 
 
@@ -233,7 +234,7 @@ def save(path, model, average, optimizer, losses):
     for (name, p), q in zip(model.named_parameters(), average.parameters()):
         tensors[f"model.{name}"], tensors[f"average.{name}"] = p.detach(), q
         tensors[f"m.{name}"], tensors[f"v.{name}"] = (optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq"))
-    with sd.whole(path) as tmp:
+    with layouts.whole(path) as tmp:
         save_file({k: t.contiguous() for k, t in tensors.items()}, tmp, {"losses": json.dumps(losses)})
 
 
@@ -257,7 +258,7 @@ def draw_sheet(images, path, columns=8):
     """images (N, 3, H, W) in [0, 1] as a grid PNG."""
     n, _, h, w = images.shape
     grid = images.clamp(0, 1).view(n // columns, columns, 3, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
-    with sd.whole(path) as tmp:
+    with layouts.whole(path) as tmp:
         tmp.write_bytes(cv2.imencode(".png", (grid.float().numpy()[..., ::-1] * 255).round().astype(np.uint8))[1])
 
 
@@ -274,7 +275,7 @@ def draw_curve(losses, path, width=900, height=400):
     for value, where in ((y.max(), 24), (y.min(), height - 40)):
         cv2.putText(canvas, f"{math.exp(value):.3g}", (8, where), **text)
     cv2.putText(canvas, f"step 1 .. {len(losses)} (log), loss (log)", (60, height - 12), **text)
-    with sd.whole(path) as tmp:
+    with layouts.whole(path) as tmp:
         tmp.write_bytes(cv2.imencode(".png", canvas)[1])
 
 

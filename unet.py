@@ -34,7 +34,6 @@ class UNetConfig:
     linear_proj: bool = False  # tokens are projected by a linear layer (SD 2, XL) or by a 1x1 convolution (SD 1)
     groups: int = 32  # of every GroupNorm
     added: int = 0  # width of XL's vector of pooled text and picture sizes, joined to the time embedding; 0 = none
-    prediction: str = "epsilon"  # what the output means: 'epsilon' or 'v_prediction'; the network does not care
 
     def heads_at(self, width):
         return self.heads or width // self.head_width
@@ -320,8 +319,7 @@ XL = dict(heads=None, head_width=64, linear_proj=True)
 CONFIGS = {
     "sd1": UNetConfig(),
     "sd1-inpainting": UNetConfig(in_channels=9),
-    "sd2-base": UNetConfig(**SD2),
-    "sd2": UNetConfig(**SD2, prediction="v_prediction"),
+    "sd2": UNetConfig(**SD2),  # both 512-base, which predicts the noise, and 768-v
     "sd2-inpainting": UNetConfig(**SD2, in_channels=9),
     "sdxl": UNetConfig(**XL, channels=(320, 640, 1280), depth=(0, 2, 10), mid_depth=10, context=2048, added=2816),
     "sdxl-refiner": UNetConfig(
@@ -337,7 +335,7 @@ def config_from_shapes(shapes):
     """Read the configuration off the tensors. shapes: {Hugging Face key: shape}, of the UNet alone.
 
     Heads cannot be read off shapes: SD 1 projects tokens by a convolution and has 8 heads, its successors project by a
-    linear layer and have heads of 64. Nor can `prediction`. A config.json wins where there is one.
+    linear layer and have heads of 64. A config.json wins where there is one.
     """
 
     def depth(prefix):

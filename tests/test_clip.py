@@ -4,7 +4,6 @@ import gzip
 import importlib.util
 import json
 import random
-import sys
 import unicodedata
 import warnings
 from dataclasses import replace
@@ -14,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import clip
 
 CAPTIONS = ["a red circle on a sandy beach", "Two blue squares, one in front of the other", "a photo of 12 cats!!",

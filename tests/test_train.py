@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import train
 import vae
 
-RECIPE = train.Recipe(steps=12, batch=2, lr=1e-3, warmup=3, ema=0.9, save_every=4)
+RECIPE = train.Recipe(steps=12, batch=2, lr=5e-3, warmup=3, ema=0.9, save_every=4)
 
 
 def tiny(seed=0):
@@ -82,10 +82,10 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
     """A process that dies inside the write: the file under the final name is the complete old one."""
     path = tmp_path / "state"
     code = f"""
-        import os, sd
-        with sd.whole({str(path)!r}) as tmp:
+        import os, layouts
+        with layouts.whole({str(path)!r}) as tmp:
             tmp.write_bytes(b"old")
-        with sd.whole({str(path)!r}) as tmp:
+        with layouts.whole({str(path)!r}) as tmp:
             tmp.write_bytes(b"ne")
             os.kill(os.getpid(), 9)
     """

@@ -1,12 +1,9 @@
 """vae.py against diffusers' AutoencoderKL, on random weights at small widths."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import vae
 from vae import VAE, VAEConfig
 

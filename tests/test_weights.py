@@ -1,0 +1,69 @@
+"""The shipped toy weights: what the README says of them, on few samples, and diffusers' opinion of the folder."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import diffdiff
+import diffusion
+import reproduce
+import sample
+import sd
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return sd.load(sample.TOY, torch.float32)
+
+
+def test_size_on_disk():
+    files = [f for f in Path(sample.TOY).rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 20e6
+
+
+def test_the_peer_pipeline_opens_the_folder_and_draws_the_same_picture(toy):
+    diffusers = pytest.importorskip("diffusers")
+    diffusers.utils.logging.disable_progress_bar()
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(sample.TOY, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    prompt, steps, guidance = "a red ball and a blue house on snow at sunset", 20, 7.5
+    noise = torch.randn(1, *reproduce.latent_shape(toy), generator=torch.Generator().manual_seed(1))
+    peer = pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, latents=noise, output_type="np").images[0]
+    sampler = diffusion.make("ddim", toy.schedule, steps)
+    with torch.inference_mode():
+        z = diffusion.sample(toy.denoiser([prompt], guidance=guidance), noise, sampler)
+        ours = (toy.decode(z)[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
+    assert np.abs(ours * 255 - peer * 255).max() <= 2
+
+
+def test_autoencoder(toy, tmp_path):
+    with torch.inference_mode():
+        result = reproduce.autoencoder(toy, True, tmp_path)
+    assert result["psnr_db"] >= 32 and result["psnr_inside_objects_db"] >= 27
+
+
+def test_prompts_are_followed(toy, tmp_path):
+    with torch.inference_mode():
+        result = reproduce.adherence(toy, True, tmp_path)
+    assert result["true renders"]["mean"] >= 0.97  # the probes themselves
+    assert result["text to image"]["mean"] >= 0.8  # 32 pictures; the README's figure is of 288
+
+
+def test_change_follows_a_gradient(toy, tmp_path):
+    with torch.inference_mode():
+        assert reproduce.gradient(toy, True, tmp_path)["cam"] >= 0.8
+
+
+def test_a_batch_gives_each_picture_what_it_gives_alone(toy):
+    prompts, noise = ["snow at night", "a red ball on sand"], torch.randn(2, *reproduce.latent_shape(toy))
+    sampler, mu = diffusion.make("dpm++", toy.schedule, 5), torch.linspace(0, 1, 16).expand(16, 16)
+    z_init = torch.randn(noise.shape)
+    with torch.inference_mode():
+        both = diffdiff.differential_diffusion(toy.denoiser(prompts, guidance=3), z_init, mu, sampler, noise)
+        for i in range(2):
+            one = slice(i, i + 1)
+            denoise = toy.denoiser(prompts[one], guidance=3)
+            alone = diffdiff.differential_diffusion(denoise, z_init[one], mu, sampler, noise[one])
+            torch.testing.assert_close(alone, both[one], atol=1e-3, rtol=1e-3)
