@@ -19,7 +19,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -31,6 +31,7 @@ import sd
 import toyworld
 import unet
 import vae
+from sample import Parser, choose_device, choose_precision, number
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes. What can be changed from the command line is changed by the option of the same name.
@@ -201,6 +202,8 @@ def train_base(recipe, out, resume, device, init):
 def fit(stage, model, loss, sheet, recipe, out, resume):
     """Adam on `loss(step)` for recipe.steps steps. -> the averaged model"""
     state, average = out / f"{stage}-state.safetensors", copy.deepcopy(model).eval().requires_grad_(False)
+    device = next(model.parameters()).device
+    bf16 = choose_precision("auto", device) == torch.bfloat16  # weights stay fp32; matrices are multiplied in half
     optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     first, losses = restore(state, model, average, optimizer) if resume else (0, [])
     bar = tqdm(range(first, recipe.steps), stage, recipe.steps, initial=first, mininterval=1, smoothing=0.02)
@@ -208,7 +211,8 @@ def fit(stage, model, loss, sheet, recipe, out, resume):
         rate = recipe.lr * min(1, (step + 1) / recipe.warmup) * (0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        value = loss(step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            value = loss(step)
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -218,7 +222,7 @@ def fit(stage, model, loss, sheet, recipe, out, resume):
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         losses.append(value.item())
         if not math.isfinite(losses[-1]):
-            raise SystemExit(f"train.py: the loss is {losses[-1]} at step {step}; resume with a lower --lr")
+            raise FloatingPointError(f"the loss is {losses[-1]} at step {step}: resume with a lower --lr")
         rate = recipe.batch * (bar.format_dict["rate"] or 0)
         bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", images_s=f"{rate:.0f}", refresh=False)
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
@@ -241,16 +245,18 @@ def save(path, model, average, optimizer, losses):
 def restore(path, model, average, optimizer):
     """-> number of steps done, their losses"""
     if not path.exists():
-        raise SystemExit(f"train.py: nothing to resume: {path} does not exist; leave out --resume to start")
-    with safe_open(path, "pt") as file, torch.no_grad():
-        losses = json.loads(file.metadata()["losses"])
-        for (name, p), q in zip(model.named_parameters(), average.parameters()):
-            p.copy_(file.get_tensor(f"model.{name}"))
-            q.copy_(file.get_tensor(f"average.{name}"))
-            m, v = (file.get_tensor(f"{k}.{name}").to(p) for k in "mv")
-            # The moments keep the parameters' memory format, so that a resumed sum has the same order of additions.
-            m, v = (torch.empty_like(p).copy_(x) for x in (m, v))
-            optimizer.state[p] = {"step": torch.tensor(float(len(losses))), "exp_avg": m, "exp_avg_sq": v}
+        raise ValueError(f"nothing to resume: {path} does not exist; leave out --resume to start")
+    try:
+        with safe_open(path, "pt") as file, torch.no_grad():
+            losses = json.loads(file.metadata()["losses"])
+            for (name, p), q in zip(model.named_parameters(), average.parameters()):
+                p.copy_(file.get_tensor(f"model.{name}"))
+                q.copy_(file.get_tensor(f"average.{name}"))
+                # The moments get the parameters' memory format, as they have in a run that never stopped.
+                m, v = (torch.empty_like(p).copy_(file.get_tensor(f"{k}.{name}")) for k in "mv")
+                optimizer.state[p] = {"step": torch.tensor(float(len(losses))), "exp_avg": m, "exp_avg_sq": v}
+    except (SafetensorError, RuntimeError, TypeError, KeyError) as e:
+        raise ValueError(f"{path} is damaged, or the state of another model ({str(e).splitlines()[0]})") from None
     return len(losses), losses
 
 
@@ -282,22 +288,27 @@ def draw_curve(losses, path, width=900, height=400):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=list(RECIPES), default="base")
     parser.add_argument("--out", type=Path, default=Path("runs/toy"))
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     parser.add_argument("--init", type=Path, help="start from these weights, e.g. weights/toy, instead of from nothing")
     for name, kind in (("steps", int), ("batch", int), ("lr", float), ("seed", int), ("save-every", int)):
-        parser.add_argument(f"--{name}", type=kind)
-    args = parser.parse_args()
+        low = {"lr": 1e-9, "seed": 0}.get(name, 1)
+        parser.add_argument(f"--{name}", type=number(kind, low, 10**9))
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    args = parser.parse_args(argv)
     changed = {k: v for k in ("steps", "batch", "lr", "seed", "save_every") if (v := getattr(args, k)) is not None}
     recipe = replace(RECIPES[args.stage], **changed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(recipe.seed)
-    init = sd.load(args.init, torch.float32, device) if args.init else None
-    {"vae": train_vae, "base": train_base}[args.stage](recipe, args.out, args.resume, device, init)
+    try:
+        device = choose_device(args.device)
+        args.out.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(recipe.seed)
+        init = sd.load(args.init, torch.float32, device) if args.init else None
+        {"vae": train_vae, "base": train_base}[args.stage](recipe, args.out, args.resume, device, init)
+    except (ValueError, OSError, FloatingPointError) as e:
+        parser.error(e)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,17 @@ def test_one_clear_line(tmp_path, capsys):
     assert "folder" in fails(capsys, *edit, "--strength", 0.5, "--out", tmp_path / "none" / "out.png")
     assert "--device" in fails(capsys, *edit, "--strength", 0.5, "--device", "abacus")
     assert str(tmp_path) in fails(capsys, *edit, "--strength", 0.5, "--weights", tmp_path / "none.safetensors")
-    assert not (tmp_path / "out.png").exists() and not list(tmp_path.glob(".*"))
+    whole = (sample.TOY / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "cut.safetensors" in fails(capsys, *edit, "--strength", 0.5, "--weights", tmp_path / "cut.safetensors")
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.ckpt")
+    assert "could run code" in fails(capsys, *edit, "--strength", 0.5, "--weights", tmp_path / "evil.ckpt")
+    assert not (tmp_path / "out.png").exists() and not list(tmp_path.glob(".*")) and not Path("evil was here").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("evil was here"),)
 
 
 def test_a_prompt_that_is_too_long_is_cut_with_one_warning(tmp_path, capsys):

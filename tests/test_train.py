@@ -24,7 +24,7 @@ def tiny(seed=0):
 def loss_of(model):
     def loss(step):
         g = train.at(0, step)
-        x = torch.rand(2, 3, 8, 8, generator=g) * 2 - 1
+        x = (torch.rand(2, 3, 1, 1, generator=g) * 2 - 1).expand(2, 3, 8, 8)
         return train.vae_loss(model, x, torch.ones(2, 1, 8, 8), torch.randn(2, 2, 4, 4, generator=g))
 
     return loss
@@ -68,14 +68,25 @@ def test_training_learns_and_draws(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path):
     model = tiny()
-    with pytest.raises(SystemExit, match="loss is nan at step 0"):
+    with pytest.raises(FloatingPointError, match="loss is nan at step 0"):
         run(model, tmp_path, resume=False, loss=lambda step: loss_of(model)(step) * torch.nan)
     assert not (tmp_path / "tiny-state.safetensors").exists()
 
 
 def test_resuming_from_nothing_says_so(tmp_path):
-    with pytest.raises(SystemExit, match="nothing to resume"):
+    with pytest.raises(ValueError, match="nothing to resume"):
         run(tiny(), tmp_path, resume=True)
+    (tmp_path / "tiny-state.safetensors").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="damaged, or the state of another model"):
+        run(tiny(), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("argv", [["--steps", "0"], ["--stage", "base"], ["--lr", "x"], ["--init", "nowhere"]])
+def test_mistakes_get_one_line(tmp_path, argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(tmp_path), *argv])  # stage base has no autoencoder to start from here
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
