@@ -6,6 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -61,8 +62,8 @@ def test_training_learns_and_draws(tmp_path):
     average = run(model, tmp_path, resume=False)
     after = torch.stack([loss_of(average)(s) for s in range(100, 110)]).mean().item()
     assert after < before
-    for name in ("tiny-loss.png", "tiny-samples.png", "tiny-state.safetensors"):
-        assert (tmp_path / name).stat().st_size > 100
+    assert cv2.imread(tmp_path / "tiny-samples.png").shape == (8, 64, 3)
+    assert cv2.imread(tmp_path / "tiny-loss.png").std() > 0
     assert not list(tmp_path.glob(".*"))  # nothing half-written is left
 
 
