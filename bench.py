@@ -1,12 +1,15 @@
 """Speed and memory side by side with peers. One topic each, one table each.
 
     python bench.py load [--fp32]      loading a checkpoint of Stable Diffusion 1.4's size, in every layout
+    python bench.py unet               one 512x512 step of its UNet, in single and half precision
+    python bench.py toyworld           pictures of the toy world per second
 
 The weights are random, so nothing is downloaded. Every figure is taken in a process of its own.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -91,7 +94,7 @@ def make_checkpoints(folder, dtype):
         random_model(unet.UNet, unet.CONFIGS["sd1"]), random_model(vae.VAE, vae.CONFIGS["sd"]),
         random_model(clip.TextEncoder, clip.CONFIGS["clip-vit-l"]), diffusion.Schedule(),
         clip.Tokenizer(*clip.learn_bpe(CAPTIONS, 600)), size=512,
-    )  # fmt: skip
+    )
     paths = {"folder": folder / "folder", ".safetensors": folder / "sd.safetensors", ".ckpt": folder / "sd.ckpt"}
     sd.save(model, paths["folder"])
     tensors = to_original(model)
@@ -118,13 +121,13 @@ def load_once(who, path, dtype, configs):
             read, options["config"] = diffusers.StableDiffusionPipeline.from_single_file, configs
         with Watch() as loading:
             network = read(path, **options).unet
-    network.float()  # half precision is slow on many CPUs
     torch.manual_seed(0)
-    with torch.no_grad(), Watch() as step:
+    with torch.no_grad(), Watch() as step:  # includes reading the file's pages, where loading only mapped them
+        network.float()  # half precision is slow on many CPUs
         out = network(torch.randn(1, 4, 64, 64), torch.tensor([500]), torch.randn(1, 77, 768))
     out = out if torch.is_tensor(out) else out.sample
-    print(json.dumps({"loading": loading.seconds, "total": loading.total, "private": loading.private,
-                      "step": step.seconds, "norm": out.norm().item()}))  # fmt: skip
+    print(json.dumps({"loading": loading.seconds, "private": loading.private, "step": step.seconds,
+                      "total": step.total + step.start - loading.start, "norm": out.norm().item()}))
 
 
 @topic
@@ -143,10 +146,54 @@ def load(args):
                     rows.append([layout, who, "failed: " + result.stderr.strip().splitlines()[-1][:90], *[""] * 5])
                     continue
                 r = json.loads(result.stdout.splitlines()[-1])
-                ratio = r["total"] * 2**20 / 1e9 / gigabytes
-                rows.append([layout, who, f"{r['loading']:.2f}", f"{r['total']:.0f}", f"{ratio:.2f}",
-                             f"{r['private']:.0f}", f"{r['step']:.1f}", f"{r['norm']:.4f}"])  # fmt: skip
-        table(["layout", "who", "load s", "peak MiB", "of file size", "private MiB", "512x512 step s", "norm"], rows)
+                rows.append([layout, who, f"{r['loading']:.2f}", f"{r['private']:.0f}", f"{r['step']:.1f}",
+                             f"{r['loading'] + r['step']:.1f}", f"{r['total']:.0f}", f"{r['norm']:.4f}"])
+        table(["layout", "who", "load s", "private MiB", "first step s", "both s", "peak MiB of both", "norm"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Computing
+
+
+def alternate(runs, rounds):
+    """Call the functions in turn, after a warm-up -> {name: median seconds}"""
+    seconds = {name: [] for name in runs}
+    for i in range(rounds + 1):
+        for name, f in runs.items():
+            start = time.perf_counter()
+            f()
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+@topic
+def unet(args):
+    import diffusers
+
+    import unet
+
+    ours = unet.UNet(unet.CONFIGS["sd1"]).eval().requires_grad_(False)
+    peer = diffusers.UNet2DConditionModel.from_config(unet.config_to_json(ours.config)).eval().requires_grad_(False)
+    peer.load_state_dict(ours.state_dict())
+    z, t, context = torch.randn(1, 4, 64, 64), torch.tensor([500]), torch.randn(1, 77, 768)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, peer, z, context = (x.to(dtype) for x in (ours, peer, z, context))
+        with torch.inference_mode():
+            s = alternate({"ours": lambda: ours(z, t, context), "diffusers": lambda: peer(z, t, context)}, args.rounds)
+        rows.append([str(dtype)[6:], f"{s['ours']:.2f}", f"{s['diffusers']:.2f}", f"{s['ours'] / s['diffusers']:.2f}"])
+    print(f"UNet of Stable Diffusion 1.4, batch 1, 64x64 latents; {torch.get_num_threads()} threads\n")
+    table(["precision", "ours s", "diffusers s", "ratio"], rows)
+
+
+@topic
+def toyworld(args):
+    import toyworld
+
+    scenes = toyworld.random_scenes(64, torch.Generator().manual_seed(0))
+    s = alternate({"render": lambda: toyworld.render(scenes)}, args.rounds)
+    print(f"{64 / s['render']:.0f} pictures of 128x128 a second; {torch.get_num_threads()} threads")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,6 +204,7 @@ if __name__ == "__main__":
         sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("topic", choices=TOPICS)
+    parser.add_argument("--rounds", type=int, default=5, help="unet, toyworld: timed runs, of which the median counts")
     parser.add_argument("--fp32", action="store_true", help="load: a checkpoint of 4 GB instead of 2")
     parser.add_argument("--tmp", help="folder for the checkpoints, 3 times that size")
     args = parser.parse_args()

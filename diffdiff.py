@@ -9,6 +9,8 @@ What the paper calls step t of k, counting down, is step i = k - t of our sample
     the paper   t = k        t = k - 1    ...   t = 1              t = 0
     here        i = 0        i = 1        ...   i = k - 1          i = k: no noise is left, so denoising changes nothing
     threshold   (k - t) / k  =  i / k
+
+Line numbers in comments are Algorithm 1's. Algorithm 2 is the same with `L = ...` put in before line 4.
 """
 
 import math
@@ -33,6 +35,11 @@ def down_sample(mu, size):
     return F.interpolate(mu, size=tuple(size), mode="area") if mu.shape[-2:] != tuple(size) else mu
 
 
+def steps_to_run(mu_s, k):
+    """L of section 3.3.1: the steps before have no effect, since their results are overwritten everywhere."""
+    return math.floor((1 - mu_s.double().min().item()) * k + 1e-4)
+
+
 def last_override(mu_s, k):
     """The last step at which each pixel is still taken from the noised original: the largest i with i / k <= mu_s.
 
@@ -50,7 +57,8 @@ def last_override(mu_s, k):
 def differential_diffusion(
     denoise, z_init, change_map, sampler=None, noise=None, *, skip=True, nested=True, step_noise=None, callback=None
 ):
-    """Algorithm 2 of the paper, or with skip=False Algorithm 1, in latent space (lines 2 and 12 are the caller's).
+    """Algorithm 2 of the paper, or with skip=False Algorithm 1, in latent space: encoding (line 2) and decoding
+    (line 12) are the caller's.
 
     denoise     (z, t) -> the network's output, t (B,) long; guidance and prompt are its own business
     z_init      (B, C, h, w), the encoded original
@@ -60,31 +68,36 @@ def differential_diffusion(
                 i -> (B, C, h, w), for a fresh draw at each. None: drawn with seed 0
     skip        leave out the steps whose result is overwritten everywhere (section 3.3.1)
     nested      False: the ablation of Figure 3, a pixel is copied from the original once only
-    step_noise  i -> (B, C, h, w), for a stochastic sampler: diffusion.step_noise
+    step_noise  i -> (B, C, h, w), needed by a stochastic sampler: diffusion.step_noise
     callback    called as callback(i, z) with the result of step i
       ->        z_0 (B, C, h, w).  White pixels of a nested run are z_init's own, bit for bit.
+    ValueError for a map outside 0 .. 1, or a stochastic sampler without step_noise.
     """
     sampler = sampler or diffusion.make("ddim", diffusion.Schedule(), 100)
     if noise is None:
         noise = torch.randn(z_init.shape, generator=torch.Generator().manual_seed(0)).to(z_init)
     k = sampler.k
-    mu_s = down_sample(change_map.to(z_init.device), z_init.shape[-2:])  # line 3
-    L = math.floor((1 - mu_s.double().min().item()) * k + 1e-4) if skip else k  # Algorithm 2, line 4
+    mu_s = down_sample(change_map.cpu(), z_init.shape[-2:])  # line 3
+    L = steps_to_run(mu_s, k) if skip else k  # Algorithm 2, line 4
     first = k - L
 
     # All z'_t and masks do not depend on the process (section 6): make them ahead. A hundred steps at 64x64: 6.5 MB.
     fresh = noise if callable(noise) else lambda i: noise
     z_prime = [sampler.noise_to(i, z_init, fresh(i)) for i in range(first, k)] + [z_init]  # lines 4, 7: add_noise
-    last = last_override(mu_s, k)
-    mask = [(last < i) if nested else (last != i) for i in range(first, k + 1)]  # line 8: mu_s < (k - t) / k
+    last = last_override(mu_s, k).to(z_init.device)
+    # Line 8: mu_s < (k - t) / k. Without nesting, section 3.3: only pixels between this threshold and the next.
+    mask = [(last < i) if nested else (last != i) for i in range(first, k + 1)]
+    starts = set(last.unique().tolist())  # steps at which some pixel is overwritten for the last time
 
     z, state = z_prime[0], None
     for i in range(first, k):  # t = k - i
         if i > first:
             z = torch.where(mask[i - first], z, z_prime[i - first])  # line 9: z_mix
-        # The sampler is told which pixels are new here, so that it does not extrapolate from a past that they lack.
-        restarted = ~mask[i - first] if i > first else None
-        z, state = sampler.step(denoise, z, i, state, step_noise(i) if sampler.stochastic else None, restarted)  # 5, 10
+        # A pixel whose own chain starts here has no past that a multi-step sampler could extrapolate from: tell it what
+        # was overwritten. Where no chain starts, what was overwritten will be so again, and its past does not matter.
+        restarted = ~mask[i - first] if i > first and i in starts else None
+        draw = step_noise(i) if step_noise and sampler.stochastic else None
+        z, state = sampler.step(denoise, z, i, state, draw, restarted)  # lines 5 and 10: denoise
         if callback:
             callback(i, z)
     return torch.where(mask[-1], z, z_prime[-1])  # t = 0: lines 7 to 9, and line 10 has no noise left to take
@@ -135,17 +148,18 @@ def blended_latent_diffusion(denoise, z_init, mask, sampler, noise, strength=1.0
 
     After each step the region outside the edit is put back at that step's noise level: a map of two values.
     """
-    hard = (down_sample(mask, z_init.shape[-2:]) > 0.5).float()
+    hard = (down_sample(mask.cpu(), z_init.shape[-2:]) > 0.5).float()
     return differential_diffusion(denoise, z_init, 1 - strength * (1 - hard), sampler, noise, **options)
 
 
-def masked_noise(denoise, z_init, change_map, sampler, noise, callback=None):
+def masked_noise(denoise, z_init, change_map, sampler, noise, step_noise=None, callback=None):
     """Baseline II of Figure 8: noise of another size at every pixel, and an ordinary run from there.
 
-    The model has only ever seen noise of one size at a time, and breaks down.
+    The model has only ever seen noise of one size at a time, and breaks down. (The paper multiplies the noise "by the
+    change map"; as its maps are black where the picture changes, that has to be 1 - mu.)
     """
-    mu_s = down_sample(change_map.to(z_init.device), z_init.shape[-2:])
-    return diffusion.sample(denoise, sampler.noise_to(0, z_init, noise * (1 - mu_s)), sampler, callback=callback)
+    noise = noise * (1 - down_sample(change_map.cpu(), z_init.shape[-2:])).to(noise.device)
+    return diffusion.sample(denoise, sampler.noise_to(0, z_init, noise), sampler, 0, step_noise, callback)
 
 
 def one_strength_at_a_time(edit, image, change_map, levels, keep_outside):
@@ -158,7 +172,7 @@ def one_strength_at_a_time(edit, image, change_map, levels, keep_outside):
                   through the autoencoder. True, tiling: pixels outside the mask are put back after each edit
       ->          (B, 3, H, W)
     """
-    mu = change_map.reshape(-1, 1, *change_map.shape[-2:])
+    mu = change_map.to(image.device).reshape(-1, 1, *change_map.shape[-2:])
     bin_of = (mu * levels).long().clamp(max=levels - 1)
     for b in bin_of.unique().tolist():  # from the strongest edit to the weakest
         inside = bin_of == b
@@ -169,14 +183,17 @@ def one_strength_at_a_time(edit, image, change_map, levels, keep_outside):
 
 
 def composition(edit, image, change_map, levels=100):
+    """Baseline I, section 5.1: `levels` edits one upon the other, each of the whole picture. Arguments as above."""
     return one_strength_at_a_time(edit, image, change_map, levels, keep_outside=False)
 
 
 def tiling(edit, image, change_map, levels=100):
+    """Baseline III, section 5.1: `levels` edits, of which only the pixels inside the mask are taken."""
     return one_strength_at_a_time(edit, image, change_map, levels, keep_outside=True)
 
 
 def five_tiles(edit, image, change_map):
+    """Baseline IV, section 5.1: tiling with wide tiles. All levels between two multiples of 0.2 are edited alike."""
     return one_strength_at_a_time(edit, image, change_map, 5, keep_outside=True)
 
 

@@ -70,7 +70,7 @@ class Schedule:
     def add_noise(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
         """x0, noise (B, C, h, w); t an int or a (B,) LongTensor in 0 .. T-1  ->  z_t (B, C, h, w). DDPM eq. 4."""
         alpha, sigma = self.alpha_sigma(t, x0)
-        return alpha * x0 + sigma * noise
+        return alpha * x0 + sigma * noise.to(x0)
 
     def x0_eps(self, output: Tensor, z: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """The network's output at (z, t), of either prediction type  ->  (x0, eps), both (B, C, h, w)."""
@@ -183,9 +183,9 @@ def need(noise: Tensor | None, z: Tensor) -> Tensor:
 
 def ddpm(schedule: Schedule, k: int) -> Sampler:
     """Ancestral sampling with the posterior's own variance ('fixed small'). Stochastic."""
-    L = Ladder(schedule, k, end=1.0)
+    ladder = Ladder(schedule, k, end=1.0)
     constants = []
-    for abar, abar_next in zip(L.abar, L.abar[1:]):
+    for abar, abar_next in zip(ladder.abar, ladder.abar[1:]):
         a = abar / abar_next  # the papers' alpha_t, of a step that spans several timesteps
         c_x0 = math.sqrt(abar_next) * (1 - a) / (1 - abar)
         c_z = math.sqrt(a) * (1 - abar_next) / (1 - abar)
@@ -193,59 +193,59 @@ def ddpm(schedule: Schedule, k: int) -> Sampler:
         constants.append((c_x0, c_z, math.sqrt(beta_tilde)))
 
     def step(model, z, i, state=None, noise=None, restarted=None):
-        x0, _ = L.predict(model, z, i)
+        x0, _ = ladder.predict(model, z, i)
         c_x0, c_z, std = constants[i]
         return c_x0 * x0 + c_z * z + std * need(noise, z), None  # eq. 7
 
-    return Sampler(L, step, stochastic=True)
+    return Sampler(ladder, step, stochastic=True)
 
 
 def ddim(schedule: Schedule, k: int, eta: float = 0.0) -> Sampler:
     """eta = 0 is deterministic, eta = 1 as random as DDPM. ValueError for an eta outside [0, 1]."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], not {eta}")
-    L = Ladder(schedule, k, end=schedule.abar[0])  # Stable Diffusion ends at the first level, not at zero noise
+    ladder = Ladder(schedule, k, end=schedule.abar[0])  # Stable Diffusion ends at the first level, not at zero noise
     std = [
         eta * math.sqrt((1 - abar_next) / (1 - abar) * (1 - abar / abar_next))  # eq. 16
-        for abar, abar_next in zip(L.abar, L.abar[1:])
+        for abar, abar_next in zip(ladder.abar, ladder.abar[1:])
     ]
-    direction = [math.sqrt(1 - abar_next - s**2) for abar_next, s in zip(L.abar[1:], std)]
+    direction = [math.sqrt(1 - abar_next - s**2) for abar_next, s in zip(ladder.abar[1:], std)]
 
     def step(model, z, i, state=None, noise=None, restarted=None):
-        x0, eps = L.predict(model, z, i)
-        z = L.alpha[i + 1] * x0 + direction[i] * eps  # eq. 12
+        x0, eps = ladder.predict(model, z, i)
+        z = ladder.alpha[i + 1] * x0 + direction[i] * eps  # eq. 12
         return (z + std[i] * need(noise, z) if eta else z), None
 
-    return Sampler(L, step, stochastic=eta > 0)
+    return Sampler(ladder, step, stochastic=eta > 0)
 
 
 def euler(schedule: Schedule, k: int) -> Sampler:
     """EDM's ODE by Euler's method. It is DDIM at eta = 0, but for ending at zero noise."""
-    L = Ladder(schedule, k, end=1.0)
+    ladder = Ladder(schedule, k, end=1.0)
 
     def step(model, z, i, state=None, noise=None, restarted=None):
-        x = z / L.alpha[i]  # into EDM's space
-        _, d = L.predict(model, z, i)  # dx/drho = (x - x0) / rho = eps: algorithm 1, line 4
-        x = x + (L.rho[i + 1] - L.rho[i]) * d  # line 5
-        return L.alpha[i + 1] * x, None  # and back
+        x = z / ladder.alpha[i]  # into EDM's space
+        _, d = ladder.predict(model, z, i)  # dx/drho = (x - x0) / rho = eps: algorithm 1, line 4
+        x = x + (ladder.rho[i + 1] - ladder.rho[i]) * d  # line 5
+        return ladder.alpha[i + 1] * x, None  # and back
 
-    return Sampler(L, step)
+    return Sampler(ladder, step)
 
 
 def heun(schedule: Schedule, k: int) -> Sampler:
     """EDM's algorithm 1: an Euler step, then the mean of the slopes at both ends. Two model calls, one at the last."""
-    L = Ladder(schedule, k, end=1.0)
+    ladder = Ladder(schedule, k, end=1.0)
 
     def step(model, z, i, state=None, noise=None, restarted=None):
-        x, h = z / L.alpha[i], L.rho[i + 1] - L.rho[i]
-        _, d = L.predict(model, z, i)  # line 4
+        x, h = z / ladder.alpha[i], ladder.rho[i + 1] - ladder.rho[i]
+        _, d = ladder.predict(model, z, i)  # line 4
         x_next = x + h * d  # line 5
         if i + 1 < k:  # line 6: there is no slope at zero noise
-            _, d_next = L.predict(model, L.alpha[i + 1] * x_next, i + 1)  # line 7
+            _, d_next = ladder.predict(model, ladder.alpha[i + 1] * x_next, i + 1)  # line 7
             x_next = x + h * (d + d_next) / 2  # line 8
-        return L.alpha[i + 1] * x_next, None
+        return ladder.alpha[i + 1] * x_next, None
 
-    return Sampler(L, step)
+    return Sampler(ladder, step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,10 +260,10 @@ def pndm(schedule: Schedule, k: int) -> Sampler:
     warms up as well, and a step in which any pixel restarts costs two calls. The last step has no next timestep to
     look at and goes without.
     """
-    L = Ladder(schedule, k, end=schedule.abar[0])
+    ladder = Ladder(schedule, k, end=schedule.abar[0])
 
     def step(model, z, i, state=None, noise=None, restarted=None):
-        _, eps = L.predict(model, z, i)
+        _, eps = ladder.predict(model, z, i)
         diffs, fresh, state = differences(eps, state, restarted, order=4)
         eps_prime = eps
         # Eq. 12, (55 e - 59 e' + 37 e'' - 9 e''') / 24, in differences: cut after any term it is the lower order's
@@ -271,53 +271,53 @@ def pndm(schedule: Schedule, k: int) -> Sampler:
         # eps is what the transfer holds constant (diffusers extrapolates v itself, and loses the order by it).
         for c, d in zip((1 / 2, 5 / 12, 3 / 8), diffs):
             eps_prime = eps_prime + c * d
-        z_next = L.transfer(z, eps_prime, i)
+        z_next = ladder.transfer(z, eps_prime, i)
         if i + 1 < k and fresh.any():
-            _, eps_next = L.predict(model, z_next, i + 1)
-            z_next = torch.where(fresh, L.transfer(z, (eps + eps_next) / 2, i), z_next)
+            _, eps_next = ladder.predict(model, z_next, i + 1)
+            z_next = torch.where(fresh, ladder.transfer(z, (eps + eps_next) / 2, i), z_next)
         return z_next, state
 
-    return Sampler(L, step)
+    return Sampler(ladder, step)
 
 
 def dpmpp(schedule: Schedule, k: int) -> Sampler:
     """DPM-Solver++ (2M): second order, on x0. lambda = log(alpha / sigma), h = the step in lambda."""
-    L = Ladder(schedule, k, end=1.0)
+    ladder = Ladder(schedule, k, end=1.0)
     # D = x0 + dx0 / (2 r), r = h_previous / h. The last step is first order, as in diffusers: h is infinite there.
-    lam = [-math.log(rho) for rho in L.rho[:-1]]
+    lam = [-math.log(rho) for rho in ladder.rho[:-1]]
     half_inverse_r = [0.0] * k
     for i in range(1, k - 1):
         half_inverse_r[i] = (lam[i + 1] - lam[i]) / (lam[i] - lam[i - 1]) / 2
 
     def step(model, z, i, state=None, noise=None, restarted=None):
-        x0, _ = L.predict(model, z, i)
+        x0, _ = ladder.predict(model, z, i)
         diffs, _, state = differences(x0, state, restarted, order=2)
         D = x0 + half_inverse_r[i] * diffs[0] if diffs else x0  # algorithm 2, the line that makes D_i
-        exp_minus_h = L.rho[i + 1] / L.rho[i]
-        return L.sigma[i + 1] / L.sigma[i] * z - L.alpha[i + 1] * (exp_minus_h - 1) * D, state
+        exp_minus_h = ladder.rho[i + 1] / ladder.rho[i]
+        return ladder.sigma[i + 1] / ladder.sigma[i] * z - ladder.alpha[i + 1] * (exp_minus_h - 1) * D, state
 
-    return Sampler(L, step)
+    return Sampler(ladder, step)
 
 
 def deis(schedule: Schedule, k: int) -> Sampler:
     """DEIS of second order: eps is taken as a line in log(rho) through the last two calls, and integrated exactly."""
-    L = Ladder(schedule, k, end=schedule.abar[0])
+    ladder = Ladder(schedule, k, end=schedule.abar[0])
     # The weight of deps: log(rho / rho_i) / log(rho_i / rho_previous), integrated over rho from level i to level i+1;
     # what is left of the paper's C_i0, C_i1 (eq. 15) sums to the transfer. First order at the end of a run of few
     # steps, as in diffusers: an extrapolation over so large a last step is not to be trusted.
     weight = [0.0] * k
     for i in range(1, k if k >= 15 else k - 1):
-        previous, now, after = L.rho[i - 1 : i + 2]
+        previous, now, after = ladder.rho[i - 1 : i + 2]
         integral = after * (math.log(after / now) - 1) + now
-        weight[i] = L.alpha[i + 1] * integral / math.log(now / previous)
+        weight[i] = ladder.alpha[i + 1] * integral / math.log(now / previous)
 
     def step(model, z, i, state=None, noise=None, restarted=None):
-        _, eps = L.predict(model, z, i)
+        _, eps = ladder.predict(model, z, i)
         diffs, _, state = differences(eps, state, restarted, order=2)
-        z = L.transfer(z, eps, i)  # eq. 14, with the past equal to the present
+        z = ladder.transfer(z, eps, i)  # eq. 14, with the past equal to the present
         return (z + weight[i] * diffs[0] if diffs else z), state
 
-    return Sampler(L, step)
+    return Sampler(ladder, step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

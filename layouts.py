@@ -106,6 +106,8 @@ def whole(path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # on the disk before it has the name, also if the power fails
         os.replace(temporary, path)  # also where the old file is mapped: the map keeps the old contents
     finally:
         temporary.unlink(missing_ok=True)

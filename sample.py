@@ -13,6 +13,7 @@ that this project trained and ships; --weights takes any Stable Diffusion 1.x or
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -47,17 +48,22 @@ def open_picture(path):
 
 def to_rgb(picture):
     """RGB; what is transparent shows white."""
+    picture = deep_to_8_bit(picture)
     if "transparency" in picture.info or picture.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return deep_to_8_bit(picture).convert("RGB")
+    return picture.convert("RGB")
 
 
 def deep_to_8_bit(picture):
-    """16-bit grey as 8-bit grey: Pillow's own conversion would clip it to white."""
-    if picture.mode.startswith("I"):
-        return Image.fromarray((np.asarray(picture, np.float32) / 257).clip(0, 255).astype(np.uint8))
-    return picture
+    """16-bit and floating-point grey as 8-bit grey: Pillow's own conversion would clip them to white or black."""
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    x = np.asarray(picture, np.float32)
+    full = 65535 if picture.mode.startswith("I") else 1
+    if not (np.isfinite(x).all() and 0 <= x.min() and x.max() <= full):
+        raise ValueError(f"a picture of mode {picture.mode} has values in 0 .. {full}, not {x.min():g} .. {x.max():g}")
+    return Image.fromarray((x / full * 255).round().astype(np.uint8))
 
 
 def fitted_size(picture, size, factor):
@@ -81,7 +87,8 @@ def map_to_tensor(picture, original, size, white_is_change=False):
     if abs(picture.width / picture.height / (original.width / original.height) - 1) > 0.02:
         sizes = f"the map is {picture.width}x{picture.height} and the picture {original.width}x{original.height}"
         raise ValueError(f"{sizes}: draw the map over the whole picture, in the same aspect ratio")
-    grey = np.asarray(ImageOps.fit(to_rgb(picture).convert("L"), size, Image.Resampling.BOX), np.float32) / 255
+    over = to_rgb(picture).convert("L").resize(original.size, Image.Resampling.BOX)
+    grey = np.asarray(ImageOps.fit(over, size, Image.Resampling.BOX), np.float32) / 255
     return torch.from_numpy(1 - grey if white_is_change else grey)[None, None]
 
 
@@ -100,6 +107,8 @@ def labelled(pictures, labels, gap=2):
     draw, x = ImageDraw.Draw(sheet), 0
     for picture, label in zip(pictures, labels):
         sheet.paste(picture, (x, bar))
+        while draw.textlength(label, font) > picture.width and len(label) > 4:
+            label = label[:-4] + "..."
         draw.text((x + picture.width / 2, bar / 2), label, "black", font, anchor="mm")
         x += picture.width + gap
     return sheet
@@ -120,6 +129,8 @@ def save_picture(picture, path, parameters):
 def choose_device(name):
     if name != "auto":
         try:
+            if torch.device(name).type not in ("cpu", "cuda", "mps"):
+                raise RuntimeError("choose auto, cpu, cuda or mps")
             torch.empty(1, device=name)
         except (RuntimeError, AssertionError) as e:
             raise ValueError(f"--device {name} cannot be used here ({str(e).splitlines()[0]})") from None
@@ -135,56 +146,62 @@ def choose_precision(name, device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.float16
-    # AVX512-BF16 without AMX tiles is slower than single precision in oneDNN's convolutions: measured, see README.
+    # bf16 instructions without AMX tiles (AVX512-BF16 alone) are slower than single precision: python bench.py unet
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The edits
+# The edit
 
 
-def edit(model, args, picture, change_map, device):
-    """-> the edited picture (1, 3, H, W) in [0, 1], and the intermediate predictions [(step, latent)]"""
-    sampler = diffusion.make(args.sampler, model.schedule, args.steps)
-    factor = model.vae.config.factor
-    shape = (1, model.vae.config.latent_channels, args.height // factor, args.width // factor)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
-    with torch.inference_mode():
-        if picture is not None:
-            z_init = model.encode_image(picture.to(device))
-            mu_s = diffdiff.down_sample(change_map, shape[-2:]).to(device)
-        known = inpainting_channels(model, picture, change_map, device)
-        denoise = model.denoiser([args.prompt], args.negative, args.guidance, known)
+@torch.inference_mode()
+def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=None, negative="", guidance=7.5,
+         sampler="ddim", steps=100, seed=0, skip=True, predictions=None):
+    """One edited picture; without `picture` and `change_map`, text to image.
 
-        predictions = []
+    model        of sd.load; it says where and in what precision to compute
+    picture      (1, 3, H, W) in [-1, 1]
+    change_map   (1, 1, H, W) in [0, 1], 0 = change, 1 = keep
+    size         (width, height) in pixels for text to image; None: the model's own
+    repaint      (1, 1, H, W), 1 = repaint: for an inpainting model, which is told so at every step
+    predictions  a list, filled with (t, the model's guess at the clean latent) as it goes
+      ->         (1, 3, H, W) in about [0, 1]
+    """
+    device, vae = next(model.unet.parameters()).device, model.vae.config
+    width, height = picture.shape[:1:-1] if picture is not None else size or (model.size, model.size)
+    shape = (vae.latent_channels, height // vae.factor, width // vae.factor)
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    known = None
+    if repaint is not None:  # what an inpainting model sees beside z: mask, and latent of the picture without that part
+        seen = model.encode_image(picture * (1 - repaint))
+        known = torch.cat([diffdiff.down_sample(repaint, shape[1:]).round().to(device), seen], dim=1)
+    denoise = model.denoiser(prompt, negative, guidance, known)
 
-        def watched(z, t):  # the model's guess at the clean picture, as it goes
-            output = denoise(z, t)
-            if args.steps_strip:
-                predictions.append((int(t[0]), model.schedule.x0_eps(output.to(z.dtype), z, int(t[0]))[0]))
-            return output
+    def watched(z, t):
+        output = denoise(z, t)
+        if predictions is not None:
+            predictions.append((int(t[0]), model.schedule.x0_eps(output.to(z.dtype), z, int(t[0]))[0]))
+        return output
 
-        step_noise = diffusion.step_noise(shape[1:], [args.seed])
-        skip = picture is not None and not args.no_skip
-        total = round((1 - mu_s.min().item()) * args.steps) if skip else args.steps
-        with tqdm(total=total, desc=args.sampler, unit="step", leave=False) as bar:
-            options = dict(step_noise=step_noise, callback=lambda i, z: bar.update())
-            if picture is None:
-                z = diffusion.sample(watched, noise, sampler, **options)
-            else:
-                z = diffdiff.differential_diffusion(watched, z_init, mu_s, sampler, noise, skip=skip, **options)
-        return model.decode(z) / 2 + 0.5, predictions
-
-
-def inpainting_channels(model, picture, change_map, device):
-    """What a 9-channel model sees beside z: the mask (1 = repaint), and the latent of the picture without that part."""
-    if model.unet.config.in_channels != 9:
-        return None
+    sampler = diffusion.make(sampler, model.schedule, steps)
+    if sampler.timesteps[0] < 900:
+        warnings.warn(f"{steps} steps start at t = {sampler.timesteps[0]}, far below full noise: use up to 100, or a "
+                      "divisor of 1000", stacklevel=2)
     if picture is None:
-        raise ValueError("these weights are an inpainting model, which needs --image and --mask or --change-map")
-    repaint = (change_map < 0.5).float().to(device)
-    latent = model.encode_image(picture.to(device) * (1 - repaint))
-    return torch.cat([diffdiff.down_sample(repaint, latent.shape[-2:]).round(), latent], dim=1)
+        mu_s = torch.zeros(1)
+    else:
+        z_init, mu_s = model.encode_image(picture), diffdiff.down_sample(change_map.cpu(), shape[1:])
+    total = diffdiff.steps_to_run(mu_s, steps) if skip else steps
+    with tqdm(total=total, unit="step", leave=False) as bar:
+        options = dict(step_noise=diffusion.step_noise(shape, [seed]), callback=lambda i, z: bar.update())
+        if picture is None:
+            z = diffusion.sample(watched, noise, sampler, **options)
+        else:
+            z = diffdiff.differential_diffusion(watched, z_init, mu_s, sampler, noise, skip=skip, **options)
+    x = model.decode(z) / 2 + 0.5
+    if not x.isfinite().all():
+        raise ValueError("the result is not finite: these weights overflow in half precision, use --precision fp32")
+    return x
 
 
 def predictions_strip(model, predictions, columns=8):
@@ -267,60 +284,76 @@ def parse(argv):
     return p, p.parse_args(argv)
 
 
-def run(args):
-    needs_image = [o for o in ("change_map", "mask", "strength_fan", "strength") if getattr(args, o) is not None]
-    if needs_image and not args.image:
-        raise ValueError(f"--{needs_image[0].replace('_', '-')} needs a picture: --image P.png")
-    if args.image and not needs_image:
+def check(args):
+    """What can be said before anything is read."""
+    how = [o for o in ("change_map", "mask", "strength_fan", "strength") if getattr(args, o) is not None]
+    if how and not args.image:
+        raise ValueError(f"--{how[0].replace('_', '-')} needs a picture: --image P.png")
+    if args.image and not how:
         raise ValueError("say how much of the picture changes: --change-map, --mask, --strength-fan or --strength")
     if not args.image and not args.prompt:
         raise ValueError('say what to draw: --prompt "a red ball on grass at noon"')
-    for path in filter(None, (args.out, args.sheet, args.steps_strip)):
-        if not path.lower().endswith(".png"):
+    outputs = [Path(path) for path in (args.out, args.sheet, args.steps_strip) if path]
+    for path in outputs:
+        if path.suffix.lower() != ".png":
             raise ValueError(f"{path}: pictures are saved as .png")
-        if not Path(path).parent.is_dir():
-            raise ValueError(f"{path}: the folder {Path(path).parent} does not exist")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{path} cannot be written: is {path.parent} a folder that exists and is yours?")
+    if len(set(outputs)) < len(outputs):
+        raise ValueError("--out, --sheet and --steps-strip need names of their own")
 
+
+def read_map(args, original, size):
+    """The change map that the options ask for, over `original`, at `size` (width, height) -> (1, 1, H, W)"""
+    if args.strength_fan or args.strength is not None:
+        return diffdiff.strength_fan_map(args.strength_fan or [args.strength], size[1], size[0])
+    drawn = map_to_tensor(open_picture(args.change_map or args.mask), original, size, args.white_is_change)
+    if args.change_map:
+        return drawn
+    scale = (size[0] * size[1] / (original.width * original.height)) ** 0.5  # softness is in the original's pixels
+    return diffdiff.soft_inpainting_map(drawn.round(), args.softness * scale)
+
+
+def run(args):
+    check(args)
     original = to_rgb(open_picture(args.image)) if args.image else None
-    drawn = open_picture(args.change_map or args.mask) if args.change_map or args.mask else None
-    strengths = args.strength_fan
-    device = choose_device(args.device)
-    model = sd.load(args.weights, choose_precision(args.precision, device), device, args.prediction)
-
-    size = args.size or model.size
-    factor = model.vae.config.factor
-    args.width, args.height = fitted_size(original or Image.new("L", (8, 8)), size, factor)
-    picture = change_map = None
     if original:
-        picture = picture_to_tensor(original, (args.width, args.height))
-        if args.mask:
-            scale = (args.width * args.height / (original.width * original.height)) ** 0.5
-            mask = map_to_tensor(drawn, original, (args.width, args.height), args.white_is_change).round()
-            change_map = diffdiff.soft_inpainting_map(mask, args.softness * scale)
-        elif args.change_map:
-            change_map = map_to_tensor(drawn, original, (args.width, args.height), args.white_is_change)
-        else:
-            change_map = diffdiff.strength_fan_map(strengths or [args.strength], args.height, args.width)
+        read_map(args, original, original.size)  # a map that does not fit is told before the weights are read
+    device = choose_device(args.device)
+    dtype = choose_precision(args.precision, device)
+    model = sd.load(args.weights, dtype, device, args.prediction)
 
-    x, predictions = edit(model, args, picture, change_map, device)
-    output = tensor_to_picture(x[0])
-    if strengths:
-        columns = np.arange(len(strengths) + 1) * args.width // len(strengths)
-        output = labelled(
-            [output.crop((a, 0, b, args.height)) for a, b in zip(columns[:-1], columns[1:])],
-            [f"{s:.2g}" for s in strengths], gap=0,
-        )
+    size = fitted_size(original or Image.new("L", (8, 8)), args.size or model.size, model.vae.config.factor)
+    picture = change_map = repaint = None
+    if original:
+        picture, change_map = picture_to_tensor(original, size), read_map(args, original, size)
+    if model.unet.config.in_channels > model.unet.config.out_channels:
+        if not args.mask:
+            raise ValueError("these weights are an inpainting model, which needs --image and --mask")
+        repaint = (change_map < 0.5).float()
+    predictions = [] if args.steps_strip else None
+    x = edit(model, args.prompt, picture, change_map, size=size, repaint=repaint, negative=args.negative,
+             guidance=args.guidance, sampler=args.sampler, steps=args.steps, seed=args.seed, skip=not args.no_skip,
+             predictions=predictions)
 
-    parameters = {k: v for k, v in vars(args).items() if v is not None} | {"weights": str(args.weights)}
+    result = output = tensor_to_picture(x[0])
+    if args.strength_fan:
+        edges = np.arange(len(args.strength_fan) + 1) * size[0] // len(args.strength_fan)
+        columns = [result.crop((a, 0, b, size[1])) for a, b in zip(edges[:-1], edges[1:])]
+        output = labelled(columns, [f"{s:.2g}" for s in args.strength_fan], gap=0)
+    parameters = {k: v for k, v in vars(args).items() if v is not None}
+    parameters |= {"weights": str(args.weights), "device": device.type, "precision": str(dtype).removeprefix("torch.")}
     save_picture(output, args.out, parameters)
     if args.sheet:
         shown = [tensor_to_picture(picture[0] / 2 + 0.5), tensor_to_picture(change_map[0])] if original else []
         labels = ["input", "change map"][: len(shown)] + [args.prompt]
-        save_picture(labelled([*shown, tensor_to_picture(x[0])], labels), args.sheet, parameters)
-    if args.steps_strip and predictions:
+        save_picture(labelled([*shown, result], labels), args.sheet, parameters)
+    if predictions:
         save_picture(predictions_strip(model, predictions), args.steps_strip, parameters)
-    size = f"{output.width}x{output.height}"
-    print(f"{args.out}: {size}, seed {args.seed}, {args.sampler} in {args.steps} steps, {device.type}")
+    elif predictions is not None:
+        warnings.warn("no --steps-strip: a white map needs no step", stacklevel=2)
+    what = f"{output.width}x{output.height}, seed {args.seed}, {args.sampler} in {args.steps} steps"
+    print(f"{args.out}: {what}, {device.type} in {parameters['precision']}")
 
 
 def main(argv=None):
@@ -330,8 +363,10 @@ def main(argv=None):
         run(args)
     except (ValueError, OSError) as e:
         parser.error(e)
-    except torch.OutOfMemoryError:
-        parser.error("out of memory: try a smaller --size, or --precision fp16")
+    except RuntimeError as e:
+        if "memory" not in str(e):
+            raise
+        parser.error("out of memory: try a smaller --size, or half precision")
 
 
 if __name__ == "__main__":

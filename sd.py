@@ -64,14 +64,14 @@ class StableDiffusion:
     def denoiser(self, prompts, negative="", guidance=1.0, channels=None):
         """The function that samplers and Algorithm 1 call: (z, t) -> the guided output, both (B, C, h, w), t (B,).
 
-        prompts   B strings, one per picture
+        prompts   B strings, one per picture; or one string, for B = 1
         guidance  w of classifier-free guidance (Ho & Salimans 2022): 1 = the prompt alone, and half the work
         channels  (B, C', h, w), put beside z at every step: mask and masked picture of an inpainting model
 
         Keys and values of the text are made here, once: they are the same at every step.
         """
-        guided = guidance != 1
-        context = self.encode_prompt(([negative] * len(prompts) if guided else []) + list(prompts))
+        guided, prompts = guidance != 1, [prompts] if isinstance(prompts, str) else list(prompts)
+        context = self.encode_prompt(([negative] * len(prompts) if guided else []) + prompts)
         keys_values = self.unet.keys_values(context)
 
         def denoise(z, t):
@@ -79,8 +79,8 @@ class StableDiffusion:
             if not guided:
                 return self.unet(z.to(context.dtype), t, keys_values)
             both = self.unet(torch.cat([z, z]).to(context.dtype), torch.cat([t, t]), keys_values)  # one batch
-            without, with_ = both.chunk(2)
-            return without + guidance * (with_ - without)
+            unconditional, conditional = both.float().chunk(2)
+            return unconditional + guidance * (conditional - unconditional)
 
         return denoise
 
@@ -196,6 +196,9 @@ def load(path, dtype=None, device="cpu", prediction=None):
     if (u.context, u.out_channels) != (t.width, v.latent_channels):
         raise ValueError(f"{path}: its parts do not fit: the UNet reads text of width {u.context} and gives "
                          f"{u.out_channels} channels, the text encoder gives {t.width}, the VAE {v.latent_channels}")
+    if u.in_channels not in (v.latent_channels, 2 * v.latent_channels + 1):
+        raise ValueError(f"{path}: a UNet of {u.in_channels} input channels is neither a plain model "
+                         f"({v.latent_channels}) nor an inpainting one ({2 * v.latent_channels + 1})")
     if sd.tokenizer and max(sd.tokenizer.symbols) >= t.vocab_size:
         raise ValueError(f"{path}: its tokenizer is not the text encoder's, which knows {t.vocab_size} symbols only")
     return sd

@@ -2,7 +2,7 @@
 
     python train.py --stage vae            an hour or two on 2 CPU cores, minutes on a GPU
     python train.py --stage base
-    python train.py --stage base --resume  goes on exactly where it stopped
+    python train.py --stage base --resume  goes on exactly where it stopped, with the recipe that it was started with
 
 While it runs, OUT holds the loss curve and a sheet of samples as PNG, and the training state as one safetensors file.
 Every batch is a function of (seed, step) alone, so a resumed run sees the very same data and noise as one that never
@@ -11,9 +11,10 @@ stopped. Checkpoints appear whole or not at all: they are written beside their p
 
 import argparse
 import copy
+import hashlib
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -46,6 +47,7 @@ class Recipe:
     ema: float  # decay of the weight average that is shipped; ramped up, so that early weights are soon forgotten
     seed: int = 0
     save_every: int = 500
+    scenes: int = 24_000  # stage base: distinct scenes; their captions are worded anew every time
 
 
 RECIPES = {
@@ -59,7 +61,6 @@ KL = 2e-4  # weight of KL(q(z|x) || N(0, 1)) per latent number: enough to keep l
 EDGES = 0.5  # weight of the error in neighbouring pixels' differences: crisp edges
 OBJECTS = 3.0  # weight of pixels inside objects
 # Base model
-SCENES = 24_000  # distinct scenes; captions are worded anew every time
 DROPPED = 0.1  # share of captions left out, so that there is an unconditional model to guide away from
 GAMMA = 5.0  # of Min-SNR: low noise levels, where the weight would grow without bound, count no more than this
 
@@ -94,8 +95,8 @@ def vae_batch(recipe, step):
 
 def vae_loss(model, x, weight, noise):
     """x (B, 3, S, S), weight (B, 1, S, S), noise (B, C, s, s) -> scalar"""
-    mean, logvar = model.encode(x)
-    error = model.decode(mean + (0.5 * logvar).exp() * noise) - x
+    mean, logvar = (m.float() for m in model.encode(x))
+    error = model.decode(mean + (0.5 * logvar).exp() * noise).float() - x
     edges = sum((error.diff(dim=d).abs() * weight.narrow(d, 1, weight.shape[d] - 1)).mean() for d in (2, 3))
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     return (error.abs() * weight).mean() + EDGES * edges + KL * kl
@@ -133,15 +134,24 @@ def train_vae(recipe, out, resume, device, init):
 
 
 def encode_scenes(scenes, path, autoencoder, device):
-    """-> latents (N, C, h, w), unscaled: made once, and kept in a file."""
-    if not path.exists():
+    """-> latents (N, C, h, w), unscaled: made once, and kept in a file for these scenes and this autoencoder."""
+    digest = hashlib.sha256(scenes.x.numpy().tobytes())
+    for p in autoencoder.parameters():
+        digest.update(p.detach().cpu().numpy().tobytes())
+    made_from = {"made_from": digest.hexdigest()}
+    try:
+        with safe_open(path, "pt") as file:
+            stale = file.metadata() != made_from
+    except (OSError, SafetensorError):
+        stale = True
+    if stale:
         parts = []
         for i in tqdm(range(0, len(scenes), 64), desc="latents", unit="batch", mininterval=1):
             image = toyworld.render(scenes[i : i + 64]).image.to(device, memory_format=torch.channels_last)
             with torch.no_grad():
                 parts.append(autoencoder.encode(image * 2 - 1)[0].half().cpu())
         with layouts.whole(path) as tmp:
-            save_file({"latents": torch.cat(parts).contiguous()}, tmp)
+            save_file({"latents": torch.cat(parts).contiguous()}, tmp, made_from)
     return load_file(path)["latents"]
 
 
@@ -164,7 +174,7 @@ def new_base(out, scenes, device):
 
 def train_base(recipe, out, resume, device, init):
     """Text encoder and UNet together: Stable Diffusion's text encoder came trained on pictures, ours has to learn."""
-    scenes = toyworld.random_scenes(SCENES, at(recipe.seed, 0))
+    scenes = toyworld.random_scenes(recipe.scenes, at(recipe.seed, 0))
     toy = init or new_base(out, scenes, device)
     latents = encode_scenes(scenes, out / "latents.safetensors", toy.vae, device)
     tokenizer, schedule, factor = toy.tokenizer, toy.schedule, toy.vae.config.scaling_factor
@@ -173,7 +183,7 @@ def train_base(recipe, out, resume, device, init):
 
     def loss(step):
         g = at(recipe.seed + 1, step)
-        index = torch.randint(SCENES, (recipe.batch,), generator=g)
+        index = torch.randint(recipe.scenes, (recipe.batch,), generator=g)
         told = toyworld.captions(scenes[index], g)
         dropped = torch.rand(recipe.batch, generator=g) < DROPPED
         ids = tokenizer(["" if d else c for c, d in zip(told, dropped)])
@@ -215,37 +225,47 @@ def fit(stage, model, loss, sheet, recipe, out, resume):
             value = loss(step)
         optimizer.zero_grad()
         value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        losses.append(value.item())
+        if not math.isfinite(losses[-1] * norm.item()):  # before a step, and a checkpoint, that would be beyond repair
+            raise FloatingPointError(f"loss or gradient is not finite at step {step}: resume with a lower --lr")
         optimizer.step()
         decay = min(recipe.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-        losses.append(value.item())
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss is {losses[-1]} at step {step}: resume with a lower --lr")
         rate = recipe.batch * (bar.format_dict["rate"] or 0)
         bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", images_s=f"{rate:.0f}", refresh=False)
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-            save(state, model, average, optimizer, losses)
+            save(state, model, average, optimizer, losses, recipe)
             draw_curve(losses, out / f"{stage}-loss.png")
             draw_sheet(sheet(average), out / f"{stage}-samples.png")
     return average
 
 
-def save(path, model, average, optimizer, losses):
+def save(path, model, average, optimizer, losses, recipe):
     """Everything that the next step depends on, as one safetensors file; no pickle."""
     tensors = {}
     for (name, p), q in zip(model.named_parameters(), average.parameters()):
         tensors[f"model.{name}"], tensors[f"average.{name}"] = p.detach(), q
         tensors[f"m.{name}"], tensors[f"v.{name}"] = (optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq"))
     with layouts.whole(path) as tmp:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, tmp, {"losses": json.dumps(losses)})
+        more = {"losses": json.dumps(losses), "recipe": json.dumps(asdict(recipe))}
+        save_file({k: t.contiguous() for k, t in tensors.items()}, tmp, more)
+
+
+def saved_recipe(path):
+    """The recipe of the run that left its state at `path`: what --resume goes on with."""
+    if not path.exists():
+        raise ValueError(f"nothing to resume: {path} does not exist; leave out --resume to start")
+    try:
+        with safe_open(path, "pt") as file:
+            return Recipe(**json.loads(file.metadata()["recipe"]))
+    except (SafetensorError, TypeError, KeyError, ValueError) as e:
+        raise ValueError(f"{path} is damaged, or no training state ({str(e).splitlines()[0]})") from None
 
 
 def restore(path, model, average, optimizer):
     """-> number of steps done, their losses"""
-    if not path.exists():
-        raise ValueError(f"nothing to resume: {path} does not exist; leave out --resume to start")
     try:
         with safe_open(path, "pt") as file, torch.no_grad():
             losses = json.loads(file.metadata()["losses"])
@@ -254,9 +274,10 @@ def restore(path, model, average, optimizer):
                 q.copy_(file.get_tensor(f"average.{name}"))
                 # The moments get the parameters' memory format, as they have in a run that never stopped.
                 m, v = (torch.empty_like(p).copy_(file.get_tensor(f"{k}.{name}")) for k in "mv")
-                optimizer.state[p] = {"step": torch.tensor(float(len(losses))), "exp_avg": m, "exp_avg_sq": v}
-    except (SafetensorError, RuntimeError, TypeError, KeyError) as e:
-        raise ValueError(f"{path} is damaged, or the state of another model ({str(e).splitlines()[0]})") from None
+                count = torch.tensor(float(len(losses)), device=p.device)  # where fused Adam wants it
+                optimizer.state[p] = {"step": count, "exp_avg": m, "exp_avg_sq": v}
+    except (SafetensorError, RuntimeError) as e:
+        raise ValueError(f"{path} is the state of another model ({str(e).splitlines()[0]})") from None
     return len(losses), losses
 
 
@@ -294,14 +315,15 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("runs/toy"))
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     parser.add_argument("--init", type=Path, help="start from these weights, e.g. weights/toy, instead of from nothing")
-    for name, kind in (("steps", int), ("batch", int), ("lr", float), ("seed", int), ("save-every", int)):
-        low = {"lr": 1e-9, "seed": 0}.get(name, 1)
-        parser.add_argument(f"--{name}", type=number(kind, low, 10**9))
+    for name in ("steps", "batch", "scenes", "save-every"):
+        parser.add_argument(f"--{name}", type=number(int, 1, 10**9))
+    parser.add_argument("--lr", type=number(float, 1e-9, 1))
+    parser.add_argument("--seed", type=number(int, 0, 900))  # the seeds above belong to reproduce.py's held-out scenes
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args(argv)
-    changed = {k: v for k in ("steps", "batch", "lr", "seed", "save_every") if (v := getattr(args, k)) is not None}
-    recipe = replace(RECIPES[args.stage], **changed)
     try:
+        recipe = saved_recipe(args.out / f"{args.stage}-state.safetensors") if args.resume else RECIPES[args.stage]
+        recipe = replace(recipe, **{k: v for k in asdict(recipe) if (v := getattr(args, k, None)) is not None})
         device = choose_device(args.device)
         args.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)

@@ -395,7 +395,7 @@ def config_from_json(c):
     depth = per_level(c.get("transformer_layers_per_block", 1))
     heads = per_level(c.get("num_attention_heads") or c.get("attention_head_dim", 8))
     widths = {width // n for width, n in zip(channels, heads)}
-    if len(set(heads)) > 1 < len(widths):
+    if len(set(heads)) > 1 and len(widths) > 1:
         raise ValueError(f"its config.json has {heads} attention heads; only an equal number or width is implemented")
     same = len(set(heads)) == 1
     return UNetConfig(

@@ -177,7 +177,7 @@ class VAE(nn.Module):
         """x (B, 3, H, W) in [-1, 1], H and W multiples of `config.factor` -> mean, logvar, each (B, C, H/8, W/8).
 
         The posterior is the diagonal Gaussian q(z|x) = N(mean, exp(logvar)). Unscaled. The logarithm is clamped to
-        [-30, 20], where exp() is finite in every precision.
+        [-30, 20], where the standard deviation exp(logvar / 2) is finite in every precision.
         """
         f = self.config.factor
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:

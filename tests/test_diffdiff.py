@@ -78,6 +78,22 @@ def test_skipping_saves_calls():
     assert len(calls) == 2 + K
 
 
+def test_pndm_warms_up_only_where_a_chain_starts():
+    """Its first step of a chain takes two calls. White pixels are overwritten at every step, and start none."""
+    calls = []
+    z_init, noise, sampler, _ = setup("pndm", 20)
+    mu = torch.zeros(8, 8)
+    mu[:, 4:] = 1
+    differential_diffusion(lambda z, t: calls.append(t) or denoise(z, t), z_init, mu, sampler, noise)
+    assert len(calls) == 21
+
+
+def test_a_stochastic_sampler_says_what_it_needs():
+    z_init, noise, sampler, _ = setup("ddpm")
+    with pytest.raises(ValueError, match="stochastic"):
+        differential_diffusion(denoise, z_init, torch.zeros(8, 8), sampler, noise)
+
+
 def test_masks_are_nested_and_follow_the_papers_inequality():
     mu = random_map(levels=7)
     last = diffdiff.last_override(mu, K)

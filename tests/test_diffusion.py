@@ -1,13 +1,10 @@
 """diffusion.py against diffusers, against problems with a known answer, and against what Algorithm 1 asks of it."""
 
 import math
-import os
-import sys
 
 import pytest
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from diffusion import SAMPLERS, Schedule, T, make, sample, step_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its NumPy 1 spelling

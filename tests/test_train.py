@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import sd
 import train
 import vae
 
@@ -69,17 +70,37 @@ def test_training_learns_and_draws(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path):
     model = tiny()
-    with pytest.raises(FloatingPointError, match="loss is nan at step 0"):
+    with pytest.raises(FloatingPointError, match="not finite at step 0"):
         run(model, tmp_path, resume=False, loss=lambda step: loss_of(model)(step) * torch.nan)
     assert not (tmp_path / "tiny-state.safetensors").exists()
 
 
 def test_resuming_from_nothing_says_so(tmp_path):
+    state = tmp_path / "tiny-state.safetensors"
     with pytest.raises(ValueError, match="nothing to resume"):
-        run(tiny(), tmp_path, resume=True)
-    (tmp_path / "tiny-state.safetensors").write_bytes(b"something else")
-    with pytest.raises(ValueError, match="damaged, or the state of another model"):
-        run(tiny(), tmp_path, resume=True)
+        train.saved_recipe(state)
+    state.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="damaged"):
+        train.saved_recipe(state)
+    run(tiny(), tmp_path, resume=False)
+    assert train.saved_recipe(state) == RECIPE
+    with pytest.raises(ValueError, match="another model"):
+        run(vae.VAE(vae.VAEConfig((16, 16), 1, 2, 4)), tmp_path, resume=True)
+
+
+def test_both_stages_end_to_end(tmp_path, capsys):
+    """Few and small steps, but everything: crops, latents, vocabulary, sheets, the saved folder, and going on."""
+    small = ["--out", str(tmp_path), "--save-every", "1", "--device", "cpu"]
+    train.main(["--stage", "vae", "--steps", "2", "--batch", "4", *small])
+    train.main(["--stage", "base", "--steps", "1", "--batch", "2", "--scenes", "4", *small])
+    before = sd.load(tmp_path / "model").unet.conv_out.weight.clone()
+    train.main(["--stage", "base", "--resume", "--steps", "2", *small])
+    model = sd.load(tmp_path / "model")
+    assert model.unet.conv_out.weight.dtype == torch.float16 and not torch.equal(model.unet.conv_out.weight, before)
+    assert model.encode_prompt(["a red ball"]).shape == (1, 77, 128)
+    assert model.vae.config.scaling_factor != 1
+    assert train.saved_recipe(tmp_path / "base-state.safetensors").scenes == 4  # not said again, not forgotten
+    assert (tmp_path / "base-samples.png").exists() and (tmp_path / "vae-loss.png").exists()
 
 
 @pytest.mark.parametrize("argv", [["--steps", "0"], ["--stage", "base"], ["--lr", "x"], ["--init", "nowhere"]])
