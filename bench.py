@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -179,9 +180,10 @@ def unet(args):
     z, t, context = torch.randn(1, 4, 64, 64), torch.tensor([500]), torch.randn(1, 77, 768)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        ours, peer, z, context = (x.to(dtype) for x in (ours, peer, z, context))
+        inputs = z.to(dtype), t, context.to(dtype)
         with torch.inference_mode():
-            s = alternate({"ours": lambda: ours(z, t, context), "diffusers": lambda: peer(z, t, context)}, args.rounds)
+            runs = {"ours": partial(ours.to(dtype), *inputs), "diffusers": partial(peer.to(dtype), *inputs)}
+            s = alternate(runs, args.rounds)
         rows.append([str(dtype)[6:], f"{s['ours']:.2f}", f"{s['diffusers']:.2f}", f"{s['ours'] / s['diffusers']:.2f}"])
     print(f"UNet of Stable Diffusion 1.4, batch 1, 64x64 latents; {torch.get_num_threads()} threads\n")
     table(["precision", "ours s", "diffusers s", "ratio"], rows)

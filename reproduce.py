@@ -212,12 +212,12 @@ def pictures(toy, quick, out):
     gradient = [*meadow, "--change-map", "examples/gradient.png", "--prompt", "snow at night"]
     ball = [*meadow, "--mask", "examples/mask.png", "--softness", "6", "--prompt", "a blue ball on grass at noon"]
     commands = [
-        [*gradient, "--sheet", "examples/sheet.png", "--steps-strip", "examples/strip.png", "--out", str(out / "edit.png")],
-        [*meadow, "--strength-fan", "5", "--prompt", "snow at night", "--out", "examples/fan.png"],
-        [*ball, "--sheet", "examples/soft.png", "--out", str(out / "soft.png")],
+        [*gradient, "--sheet", "examples/sheet.png", "--steps-strip", "examples/strip.png"],
+        [*ball, "--sheet", "examples/soft.png"],
+        [*meadow, "--strength-fan", "5", "--prompt", "snow at night"],
     ]
-    for command in commands:
-        sample.main(command)
+    for command, result in zip(commands, (out / "edit.png", out / "soft.png", Path("examples/fan.png"))):
+        sample.main([*command, "--out", str(result)])
     return {"written": [f"examples/{name}.png" for name in ("sheet", "strip", "fan", "soft")]}
 
 
