@@ -14,7 +14,7 @@ Objects are flat figures facing the camera, `size` units large; light comes from
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -180,11 +180,15 @@ def present(scenes, slot):
 
 def local(scenes, i, k, x, y):
     """Pixels in object coordinates: u to the right, v up from the foot, in object sizes; and pixels' sides per size."""
+    foot_x, foot_y, scale = place(scenes, i, k)
+    return (x - foot_x) / scale, (foot_y - y) / scale, scale
+
+
+def place(scenes, i, k):
+    """Where object k of scene i stands on the screen, in 0 .. 1, and how large one object size is; (n, 1, 1) each."""
     distance = scenes.z[i, k] - scenes.camera[i, 1]
-    scale = (scenes.size[i, k] / distance)[:, None, None]  # object size on the screen
     foot_x = 0.5 + (scenes.x[i, k] - scenes.camera[i, 0]) / distance
-    foot_y = scenes.horizon[i] + 1 / distance
-    return (x - foot_x[:, None, None]) / scale, (foot_y[:, None, None] - y) / scale, scale
+    return (s[:, None, None] for s in (foot_x, scenes.horizon[i] + 1 / distance, scenes.size[i, k] / distance))
 
 
 def silhouette(part, u, v, soft):
@@ -285,3 +289,39 @@ def reflect(scenes, i, k, x, y, ground, land, size):
     ripple = 0.04 * torch.sin(9 * ground[1][i] + scenes.texture[i, 0, None, None])
     mirrored, cover = paint(scenes, i, k, u + ripple, -v, land[i], 1.5 / (scale * size))
     land[i] = torch.lerp(land[i], mirrored, 0.6 * cover[:, None])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Motion
+
+
+def moved(scenes, velocity, camera_velocity, time):
+    """The scenes `time` later. velocity (B, K, 2), camera_velocity (B, 2): x and z in world units per unit of time."""
+    return replace(scenes, x=scenes.x + time * velocity[..., 0], z=scenes.z + time * velocity[..., 1],
+                   camera=scenes.camera + time * camera_velocity)
+
+
+def flow_between(a, b, frames):
+    """Exact optical flow from scenes `a` to `b`, the same scenes moved; frames: `render(a)`.
+
+      ->  (B, 2, H, W) in pixels, x before y: where the *surface* seen at each pixel of `a` is in `b`, hidden there or
+          not. The sky is infinitely far; shadows and reflections count as ground. NaN where it is behind the camera.
+    """
+    size = frames.image.shape[-1]
+    px = (torch.arange(size) + 0.5) / size
+    x, y = px[None, None, :], px[None, :, None]
+    z_a, horizon = 1 / (y - a.horizon[:, None, None]).clamp(min=1e-6), b.horizon[:, None, None]
+    shift_x, shift_z = ((s - t)[:, None, None] for s, t in zip(a.camera.T, b.camera.T))
+    z_b = z_a + shift_z
+    ahead = torch.where(z_b > 0, z_b, torch.nan)
+    to_x, to_y = 0.5 + ((x - 0.5) * z_a + shift_x) / ahead, (horizon + 1 / ahead).expand(-1, -1, size)
+    sky = (y <= a.horizon[:, None, None]).expand_as(to_x)
+    to_x, to_y = torch.where(sky, x, to_x), torch.where(sky, y, to_y)
+    for slot in range(a.kind.shape[1]):
+        i, k = present(a, torch.full((len(a),), slot))
+        u, v, _ = local(a, i, k, x, y)
+        foot_x, foot_y, scale = place(b, i, k)
+        here = frames.segments[i] == slot + 1
+        to_x[i] = torch.where(here, foot_x + u * scale, to_x[i])
+        to_y[i] = torch.where(here, foot_y - v * scale, to_y[i])
+    return torch.stack([to_x - x, to_y - y], 1) * size

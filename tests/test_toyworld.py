@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import toyworld
+import warp
 from toyworld import COLOURS, GROUNDS, KINDS, TIMES, Scene, captions, random_scenes, render
 
 
@@ -88,6 +89,33 @@ def test_deleting_an_object_leaves_no_trace():
     assert f.segments.max() == 0
     moved = dataclasses.replace(gone, x=s.x + 1)
     assert torch.equal(f.image, render(moved).image)
+
+
+def test_exact_flow_leads_to_the_same_surface():
+    """Read the second frame where the flow leads: colours agree but where something hides, or light and shadow move."""
+    g = torch.Generator().manual_seed(3)
+    a = random_scenes(24, g)
+    still = torch.zeros(24, 3, 2)
+    for velocity, camera in ((still, torch.tensor([0.15, 0.1])), (still + torch.tensor([0.1, -0.2]), torch.zeros(2))):
+        b = toyworld.moved(a, velocity, camera.expand(24, 2), 1.0)
+        first, second = render(a), render(b)
+        flow = toyworld.flow_between(a, b, first)
+        same = warp.backwarp(second.segments[:, None].float(), flow).round()[:, 0] == first.segments
+        error = (warp.backwarp(second.image, flow) - first.image).abs().mean(1)
+        assert same.float().mean() > 0.93
+        assert error[same].median() < 0.004 and error[same & (first.segments > 0)].median() < 0.01
+        naive = (second.image - first.image).abs().mean(1)
+        assert error[same & (first.segments > 0)].mean() < 0.3 * naive[same & (first.segments > 0)].mean()
+
+
+def test_flow_is_none_where_nothing_moves_and_follows_the_camera():
+    a = random_scenes(4, torch.Generator().manual_seed(3))
+    frames = render(a)
+    assert toyworld.flow_between(a, a, frames).abs().max() < 1e-3
+    aside = toyworld.moved(a, torch.zeros(4, 3, 2), torch.tensor([[0.2, 0.0]]), 1.0)
+    flow = toyworld.flow_between(a, aside, frames)
+    torch.testing.assert_close(flow[:, 0], -0.2 * 128 / frames.depth, atol=4e-2, rtol=1e-3)  # parallax
+    assert flow[:, 1].abs().max() < 1e-3
 
 
 def test_captions_name_what_is_there():
