@@ -220,8 +220,11 @@ def load_folder(path, dtype, device, prediction):
     side = config_json("unet/config.json").get("sample_size", 64)
     tokenizer = find_tokenizer([path / "tokenizer"])
     hint = f"put vocab.json and merges.txt, of the checkpoint's own tokenizer/, into {path / 'tokenizer'}/"
-    return StableDiffusion(*models, schedule_from_json(scheduler, prediction), tokenizer,
-                           side * models[1].config.factor, hint)
+    try:
+        schedule = schedule_from_json(scheduler, prediction)
+    except ValueError as e:
+        raise ValueError(f"{path / 'scheduler/scheduler_config.json'}: {e}") from None
+    return StableDiffusion(*models, schedule, tokenizer, side * models[1].config.factor, hint)
 
 
 def load_file(path, dtype, device, prediction):

@@ -419,12 +419,12 @@ def test_files_that_are_no_checkpoint(tmp_path):
     (tmp_path / "text.txt").write_text("hello")
     refuses(tmp_path / "text.txt", "not a checkpoint")
     torch.save({"state_dict": tensors}, tmp_path / "model.ckpt")
-    for suffix in (".safetensors", ".ckpt"):
+    for suffix, says in ((".safetensors", "not a whole safetensors file"), (".ckpt", "is damaged")):
         whole = (tmp_path / f"model{suffix}").read_bytes()
         cut = tmp_path / f"cut{suffix}"
-        for content, words in ((b"", "empty"), (whole[: len(whole) // 2], "a"), (b"<html>hello</html>" * 9, "or")):
+        for content, words in ((b"", "empty"), (whole[: len(whole) // 2], says), (b"<html>hello</html>" * 9, says)):
             cut.write_bytes(content)
-            refuses(cut, words)
+            refuses(cut, cut.name, words)
     torch.save([1, 2], tmp_path / "list.pt")
     refuses(tmp_path / "list.pt", "no tensors")
     save_file({"lora_unet_down_blocks_0.lora_up.weight": torch.ones(3, 3)}, file)
@@ -480,10 +480,10 @@ def test_folder_errors(tmp_path):
     sd.load(tmp_path)
     scheduler = tmp_path / "scheduler" / "scheduler_config.json"
     good = json.loads(scheduler.read_text())
-    for change in ({"beta_schedule": "cosine"}, {"beta_end": 0.02}, {"num_train_timesteps": 4000},
-                   {"prediction_type": "sample"}):
+    for change, says in (({"beta_schedule": "cosine"}, "cosine"), ({"beta_end": 0.02}, "beta_end"),
+                         ({"num_train_timesteps": 4000}, "1000 steps"), ({"prediction_type": "sample"}, "sample")):
         scheduler.write_text(json.dumps(good | change))
-        refuses(tmp_path)
+        refuses(tmp_path, "scheduler_config.json", says)
     scheduler.write_text(json.dumps(good))
     index = tmp_path / "model_index.json"
     index.write_text(json.dumps({"text_encoder_2": ["transformers", "CLIPTextModel"]}))
