@@ -199,7 +199,8 @@ def examples(toy, quick, out):
         x=torch.tensor([[-0.9, 0.25, 0.85]]), z=torch.tensor([[3.4, 3.0, 2.5]]), size=torch.tensor([[0.9, 0.95, 0.62]]),
     ))
     sample.tensor_to_picture(frame.image[0]).save(folder / "meadow.png")
-    Image.fromarray(np.tile(np.linspace(0, 255, 128).round().astype(np.uint8), (128, 1))).save(folder / "gradient.png")
+    mu = np.clip((np.linspace(0, 1, 128) - 0.3) / 0.65, 0, 1)  # a third black: enough to turn day into night
+    Image.fromarray(np.tile((mu * 255).round().astype(np.uint8), (128, 1))).save(folder / "gradient.png")
     mask = Image.new("L", (128, 128), 255)
     ImageDraw.Draw(mask).ellipse((84, 80, 134, 128), fill=0)  # around the ball
     mask.save(folder / "mask.png")
@@ -210,7 +211,7 @@ def pictures(toy, quick, out):
     """The README's pictures, by the commands that it names."""
     meadow = ["--image", "examples/meadow.png"]
     gradient = [*meadow, "--change-map", "examples/gradient.png", "--prompt", "snow at night"]
-    ball = [*meadow, "--mask", "examples/mask.png", "--softness", "6", "--prompt", "a blue ball on grass at noon"]
+    ball = [*meadow, "--mask", "examples/mask.png", "--softness", "6", "--prompt", "a yellow house on grass at noon"]
     commands = [
         [*gradient, "--sheet", "examples/sheet.png", "--steps-strip", "examples/strip.png"],
         [*ball, "--sheet", "examples/soft.png"],
