@@ -47,13 +47,13 @@ def test_autoencoder(toy, tmp_path):
 def test_prompts_are_followed(toy, tmp_path):
     with torch.inference_mode():
         result = reproduce.adherence(toy, True, tmp_path)
-    assert result["true renders"]["mean"] >= 0.97  # the probes themselves
-    assert result["text to image"]["mean"] >= 0.8  # 32 pictures; the README's figure is of 288
+    assert result["true renders"]["all three"] >= 0.97  # the probes themselves
+    assert result["text to image"]["all three"] >= 0.85  # 32 pictures; the README's figure is of 288
 
 
 def test_change_follows_a_gradient(toy, tmp_path):
     with torch.inference_mode():
-        assert reproduce.gradient(toy, True, tmp_path)["cam"] >= 0.8
+        assert reproduce.gradient(toy, True, tmp_path)["cam of the biased measurement"] >= 0.4
 
 
 def test_a_batch_gives_each_picture_what_it_gives_alone(toy):
