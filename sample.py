@@ -184,7 +184,7 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
         return output
 
     sampler = diffusion.make(sampler, model.schedule, steps)
-    if sampler.timesteps[0] < 900:
+    if steps > 100 and sampler.timesteps[0] < 900:
         warnings.warn(f"{steps} steps start at t = {sampler.timesteps[0]}, far below full noise: use up to 100, or a "
                       "divisor of 1000", stacklevel=2)
     if picture is None:
