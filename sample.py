@@ -265,7 +265,7 @@ def parse(argv):
     how.add_argument("--mask", help="black = repaint, white = keep; blurred by --softness into a change map")
     how.add_argument("--strength-fan", type=strengths_of, metavar="N|LIST", help="columns, or a list: 0.2,0.5,0.8")
     how.add_argument("--strength", type=number(float, 0, 1), help="0 = keep everything, 1 = keep nothing")
-    p.add_argument("--softness", type=number(float, 0, 1000), default=40, help="blur of --mask, in pixels of --image")
+    p.add_argument("--softness", type=number(float, 0, 1000), help="blur of --mask, in pixels of --image (default: 40)")
     p.add_argument("--white-is-change", action="store_true", help="the map or mask is white where it changes")
     p.add_argument("--negative", default="", help="what it should not show")
     p.add_argument("--weights", default=TOY, help="a folder, .safetensors or .ckpt (default: the toy)")
@@ -293,6 +293,12 @@ def check(args):
         raise ValueError("say how much of the picture changes: --change-map, --mask, --strength-fan or --strength")
     if not args.image and not args.prompt:
         raise ValueError('say what to draw: --prompt "a red ball on grass at noon"')
+    if args.softness is not None and not args.mask:
+        raise ValueError("--softness blurs a --mask, and there is none")
+    if args.white_is_change and not (args.change_map or args.mask):
+        raise ValueError("--white-is-change turns a --change-map or --mask round, and there is none")
+    if args.negative and args.guidance == 1:
+        raise ValueError("--negative is what --guidance leads away from: with a guidance of 1 it has no effect")
     outputs = [Path(path) for path in (args.out, args.sheet, args.steps_strip) if path]
     for path in outputs:
         if path.suffix.lower() != ".png":
@@ -311,7 +317,7 @@ def read_map(args, original, size):
     if args.change_map:
         return drawn
     scale = (size[0] * size[1] / (original.width * original.height)) ** 0.5  # softness is in the original's pixels
-    return diffdiff.soft_inpainting_map(drawn.round(), args.softness * scale)
+    return diffdiff.soft_inpainting_map(drawn.round(), (40 if args.softness is None else args.softness) * scale)
 
 
 def run(args):

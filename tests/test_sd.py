@@ -403,7 +403,7 @@ def test_the_posterior(tmp_path):
 # Errors: one line that says what is wrong
 
 
-def refuses(path, *words, error=ValueError, **options):
+def assert_refused(path, *words, error=ValueError, **options):
     with pytest.raises(error) as info:
         sd.load(path, **options)
     message = str(info.value)
@@ -413,26 +413,26 @@ def refuses(path, *words, error=ValueError, **options):
 
 def test_files_that_are_no_checkpoint(tmp_path):
     file, tensors, _ = original_file(tmp_path, "sd1", ".safetensors")
-    refuses(tmp_path / "absent.safetensors", "absent.safetensors", error=FileNotFoundError)
-    refuses(tmp_path / "absent", "absent", error=FileNotFoundError)
-    refuses(tmp_path, "unet/", error=FileNotFoundError)
+    assert_refused(tmp_path / "absent.safetensors", "absent.safetensors", error=FileNotFoundError)
+    assert_refused(tmp_path / "absent", "absent", error=FileNotFoundError)
+    assert_refused(tmp_path, "unet/", error=FileNotFoundError)
     (tmp_path / "text.txt").write_text("hello")
-    refuses(tmp_path / "text.txt", "not a checkpoint")
+    assert_refused(tmp_path / "text.txt", "not a checkpoint")
     torch.save({"state_dict": tensors}, tmp_path / "model.ckpt")
     for suffix, says in ((".safetensors", "not a whole safetensors file"), (".ckpt", "is damaged")):
         whole = (tmp_path / f"model{suffix}").read_bytes()
         cut = tmp_path / f"cut{suffix}"
         for content, words in ((b"", "empty"), (whole[: len(whole) // 2], says), (b"<html>hello</html>" * 9, says)):
             cut.write_bytes(content)
-            refuses(cut, cut.name, words)
+            assert_refused(cut, cut.name, words)
     torch.save([1, 2], tmp_path / "list.pt")
-    refuses(tmp_path / "list.pt", "no tensors")
+    assert_refused(tmp_path / "list.pt", "no tensors")
     save_file({"lora_unet_down_blocks_0.lora_up.weight": torch.ones(3, 3)}, file)
-    refuses(file, "not a whole Stable Diffusion", "lora_unet_down_blocks_0")
+    assert_refused(file, "not a whole Stable Diffusion", "lora_unet_down_blocks_0")
     save_file({k: v for k, v in tensors.items() if k.startswith("first_stage_model.")}, file)
-    refuses(file, "not a whole Stable Diffusion", "model.diffusion_model.*")
+    assert_refused(file, "not a whole Stable Diffusion", "model.diffusion_model.*")
     save_file({"conditioner.embedders.0.x": torch.ones(3)}, file)
-    refuses(file, "XL")
+    assert_refused(file, "XL")
 
 
 def test_tensors_that_do_not_fit(tmp_path):
@@ -443,17 +443,17 @@ def test_tensors_that_do_not_fit(tmp_path):
         save_file({k: v.contiguous() for k, v in ({**tensors} | change).items() if v is not None}, file)
         return file
 
-    refuses(write({name: None}), "1 missing tensors", "mid_block.resnets.0.conv1.weight", "unet")
-    refuses(write({name: torch.ones(2, 3)}), "1 misshapen tensors", "(2, 3) instead of (64, 64, 3, 3)")
-    refuses(write({f"model.diffusion_model.control_{i}.weight": torch.ones(1) for i in range(9)}),
+    assert_refused(write({name: None}), "1 missing tensors", "mid_block.resnets.0.conv1.weight", "unet")
+    assert_refused(write({name: torch.ones(2, 3)}), "1 misshapen tensors", "(2, 3) instead of (64, 64, 3, 3)")
+    assert_refused(write({f"model.diffusion_model.control_{i}.weight": torch.ones(1) for i in range(9)}),
             "9 unexpected", "control_0")
-    refuses(write({"something.else": torch.ones(1)}), "1 unexpected", "something.else")
-    refuses(write({"model.diffusion_model.conv_in.weight": None, "model.diffusion_model.input_blocks.0.0.weight":
+    assert_refused(write({"something.else": torch.ones(1)}), "1 unexpected", "something.else")
+    assert_refused(write({"model.diffusion_model.conv_in.weight": None, "model.diffusion_model.input_blocks.0.0.weight":
                    None}), "unet", "conv_in.weight")
     narrow = {k: v for k, v in tensors.items() if "cond_stage_model" not in k}
     narrow |= to_original(replace_text(small(), replace(TEXT, width=128, heads=2)))
     save_file(narrow, file)
-    refuses(file, "do not fit", "128")
+    assert_refused(file, "do not fit", "128")
 
 
 def replace_text(model, config):
@@ -470,12 +470,12 @@ def test_folder_errors(tmp_path):
                           ({"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "AttnDownBlock2D"),
                           ({"block_out_channels": [32, 96]}, "misshapen")):
         config.write_text(json.dumps(good | change))
-        refuses(tmp_path, words, "unet")
+        assert_refused(tmp_path, words, "unet")
     del good["block_out_channels"]
     config.write_text(json.dumps(good))
-    refuses(tmp_path, "block_out_channels")
+    assert_refused(tmp_path, "block_out_channels")
     config.write_text("{")
-    refuses(tmp_path, "damaged")
+    assert_refused(tmp_path, "damaged")
     config.unlink()
     sd.load(tmp_path)
     scheduler = tmp_path / "scheduler" / "scheduler_config.json"
@@ -483,14 +483,14 @@ def test_folder_errors(tmp_path):
     for change, says in (({"beta_schedule": "cosine"}, "cosine"), ({"beta_end": 0.02}, "beta_end"),
                          ({"num_train_timesteps": 4000}, "1000 steps"), ({"prediction_type": "sample"}, "sample")):
         scheduler.write_text(json.dumps(good | change))
-        refuses(tmp_path, "scheduler_config.json", says)
+        assert_refused(tmp_path, "scheduler_config.json", says)
     scheduler.write_text(json.dumps(good))
     index = tmp_path / "model_index.json"
     index.write_text(json.dumps({"text_encoder_2": ["transformers", "CLIPTextModel"]}))
-    refuses(tmp_path, "XL")
+    assert_refused(tmp_path, "XL")
     index.unlink()
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    refuses(tmp_path, "no weights", "vae", error=FileNotFoundError)
+    assert_refused(tmp_path, "no weights", "vae", error=FileNotFoundError)
 
 
 class Runs:
@@ -508,7 +508,7 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path, zipped):
     tensors, touched = to_original(small()), tmp_path / "touched"
     for content in (tensors | {"x": Runs(touched)}, {"state_dict": tensors, "callbacks": Runs(touched)}):
         torch.save(content, tmp_path / "model.ckpt", _use_new_zipfile_serialization=zipped)
-        refuses(tmp_path / "model.ckpt", "refused", "safetensors")
+        assert_refused(tmp_path / "model.ckpt", "refused", "safetensors")
         assert not touched.exists()
     torch.load(tmp_path / "model.ckpt", weights_only=False)
     assert touched.exists()  # it was a real one
@@ -551,10 +551,10 @@ def test_no_tokenizer(tmp_path):
     assert str(tmp_path / "folder" / "tokenizer") in str(info.value)
     (tmp_path / "vocab.json").write_text("{}")
     (tmp_path / "merges.txt").write_text("")
-    refuses(tmp_path / "model.safetensors", "tokenizer", "damaged")
+    assert_refused(tmp_path / "model.safetensors", "tokenizer", "damaged")
 
 
 def test_a_tokenizer_of_another_model(tmp_path):
     save_file(to_original(small()), tmp_path / "model.safetensors")
     clip.Tokenizer(*clip.learn_bpe([*CAPTIONS, "other words here altogether"], 700)).save(tmp_path)
-    refuses(tmp_path / "model.safetensors", "not the text encoder's")
+    assert_refused(tmp_path / "model.safetensors", "not the text encoder's")

@@ -53,7 +53,8 @@ def test_prompts_are_followed(toy, tmp_path):
 
 def test_change_follows_a_gradient(toy, tmp_path):
     with torch.inference_mode():
-        assert reproduce.gradient(toy, True, tmp_path)["cam of the biased measurement"] >= 0.4
+        result = reproduce.gradient(toy, True, tmp_path)
+    assert result["correlation by column"] >= 0.9 and result["cam"] > 0.2
 
 
 def test_a_batch_gives_each_picture_what_it_gives_alone(toy):
