@@ -325,3 +325,86 @@ def flow_between(a, b, frames):
         to_x[i] = torch.where(here, foot_x + u * scale, to_x[i])
         to_y[i] = torch.where(here, foot_y - v * scale, to_y[i])
     return torch.stack([to_x - x, to_y - y], 1) * size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Edits, as a user of Magic Fixup makes them, and what they truly look like
+
+VERBS = ("move", "scale", "duplicate", "delete")
+
+
+@dataclass
+class Edit:
+    """What a user did to one object of a scene."""
+
+    k: int  # the object
+    verb: str  # one of VERBS
+    matrix: torch.Tensor | None  # (2, 3) float64: where a point x, y of it goes in the picture, in pixels, as a figure
+    #                              that faces the camera does exactly; the picture spans 0 .. size. None: deleted
+
+
+def random_edits(scenes, generator=None, size=128):
+    """One edit of one object for each scene (each has an object). Same generator state, same edits.
+
+      ->  edited, a Scene with room for one more object, where a duplicate's copy is (`render` it for the truth, shadows
+          and reflections included); and a list of B `Edit`s for pictures of `size` pixels
+    """
+
+    def uniform(lo, hi, *shape):
+        return lo + (hi - lo) * torch.rand(*shape, generator=generator)
+
+    (B, K), row, n = scenes.kind.shape, torch.arange(len(scenes)), 16
+    k = torch.multinomial((scenes.kind >= 0).double(), 1, generator=generator)[:, 0]
+    verb = torch.randint(len(VERBS), (B,), generator=generator)
+    moves, scales, duplicates, deletes = (verb == VERBS.index(v) for v in ("move", "scale", "duplicate", "delete"))
+    # n places for the object to go: aside, or in every other scene nearer or farther too. The first is taken that hides
+    # no other object and differs from its own place (by half as much, if it leaves that), or else the one that is best.
+    new_px, along = uniform(0.14, 0.86, B, n), torch.rand(B, 1, generator=generator) < 0.5
+    new_z = torch.where(along, uniform(2.1, 4.6, B, n), scenes.z[row, k, None])
+    camera_x, camera_z = scenes.camera[:, :1], scenes.camera[:, 1:]
+    distance = scenes.z - camera_z
+    px, width = 0.5 + (scenes.x - camera_x) / distance, scenes.size / distance  # (B, K)
+    need = 0.3 * (width[:, None] + (scenes.size[row, k, None] / (new_z - camera_z))[..., None])  # (B, n, K)
+    need = torch.where((moves[:, None] & (torch.arange(K) == k[:, None]))[:, None], need / 2, need)
+    apart = ((new_px[..., None] - px[:, None]).abs() / need).where((scenes.kind >= 0)[:, None], torch.inf)
+    best = apart.amin(2).clamp(max=1).argmax(1)
+    new_px, new_z = new_px[row, best], new_z[row, best]
+    # A small object grows and a large one shrinks, else either.
+    factor, grow = uniform(1.25, 1.5, B), torch.rand(B, generator=generator) < 0.5
+    here = width[row, k]
+    factor = torch.where((here < 0.18) | grow & (here < 0.34), factor, 1 / factor)
+
+    def one_more(field, value):  # (B, K) -> (B, K + 1); the object that is edited, or its copy, gets the value
+        field = torch.cat([field, field[row, k, None]], 1)
+        field[row, torch.where(duplicates, K, k)] = value.to(field.dtype)
+        return field
+
+    stays = ~(moves | duplicates)
+    new_x = camera_x[:, 0] + (new_px - 0.5) * (new_z - camera_z[:, 0])
+    kind = one_more(scenes.kind, torch.where(deletes, -1, scenes.kind[row, k]))
+    kind[~duplicates, K] = -1
+    edited = replace(
+        scenes, kind=kind, colour=one_more(scenes.colour, scenes.colour[row, k]),
+        x=one_more(scenes.x, torch.where(stays, scenes.x[row, k], new_x)),
+        z=one_more(scenes.z, torch.where(stays, scenes.z[row, k], new_z)),
+        size=one_more(scenes.size, scenes.size[row, k] * torch.where(scales, factor, 1.0)),
+    )
+    old, new = place(scenes, row, k), place(edited, row, torch.where(duplicates, K, k))
+    old_x, old_y, old_scale, new_x, new_y, new_scale = (s.flatten().double() for s in (*old, *new))
+    s, zero = new_scale / old_scale, torch.zeros(B, dtype=torch.double)
+    matrix = torch.stack([s, zero, (new_x - s * old_x) * size, zero, s, (new_y - s * old_y) * size], 1).view(B, 2, 3)
+    return edited, [Edit(k[i].item(), VERBS[verb[i]], None if deletes[i] else matrix[i]) for i in range(B)]
+
+
+def pieces(edited, edit, segments):
+    """The same edit of one picture as a collage, for `collage.composite`: what a user sees is what can be dragged.
+
+    edited    one scene of `random_edits` (`edited[i : i + 1]`), and its `edit`
+    segments  (H, W), of the picture before
+      ->      [(mask (H, W) bool, matrix or None)], from back to front: an object that goes behind another is hidden
+    """
+    K, stays = edited.kind.shape[1] - 1, torch.eye(2, 3, dtype=torch.double)
+    after = [slot for slot in edited.z[0].argsort(descending=True).tolist() if edited.kind[0, slot] >= 0]
+    changed = {"duplicate": K, "delete": None}.get(edit.verb, edit.k)
+    order = [(slot if slot < K else edit.k, edit.matrix if slot == changed else stays) for slot in after]
+    return [(segments == k + 1, matrix) for k, matrix in order + [(edit.k, None)]]

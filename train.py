@@ -26,12 +26,15 @@ from torch import nn
 from tqdm import tqdm
 
 import clip
+import diffdiff
 import diffusion
 import layouts
+import mfx
 import sd
 import toyworld
 import unet
 import vae
+from pairs import toy_pairs
 from sample import Parser, choose_device, choose_precision, number
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,11 +54,14 @@ class Recipe:
     # Stage base: noise of one value per channel and picture, beside the white noise. Stable Diffusion's noisiest level
     # still shows a picture's mean, which a model learns to trust over the words: noon would never turn into night.
     offset: float = 0.2
+    motion: str = "both"  # stage mfx: how the first frame is warped to the second, 'flow', 'affine' or half of each
+    cross_reference: bool = True  # stage mfx: False is the paper's ablation, without the detail extractor
 
 
 RECIPES = {
     "vae": Recipe(steps=3600, batch=16, lr=1.2e-3, warmup=200, ema=0.998),
     "base": Recipe(steps=6300, batch=32, lr=1e-3, warmup=300, ema=0.9995),
+    "mfx": Recipe(steps=8000, batch=16, lr=5e-4, warmup=300, ema=0.9995, scenes=12_000),
 }
 # Autoencoder
 CROP = 64  # pixels; three quarters of the crops are centred on an object, since the background teaches little
@@ -139,21 +145,13 @@ def train_vae(recipe, out, resume, device, init):
 
 def encode_scenes(scenes, path, autoencoder, device):
     """-> latents (N, C, h, w), unscaled: made once, and kept in a file for these scenes and this autoencoder."""
-    digest = hashlib.sha256(scenes.x.numpy().tobytes())
-    for p in autoencoder.parameters():
-        digest.update(p.detach().cpu().numpy().tobytes())
-    made_from = {"made_from": digest.hexdigest()}
-    try:
-        with safe_open(path, "pt") as file:
-            stale = file.metadata() != made_from
-    except (OSError, SafetensorError):
-        stale = True
-    if stale:
+    made_from = {"made_from": digest(autoencoder, scenes.x.tolist())}
+    if not fresh(path, made_from):
         parts = []
         for i in tqdm(range(0, len(scenes), 64), desc="latents", unit="batch", mininterval=1):
-            image = toyworld.render(scenes[i : i + 64]).image.to(device, memory_format=torch.channels_last)
+            image = toyworld.render(scenes[i : i + 64]).image
             with torch.no_grad():
-                parts.append(autoencoder.encode(image * 2 - 1)[0].half().cpu())
+                parts.append(autoencoder.encode(channels_last((image * 2 - 1).to(device)))[0].half().cpu())
         with layouts.whole(path) as tmp:
             save_file({"latents": torch.cat(parts).contiguous()}, tmp, made_from)
     return load_file(path)["latents"]
@@ -191,14 +189,12 @@ def train_base(recipe, out, resume, device, init):
         told = toyworld.captions(scenes[index], g)
         dropped = torch.rand(recipe.batch, generator=g) < DROPPED
         ids = tokenizer(["" if d else c for c, d in zip(told, dropped)])
-        # One timestep from each of `batch` equal parts of 0 .. T-1: uniform, with less variance than free draws.
-        t = ((torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=g)) / recipe.batch * diffusion.T).long()
+        t = stratified(recipe.batch, g)
         z = latents[index].float() * factor
         noise = torch.randn(z.shape, generator=g)
         if recipe.offset:
             noise = noise + recipe.offset * torch.randn(*z.shape[:2], 1, 1, generator=g)
-        z, ids, t, noise = (x.to(device) for x in (z, ids, t, noise))
-        return base_loss(model, schedule, z.contiguous(memory_format=torch.channels_last), ids, t, noise)
+        return base_loss(model, schedule, *(channels_last(x.to(device)) for x in (z, ids, t, noise)))
 
     def sheet(average):
         shown = replace(toy, unet=average["unet"], text=average["text"])
@@ -213,15 +209,100 @@ def train_base(recipe, out, resume, device, init):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loop that both stages share
+# Stage mfx
+
+
+def pair_latents(recipe, path, autoencoder, device):
+    """Pairs of the toy world as Magic Fixup sees them, made once and kept in a file: a dict of (N, ...) in fp16.
+
+    The run shows each of them several times, under new noise; encoding them again would cost as much as the training.
+    """
+    made_from = {"made_from": digest(autoencoder, recipe.scenes, recipe.seed, recipe.motion)}
+    if not fresh(path, made_from):
+        parts = []
+        for i in tqdm(range(0, recipe.scenes, 32), desc="pairs", unit="batch", mininterval=1):
+            pairs = toy_pairs(32, at(recipe.seed + 4, i), recipe.motion)
+            parts.append({name: t.half() for name, t in encode_pairs(pairs, autoencoder, device).items()})
+        with layouts.whole(path) as tmp:
+            save_file({name: torch.cat([p[name] for p in parts]).contiguous() for name in parts[0]}, tmp, made_from)
+    return load_file(path)
+
+
+@torch.no_grad()
+def encode_pairs(pairs, autoencoder, device):
+    """reference, target, coarse (B, 3, H, W) and mask (B, 1, H, W) -> latents (B, C, h, w), mask (B, 1, h, w)"""
+    factor = autoencoder.config.scaling_factor
+    latents = {name: (autoencoder.encode(channels_last(pairs[name].to(device)))[0] * factor).cpu()
+               for name in ("reference", "target", "coarse")}
+    return latents | {"mask": diffdiff.down_sample(pairs["mask"], latents["target"].shape[-2:])}
+
+
+def train_mfx(recipe, out, resume, device, init):
+    """Both UNets together, from a Stable Diffusion, on pairs of frames: section 3.6 -> OUT/model, as fp16"""
+    model = mfx.from_stable_diffusion(init, cross_reference=recipe.cross_reference)
+    model = model.to(device, memory_format=torch.channels_last)
+    model.unfreeze()
+    pairs = pair_latents(recipe, out / "pairs.safetensors", model.vae, device)
+
+    def loss(step):
+        g = at(recipe.seed + 1, step)
+        index = torch.randint(len(pairs["mask"]), (recipe.batch,), generator=g)
+        batch = {name: t[index].float() for name, t in pairs.items()}
+        batch |= mfx.draws(batch["target"].shape, g) | {"t": stratified(recipe.batch, g)}
+        return model.loss({name: channels_last(t.to(device)) for name, t in batch.items()})
+
+    shown = toy_pairs(8, at(recipe.seed + 2, 0), recipe.motion)
+
+    def sheet(average):
+        edit = {name: t.to(device) for name, t in encode_pairs(shown, average.vae, device).items()}
+        with torch.no_grad():
+            x = average.decode(average.sample(edit["reference"], edit["coarse"], edit["mask"], steps=25)).cpu()
+        return torch.cat([shown["reference"], shown["coarse"], x, shown["target"]]) / 2 + 0.5
+
+    mfx.save(fit("mfx", model, loss, sheet, recipe, out, resume), out / "model", torch.float16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop that the stages share
+
+
+def stratified(batch, generator):
+    """One timestep from each of `batch` equal parts of 0 .. T-1: uniform, with less variance than free draws."""
+    return ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * diffusion.T).long()
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def digest(autoencoder, *data):
+    """Tells cached latents of this autoencoder and data from others."""
+    h = hashlib.sha256(repr(data).encode())
+    for p in autoencoder.parameters():
+        h.update(p.detach().cpu().numpy().tobytes())
+    return h.hexdigest()
+
+
+def fresh(path, made_from):
+    """Is there a file of latents, made from that?"""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() == made_from
+    except (OSError, SafetensorError):
+        return False
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def fit(stage, model, loss, sheet, recipe, out, resume):
     """Adam on loss(step) for recipe.steps steps, a sheet of what the average can do at every save. -> the average"""
     state, average = out / f"{stage}-state.safetensors", copy.deepcopy(model).eval().requires_grad_(False)
-    device = next(model.parameters()).device
+    parameters, followers = trained(model), dict(average.named_parameters())
+    device = next(iter(parameters.values())).device
     bf16 = choose_precision("auto", device) == torch.bfloat16  # weights stay fp32; matrices are multiplied in half
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(parameters.values(), recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     first, losses = restore(state, model, average, optimizer) if resume else (0, [])
     bar = tqdm(range(first, recipe.steps), stage, recipe.steps, initial=first, mininterval=1, smoothing=0.02)
     for step in bar:
@@ -232,14 +313,14 @@ def fit(stage, model, loss, sheet, recipe, out, resume):
             value = loss(step)
         optimizer.zero_grad()
         value.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         losses.append(value.item())
         if not math.isfinite(losses[-1] * norm.item()):  # before a step, and a checkpoint, that would be beyond repair
             raise FloatingPointError(f"loss or gradient is not finite at step {step}: resume with a lower --lr")
         optimizer.step()
         decay = min(recipe.ema, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+            torch._foreach_lerp_([followers[n] for n in parameters], list(parameters.values()), 1 - decay)
         rate = recipe.batch * (bar.format_dict["rate"] or 0)
         bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", images_s=f"{rate:.0f}", refresh=False)
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
@@ -252,8 +333,9 @@ def fit(stage, model, loss, sheet, recipe, out, resume):
 def save(path, model, average, optimizer, losses, recipe):
     """Everything that the next step depends on, as one safetensors file; no pickle."""
     tensors = {}
-    for (name, p), q in zip(model.named_parameters(), average.parameters()):
-        tensors[f"model.{name}"], tensors[f"average.{name}"] = p.detach(), q
+    followers = dict(average.named_parameters())
+    for name, p in trained(model).items():
+        tensors[f"model.{name}"], tensors[f"average.{name}"] = p.detach(), followers[name]
         tensors[f"m.{name}"], tensors[f"v.{name}"] = (optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq"))
     with layouts.whole(path) as tmp:
         more = {"losses": json.dumps(losses), "recipe": json.dumps(asdict(recipe))}
@@ -276,9 +358,10 @@ def restore(path, model, average, optimizer):
     try:
         with safe_open(path, "pt") as file, torch.no_grad():
             losses = json.loads(file.metadata()["losses"])
-            for (name, p), q in zip(model.named_parameters(), average.parameters()):
+            followers = dict(average.named_parameters())
+            for name, p in trained(model).items():
                 p.copy_(file.get_tensor(f"model.{name}"))
-                q.copy_(file.get_tensor(f"average.{name}"))
+                followers[name].copy_(file.get_tensor(f"average.{name}"))
                 # The moments get the parameters' memory format, as they have in a run that never stopped.
                 m, v = (torch.empty_like(p).copy_(file.get_tensor(f"{k}.{name}")) for k in "mv")
                 count = torch.tensor(float(len(losses)), device=p.device)  # where fused Adam wants it
@@ -336,7 +419,8 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)
         init = sd.load(args.init, torch.float32, device) if args.init else None
-        {"vae": train_vae, "base": train_base}[args.stage](recipe, args.out, args.resume, device, init)
+        stages = {"vae": train_vae, "base": train_base, "mfx": train_mfx}
+        stages[args.stage](recipe, args.out, args.resume, device, init)
     except (ValueError, OSError, FloatingPointError) as e:
         parser.error(e)
 

@@ -9,9 +9,10 @@ One path through the network serves three uses. The second attention of every tr
 that are made from `context` *before* the network runs (`UNet.keys_values`): for a prompt they do not change over the
 sampling steps, so a sampler makes them once and passes them instead of the context. Where keys and values come from is
 not the block's business, which is what Magic Fixup needs: there they come from another UNet. And `taps`, a list, is
-filled with each block's input to its self-attention, which is what that other UNet is asked for.
+filled with each block's input to its self-attention, which is what that other UNet is asked for (`UNet.features`).
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -30,7 +31,9 @@ class UNetConfig:
     mid_depth: int = 1  # the same at the bottom
     heads: int | None = 8  # attention heads, the same at every width (SD 1) ...
     head_width: int | None = None  # ... or as many heads of this width as fit (SD 2, XL)
-    context: int = 768  # D, the width of the text encoder's states
+    # What the second attention reads: states of this width D, a text encoder's; None: features as wide as the block
+    # itself, from another UNet; 0: nothing, there is no second attention.
+    context: int | None = 768
     linear_proj: bool = False  # tokens are projected by a linear layer (SD 2, XL) or by a 1x1 convolution (SD 1)
     groups: int = 32  # of every GroupNorm
     added: int = 0  # width of XL's vector of pooled text and picture sizes, joined to the time embedding; 0 = none
@@ -136,7 +139,8 @@ class TransformerBlock(nn.Module):
     def __init__(self, width, heads, context):
         super().__init__()
         self.norm1, self.attn1 = nn.LayerNorm(width), Attention(width, width, heads)
-        self.norm2, self.attn2 = nn.LayerNorm(width), Attention(width, context, heads)
+        if context != 0:
+            self.norm2, self.attn2 = nn.LayerNorm(width), Attention(width, context or width, heads)
         self.norm3, self.ff = nn.LayerNorm(width), FeedForward(width)
 
     def forward(self, x, keys_values, taps=None):
@@ -145,7 +149,8 @@ class TransformerBlock(nn.Module):
         if taps is not None:
             taps.append(h)
         x = x + self.attn1(h, self.attn1.keys_values(h))
-        x = x + self.attn2(self.norm2(x), next(keys_values))
+        if hasattr(self, "attn2"):
+            x = x + self.attn2(self.norm2(x), next(keys_values))
         return x + self.ff(self.norm3(x))
 
 
@@ -243,6 +248,22 @@ class Middle(nn.Module):
 # The network
 
 
+class Taps(list):
+    """A list for `taps` that ends the forward pass, by an exception, as soon as it holds `wanted` features."""
+
+    class Full(Exception):
+        pass
+
+    def __init__(self, wanted):
+        super().__init__()
+        self.wanted = wanted
+
+    def append(self, h):
+        super().append(h)
+        if len(self) == self.wanted:
+            raise self.Full
+
+
 class UNet(nn.Module):
     """The UNet for a `UNetConfig`."""
 
@@ -279,16 +300,26 @@ class UNet(nn.Module):
     def keys_values(self, context):
         """context (B, L, D) -> [(keys, values)] per transformer block, to be passed instead of the context.
 
-        They depend on the prompt alone: make them once, use them at every step.
+        They depend on the prompt alone: make them once, use them at every step. A list has a context for every block.
         """
-        return [block.attn2.keys_values(context) for block in self.transformer_blocks()]
+        blocks = self.transformer_blocks()
+        contexts = [context] * len(blocks) if torch.is_tensor(context) else context
+        return [block.attn2.keys_values(c) for block, c in zip(blocks, contexts, strict=True)]
+
+    def features(self, z, t):
+        """z, t as for forward, of a UNet without a second attention -> [(B, N, width)], one per transformer block: its
+        input to self-attention. What comes after the last of them is not computed."""
+        taps = Taps(len(self.transformer_blocks()))
+        with contextlib.suppress(Taps.Full):
+            self(z, t, (), taps=taps)
+        return taps
 
     def forward(self, z, t, context, added=None, taps=None):
         """One denoising step.
 
         z        (B, in_channels, h, w), any h and w
         t        (B,) timesteps, 0 .. 999
-        context  (B, L, D), or what `keys_values` made of it
+        context  (B, L, D), or what `keys_values` made of it; () if there is no second attention
         added    (B, config.added) for XL: pooled text, and the picture's sizes as embeddings
         taps     a list, filled with each transformer block's input to self-attention, (B, N, width)
           ->     (B, out_channels, h, w)
@@ -355,7 +386,7 @@ def config_from_shapes(shapes):
         mid_depth=depth(mid),
         heads=None if linear else 8,
         head_width=64 if linear else None,
-        context=shapes[f"{mid}.transformer_blocks.0.attn2.to_k.weight"][1],
+        context=shapes.get(f"{mid}.transformer_blocks.0.attn2.to_k.weight", (0, 0))[1],
         linear_proj=linear,
         groups=32 if all(c % 32 == 0 for c in channels) else 8,
         added=shapes["add_embedding.linear_1.weight"][1] if "add_embedding.linear_1.weight" in shapes else 0,

@@ -1,0 +1,347 @@
+"""Magic Fixup: a collage of pieces of a photograph -> a photograph. Alzayer et al. 2024, arXiv 2403.13044.
+
+Two UNets, both begun as Stable Diffusion without its text. The *detail extractor* sees the untouched reference, the
+*synthesizer* denoises the edit, and every transformer block of the synthesizer looks up in the same block of the
+extractor what the things in the picture are made of.
+
+    I         reference     (B, C, h, w)   the photograph before the edit, encoded
+    I_coarse  coarse        (B, C, h, w)   the collage, its holes inpainted by a simple algorithm, encoded
+    M         mask          (B, 1, h, w)   1 = content survived the edit, 0 = hole
+
+    model = from_stable_diffusion(sd.load("weights/toy"))
+    optimizer = torch.optim.Adam(model.unfreeze(), lr=1e-5)
+    model.loss({"reference": .., "target": .., "coarse": .., "mask": ..}).backward()
+
+    model = load("weights/toy-mfx")                                                  or the released weights' file
+    x_0 = model.sample(reference, coarse, mask, seeds=range(5))                      five versions of one edit
+    denoise = model.denoiser(reference, coarse, mask, sampler.timesteps)
+    x_0 = diffdiff.differential_diffusion(denoise, coarse, change_map, sampler)      the two papers together
+
+Equation numbers are the paper's. Where the released program does otherwise than the paper says, the line says so.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import diffusion
+from diffusion import BETAS, Schedule, T
+from layouts import IGNORED, read, read_json, translate, write_json
+from sd import StableDiffusion, build, load_part, save_part, schedule_from_json, schedule_to_json
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The release's noise schedule
+
+
+def zero_terminal_snr(betas):
+    """betas (T,) -> betas whose last step leaves nothing of the picture. Lin et al. 2023, 2305.08891, algorithm 1."""
+    alpha = (1 - betas).cumprod(dim=0).sqrt()
+    abar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2  # ends at 0, begins where it began
+    return 1 - abar / F.pad(abar[:-1], (1, 0), value=1.0)
+
+
+# The paper says 'linear', and Stable Diffusion was trained with 'scaled_linear'. The release has neither: it trains and
+# samples with the latter, stretched to zero signal at the end. By this name it is a `Schedule` like the others.
+BETAS["zero_snr"] = zero_terminal_snr(BETAS["scaled_linear"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class MagicFixup(nn.Module):
+    """Both UNets, the autoencoder that they work behind, and the noise schedule.
+
+    synthesizer  UNet: 2C + 1 channels in, C out, a second attention to features of its own widths (context=None)
+    extractor    UNet: 2C + 1 channels in, no second attention (context=0).  None for the paper's ablation: then the
+                 synthesizer has no second attention either, and never sees the reference
+    size         pixels along a side of the square pictures that it is for
+    ValueError if the schedule's prediction is not the noise, or if the parts do not fit together.
+    """
+
+    def __init__(self, synthesizer, extractor, vae, schedule, size=512):
+        super().__init__()
+        self.synthesizer, self.extractor, self.vae = synthesizer, extractor, vae
+        self.schedule, self.size = schedule, size
+        s, C = synthesizer.config, vae.config.latent_channels
+        if (s.in_channels, s.out_channels) != (2 * C + 1, C):
+            raise ValueError(f"a synthesizer for {C} latent channels has {2 * C + 1} channels in and {C} out, this one "
+                             f"has {s.in_channels} and {s.out_channels}")
+        if s.context is not None if extractor else s.context != 0:
+            raise ValueError("a synthesizer attends to an extractor's features, or has no second attention and no "
+                             "extractor")
+        if extractor and extractor.config != replace(s, context=0):
+            raise ValueError("the extractor is not built as the synthesizer is")
+        if schedule.prediction != "epsilon":
+            raise ValueError("Magic Fixup predicts the noise, not v: start from a model that does so too")
+
+    encode_image, decode = StableDiffusion.encode_image, StableDiffusion.decode  # of them, they need the .vae alone
+
+    def details(self, reference, mask, t, noise):
+        """What the synthesizer reads of the reference at t (B,): a block's (keys, values), (B, heads, N, d) each.
+
+        They do not depend on the edit's own latent, so they can be made ahead, and serve any number of samples.
+        """
+        if self.extractor is None:
+            return ()
+        I_t = self.schedule.add_noise(reference, noise, t)  # eq. 2, whose (1 - abar) lacks its square root in print
+        z = torch.cat([I_t, reference, mask], dim=1)  # (B, 2C + 1, h, w)
+        F_t = self.extractor.features(z.to(self.extractor.conv_in.weight.dtype), t)  # eq. 3, [(B, N, width)]
+        return self.synthesizer.keys_values(F_t)  # figure 3, right: K and V of f_t, Q will be of g_t
+
+    def forward(self, x_t, t, reference, coarse, mask, noise):
+        """The predicted noise of x_t.
+
+        x_t, reference, coarse  (B, C, h, w), latents; x_t noised to t
+        t                       (B,) in 0 .. 999
+        mask                    (B, 1, h, w), 1 = kept
+        noise                   (B, C, h, w), the reference's (equation 2); x_t has one of its own
+          ->                    (B, C, h, w)
+        """
+        return self.synthesizer(torch.cat([x_t, coarse, mask], dim=1), t, self.details(reference, mask, t, noise))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Training
+
+    def unfreeze(self):
+        """Make trainable what the loss depends on, and return it: a list of parameters for the optimizer.
+
+        Both UNets, but for what the extractor would compute after its last feature; never the autoencoder.
+        """
+        self.vae.requires_grad_(False)
+        self.synthesizer.requires_grad_(True)
+        if self.extractor:
+            named = dict(self.extractor.named_parameters())  # where it matters here, in the order of the forward pass
+            last = max(i for i, name in enumerate(named) if re.search(r"transformer_blocks\.\d+\.norm1\.", name))
+            for i, p in enumerate(named.values()):
+                p.requires_grad_(i <= last)
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def loss(self, batch, generator=None):
+        """The mean squared error of the predicted noise, a scalar: section 3.6.
+
+        batch      latents "reference", "target", "coarse" (B, C, h, w) and "mask" (B, 1, h, w). It may hold any of
+                   `draws`' entries as well, to be used instead of fresh ones
+        generator  of all that is random here, on the CPU
+        """
+        x_0 = batch["target"]
+        batch = draws(x_0.shape, generator) | batch
+        t, noise, reference_noise, dropped = (
+            batch[name].to(x_0.device) for name in ("t", "noise", "reference_noise", "dropped")
+        )
+        known = (~dropped).to(x_0.dtype)[:, None, None, None]
+        coarse, mask = known * batch["coarse"], known * batch["mask"]  # the extractor's mask goes with it, as released
+        x_t = self.schedule.add_noise(x_0, noise, t)
+        return F.mse_loss(self(x_t, t, batch["reference"], coarse, mask, reference_noise).float(), noise.float())
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Sampling
+
+    def denoiser(self, reference, coarse, mask, timesteps=(), noise=None, memory=2**30):
+        """The function that samplers and Algorithm 1 call: (x_t, t) -> the predicted noise, both (B N, C, h, w).
+
+        reference, coarse, mask  of B edits, as for `forward`; x_t holds N samples of each, edit by edit
+        timesteps                a sampler's, in its order: then the extractor runs for several of them in one batch
+        noise                    the reference's: timestep -> (B, C, h, w). None: a draw for every timestep, the same
+                                 in each call. It is one for all samples of an edit, because the extractor runs once
+        memory                   bytes of keys and values to hold at once; making them takes about as much again.
+                                 512x512 in half precision, Stable Diffusion's widths: 46 MB per timestep and edit
+        """
+        like = self.synthesizer.conv_in.weight
+        reference, coarse, mask = (x.to(like.device, torch.float32) for x in (reference, coarse, mask))
+        timesteps, B = list(timesteps), len(reference)
+        if noise is None:  # steps beyond the sampler's own: its noise at step i < T must not be the reference's
+            draw = diffusion.step_noise(reference.shape[1:], [0] * B)
+            noise = lambda t: draw(T + t)  # noqa: E731
+        ready, size = {}, None  # timestep -> its details; bytes of one timestep's
+
+        def details(t):
+            nonlocal size
+            if t not in ready:
+                ahead = timesteps[timesteps.index(t):] if t in timesteps else [t]
+                ahead = ahead[: max(1, memory // size) if size else 1]  # the first alone, to see how large they are
+                n = len(ahead)
+                ready.clear()
+                made = self.details(
+                    reference.repeat(n, 1, 1, 1), mask.repeat(n, 1, 1, 1),
+                    torch.tensor(ahead, device=like.device).repeat_interleave(B),
+                    torch.cat([noise(s) for s in ahead]).to(reference),
+                )
+                size = sum(x.nbytes for pair in made for x in pair) // n or 1
+                for i, s in enumerate(ahead):
+                    ready[s] = [[x[i * B : (i + 1) * B] for x in pair] for pair in made]
+            return ready[t]
+
+        @torch.no_grad()
+        def denoise(x_t, t):
+            def each(x):  # of an edit -> of each of its samples; without a copy where there is one edit
+                return x[:, None].expand(B, len(x_t) // B, *x.shape[1:]).flatten(0, 1)
+
+            z = torch.cat([x_t, each(coarse), each(mask)], dim=1).to(like)
+            return self.synthesizer(z, t, [[each(x) for x in pair] for pair in details(int(t[0]))])  # eq. 5
+
+        return denoise
+
+    @torch.no_grad()
+    def sample(
+        self, reference, coarse, mask, *, seeds=(0,), steps=50, eta=1.0, latent_init=True, callback=None, **more
+    ):
+        """Section 3.4: edits -> pictures, as latents.
+
+        reference, coarse, mask  of B edits, as for `forward`
+        seeds        N of them, for N samples of each edit. A sample depends on its own seed only
+        steps, eta   of DDIM. The paper does not say eta; the release has 1, new noise at each step
+        latent_init  start from the coarse edit under noise, equation 4; False: from noise alone, figure 4's left
+        callback     called as callback(i, x_t) with the result of step i
+        more         noise and memory, of `denoiser`
+          ->         (B N, C, h, w), float32, edit by edit
+        """
+        sampler = diffusion.make("ddim", self.schedule, steps, eta=eta)
+        seeds, shape, device = list(seeds), reference.shape[1:], self.synthesizer.conv_in.weight.device
+        epsilon = torch.cat([torch.randn(1, *shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+        x_T = epsilon.repeat(len(reference), 1, 1, 1).to(device)
+        if latent_init:  # eq. 4, its square root restored; T is the sampler's first step, 981 of 1000
+            x_T = sampler.noise_to(0, coarse.to(device).float().repeat_interleave(len(seeds), dim=0), x_T)
+        denoise = self.denoiser(reference, coarse, mask, sampler.timesteps, **more)
+        step_noise = diffusion.step_noise(shape, seeds * len(reference))
+        return diffusion.sample(denoise, x_T, sampler, step_noise=step_noise, callback=callback)
+
+
+def draws(shape, generator=None, drop=0.2):
+    """All that is random in `loss` for latents of shape (B, C, h, w), from a generator on the CPU -> a dict.
+
+    t, noise, reference_noise, and dropped (B,) bool: a share `drop` of samples whose coarse edit and mask are hidden.
+    (The release drops for a whole batch at a time. Sample by sample it is the same share, more evenly.)
+    """
+    return {
+        "t": torch.randint(0, T, shape[:1], generator=generator),
+        "noise": torch.randn(shape, generator=generator),
+        "reference_noise": torch.randn(shape, generator=generator),
+        "dropped": torch.rand(shape[:1], generator=generator) < drop,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From Stable Diffusion
+
+SECOND = re.compile(r"(.*transformer_blocks\.\d+)\.(attn2|norm2)\..*")  # attention to the text, and its layer norm
+FIRST = re.compile(r"(.*transformer_blocks\.\d+)\.(attn|norm)1(\..*)")  # self-attention
+
+
+def from_stable_diffusion(sd, cross_reference=True, schedule=None):
+    """Section 3.4: a Magic Fixup to be trained, in float32, from any `sd.StableDiffusion` that predicts the noise.
+
+    cross_reference=False gives the ablation without the detail extractor; schedule=None keeps the noise schedule that
+    the weights know. The autoencoder is shared with `sd`. With features of zero the synthesizer is Stable Diffusion
+    without its text attention, exactly.
+    """
+    C = sd.unet.config.out_channels
+
+    def start(context):
+        own = sd.unet.state_dict()
+        tensors = {name: w.to(torch.float32, copy=True) for name, w in own.items() if not SECOND.fullmatch(name)}
+        old = tensors["conv_in.weight"][:, :C]  # an inpainting model has more columns already, which mean other things
+        tensors["conv_in.weight"] = F.pad(old, (0, 0, 0, 0, 0, C + 1))
+        # The attention to the reference begins as a copy of self-attention (so in the release): it looks for things
+        # that look alike. Its norm is copied with it, and its bias is zero: where nothing is found it adds nothing.
+        for name in list(tensors) if context is None else ():
+            if match := FIRST.fullmatch(name):
+                block, kind, rest = match.groups()
+                w = tensors[name]
+                tensors[f"{block}.{kind}2{rest}"] = torch.zeros_like(w) if rest == ".to_out.0.bias" else w.clone()
+        config = replace(sd.unet.config, in_channels=2 * C + 1, context=context)
+        return build("unet", tensors, "this Stable Diffusion", config)
+
+    synthesizer, extractor = (start(None), start(0)) if cross_reference else (start(0), None)
+    return MagicFixup(synthesizer, extractor, sd.vae, schedule or sd.schedule, sd.size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Load, save
+
+
+def load(path, dtype=None, device="cpu"):
+    """Read a Magic Fixup, of any width, as a frozen model in eval mode.
+
+    path   a folder written by `save`, or the released weights: one pickled state dict, of which nothing is executed
+    dtype  None: as stored, the weights stay in the file, mapped. Otherwise cast
+
+    FileNotFoundError or ValueError, of one line, for a path that is not there, damaged, refused, or no Magic Fixup.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    try:
+        return load_folder(path, dtype, device) if path.is_dir() else load_released(path, dtype, device)
+    except ValueError as e:
+        raise e if str(path) in str(e) else ValueError(f"{path}: {e}") from None
+
+
+def load_folder(path, dtype, device):
+    for part in ("synthesizer", "vae", "scheduler"):
+        if not (path / part).is_dir():
+            raise FileNotFoundError(f"{path} is not a Magic Fixup: there is no folder {part}/ in it")
+    synthesizer, vae = (load_part(path / part, kind, dtype, device) for part, kind in
+                        (("synthesizer", "unet"), ("vae", "vae")))
+    extractor = None if synthesizer.config.context == 0 else load_part(path / "extractor", "unet", dtype, device)
+    schedule = schedule_from_json(read_json(path / "scheduler" / "scheduler_config.json"))
+    side = read_json(path / "vae" / "config.json").get("sample_size", 512)
+    return MagicFixup(synthesizer, extractor, vae, schedule, side)
+
+
+PREFIX = {"synthesizer": "model.diffusion_model.", "extractor": "model.reference_model.", "vae": "first_stage_model."}
+# What the release's file holds and its sampling never reads: a branch that looked at the picture with DINO, attention
+# to that branch's (once the text's) tokens, ways to merge attentions that were tried, and, in the extractor, which has
+# nothing to look up, the attention to the reference.
+UNUSED = re.compile(
+    r"cond_stage_model\..*|proj_out\..*|learnable_vector|.*\.merge_attentions(_missing)?\..*"
+    r"|model\.\w+\..*\.transformer_blocks\.\d+\.attn2\..*"
+    r"|model\.reference_model\..*\.transformer_blocks\.\d+\.(attn3|norm2)\..*"
+)
+
+
+def load_released(path, dtype, device):
+    tensors = read(path)
+    names = [name for name in tensors if not (UNUSED.fullmatch(name) or IGNORED.fullmatch(name))]
+    unknown = [name for name in names if not name.startswith(tuple(PREFIX.values()))]
+
+    def part(name, kind, config=None):
+        prefix = PREFIX[name]
+        found = {name.removeprefix(prefix): tensors[name] for name in names if name.startswith(prefix)}
+        if not found:
+            raise ValueError(f"{path} is not a whole Magic Fixup checkpoint: it has no tensors {prefix}*; its first is "
+                             f"{next(iter(tensors))}")
+        found = {name.replace(".attn3.", ".attn2."): tensor for name, tensor in found.items()}
+        return build(kind, translate(kind, found), path, config, dtype, device)
+
+    extractor = part("extractor", "unet")
+    synthesizer = part("synthesizer", "unet", replace(extractor.config, context=None))
+    vae = part("vae", "vae")
+    if unknown:
+        raise ValueError(f"{path}: {len(unknown)} unexpected tensors, e.g. {', '.join(unknown[:3])}")
+    return MagicFixup(synthesizer, extractor, vae, released_schedule(path, tensors), size=64 * vae.config.factor)
+
+
+def released_schedule(path, tensors):
+    """The noise schedule lies in the file as a buffer, which the release reads with the weights, and so goes by."""
+    schedules = {name: Schedule(name) for name in BETAS}
+    abar = tensors.get("alphas_cumprod", schedules["zero_snr"].alphas_cumprod)
+    for schedule in schedules.values():
+        if abar.shape == (T,) and torch.allclose(abar.float(), schedule.alphas_cumprod, atol=1e-3, rtol=0):
+            return schedule
+    raise ValueError(f"{path}: its noise schedule (alphas_cumprod) is none of {', '.join(schedules)}")
+
+
+def save(model, folder, dtype=None):
+    """Write a folder that `load` reads. dtype: the stored precision, None as it is. Each file is written whole or not
+    at all, and the scheduler's, without which there is no Magic Fixup, comes last."""
+    folder = Path(folder)
+    latent = model.size // model.vae.config.factor
+    for part in ("synthesizer", "extractor") if model.extractor else ("synthesizer",):
+        save_part(getattr(model, part), folder / part, dtype, sample_size=latent)
+    save_part(model.vae, folder / "vae", dtype, sample_size=model.size)
+    write_json(folder / "scheduler" / "scheduler_config.json", schedule_to_json(model.schedule))

@@ -1,0 +1,659 @@
+"""mfx.py against the released program, and what must hold of Magic Fixup whatever its weights.
+
+The release (github.com/adobe-research/MagicFixup) may not be copied here. `Plain`, below, computes what it computes, in
+its layout, as directly as possible; `test_as_the_released_program` holds both to the real one where a checkout of it
+is at hand (MAGICFIXUP=/path/to/MagicFixup pytest tests/test_mfx.py; needs einops).
+"""
+
+import math
+import os
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import test_sd
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from test_sd import relative_error
+
+import diffdiff
+import diffusion
+import mfx
+import sd
+import unet
+import vae
+
+TOY = unet.UNetConfig(12, 12, (32, 64), layers=1, depth=(1, 1), heads=4, context=16, groups=8)
+
+
+def stable_diffusion(config=TOY, prediction="epsilon"):
+    torch.manual_seed(3)
+    parts = unet.UNet(config), vae.VAE(vae.VAEConfig((8, 16), 1, config.out_channels, groups=8))
+    return sd.StableDiffusion(
+        *map(test_sd.randomise, parts), None, diffusion.Schedule(prediction=prediction), None, 16
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = mfx.from_stable_diffusion(stable_diffusion())
+    for network in (made.synthesizer, made.extractor):
+        test_sd.randomise(network, seed=4)
+    return made
+
+
+def edit(C=12, batch=1, h=8, w=8, seed=0):
+    """reference, coarse, mask"""
+    g = torch.Generator().manual_seed(seed)
+    reference, coarse = torch.randn(2, batch, C, h, w, generator=g)
+    return reference, coarse, (torch.rand(batch, 1, h, w, generator=g) > 0.3).float()
+
+
+def training_batch(seed=0, batch=4):
+    reference, coarse, mask = edit(batch=batch, seed=seed)
+    target = torch.randn(coarse.shape, generator=torch.Generator().manual_seed(seed + 1))
+    return {"reference": reference, "coarse": coarse, "mask": mask, "target": target}
+
+
+def calls(module, do):
+    """How many samples each call of a module had while `do()` ran."""
+    seen = []
+    hook = module.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    result = do()
+    hook.remove()
+    return seen, result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As the release computes it
+
+
+class PlainAttention(nn.Module):
+    def __init__(self, width, context, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(c, width, bias=False) for c in (width, context, context))
+        self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.0))
+        self.merge_attentions = nn.Conv2d(3 * heads, heads, 1)  # in the file, and never used
+        self.merge_attentions_missing = nn.Conv2d(2 * heads, heads, 1)
+
+    def forward(self, x, context):
+        parts = []
+        every = self.to_q(x), self.to_k(context), self.to_v(context)
+        for q, k, v in zip(*(y.chunk(self.heads, dim=2) for y in every)):
+            parts.append((q @ k.mT / math.sqrt(q.shape[2])).softmax(dim=2) @ v)
+        return self.to_out(torch.cat(parts, dim=2))
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, width, context, heads):
+        super().__init__()
+        self.attn1, self.attn2, self.attn3 = (PlainAttention(width, c, heads) for c in (width, context, width))
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        gated = nn.Module()
+        gated.proj = nn.Linear(width, 8 * width)
+        self.ff = nn.Module()
+        self.ff.net = nn.ModuleList([gated, nn.Dropout(0.0), nn.Linear(4 * width, width)])
+
+    def forward(self, x, feature):
+        own = self.norm1(x)
+        x = x + self.attn1(own, own)
+        if feature is not None:
+            x = x + self.attn3(self.norm2(x), feature)
+        value, gate = self.ff.net[0].proj(self.norm3(x)).chunk(2, dim=2)
+        return x + self.ff.net[2](value * F.gelu(gate)), own
+
+
+class PlainTransformer(nn.Module):
+    def __init__(self, width, context, heads):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, width, eps=1e-6)
+        self.proj_in, self.proj_out = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList([PlainBlock(width, context, heads)])
+
+    def forward(self, x, feature):
+        y = self.proj_in(self.norm(x))
+        y, own = self.transformer_blocks[0](y.flatten(2).mT, feature)
+        return x + self.proj_out(y.mT.reshape(x.shape)), own
+
+
+class PlainResnet(nn.Module):
+    def __init__(self, c_in, c_out, c_time):
+        super().__init__()
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(c_time, c_out))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, c_out), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(c_out, c_out, 3, padding=1)
+        )
+        self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, time):
+        h = self.in_layers(x) + self.emb_layers(time)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class PlainDown(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.op = nn.Conv2d(c, c, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class PlainUp(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2))
+
+
+class Plain(nn.Module):
+    """One UNet of the release: (z, t, features or None) -> output, own features."""
+
+    def __init__(self, width=32, times=(1, 2), attends=(True, False), context=64, heads=8):
+        super().__init__()
+        self.width, c_time = width, 4 * width
+        self.time_embed = nn.Sequential(nn.Linear(width, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
+        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(9, width, 3, padding=1)])])
+        c, widths = width, [width]
+        for level, factor in enumerate(times):
+            for _ in range(2):
+                layers, c = [PlainResnet(c, factor * width, c_time)], factor * width
+                layers += [PlainTransformer(c, context, heads)] * attends[level]
+                self.input_blocks.append(nn.ModuleList(layers))
+                widths.append(c)
+            if level + 1 < len(times):
+                self.input_blocks.append(nn.ModuleList([PlainDown(c)]))
+                widths.append(c)
+        self.middle_block = nn.ModuleList(
+            [PlainResnet(c, c, c_time), PlainTransformer(c, context, heads), PlainResnet(c, c, c_time)]
+        )
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(range(len(times))):
+            for i in range(3):
+                layers, c = [PlainResnet(c + widths.pop(), times[level] * width, c_time)], times[level] * width
+                layers += [PlainTransformer(c, context, heads)] * attends[level]
+                layers += [PlainUp(c)] * (level > 0 and i == 2)
+                self.output_blocks.append(nn.ModuleList(layers))
+        self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, 4, 3, padding=1))
+
+    def forward(self, z, t, features=None):
+        angle = t[:, None] * 10000 ** -(torch.arange(self.width // 2) / (self.width // 2))
+        time = self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=1))
+        given, own = iter(features or ()), []
+
+        def run(layers, h):
+            for layer in layers:
+                if isinstance(layer, PlainTransformer):
+                    h, feature = layer(h, next(given, None))
+                    own.append(feature)
+                else:
+                    h = layer(h, time) if isinstance(layer, PlainResnet) else layer(h)
+            return h
+
+        skips = [z]
+        for layers in self.input_blocks:
+            skips.append(run(layers, skips[-1]))
+        h = run(self.middle_block, skips[-1])
+        for layers in self.output_blocks:
+            h = run(layers, torch.cat([h, skips.pop()], dim=1))
+        return self.out(h), own
+
+
+def plain_abar():
+    """Stable Diffusion's schedule, its signal shifted and scaled to nothing at the end (2305.08891)."""
+    betas = torch.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000, dtype=torch.float64) ** 2
+    root = (1 - betas).cumprod(0).sqrt()
+    return ((root - root[-1]) / (root[0] - root[-1]) * root[0]) ** 2
+
+
+class PlainMagicFixup(nn.Module):
+    def __init__(self, **sizes):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.diffusion_model, self.model.reference_model = Plain(**sizes), Plain(**sizes)
+
+    def forward(self, x_t, t, reference, coarse, mask, noise):
+        abar = plain_abar()[t].float()[:, None, None, None]
+        noisy = abar.sqrt() * reference + (1 - abar).sqrt() * noise
+        _, features = self.model.reference_model(torch.cat([noisy, reference, mask], 1), t)
+        return self.model.diffusion_model(torch.cat([x_t, coarse, mask], 1), t, features)[0]
+
+    def ddim(self, k, noise, reference, coarse, mask, reference_noise):
+        """eta = 0. Timesteps 1, 1 + 1000 / k, ..; the last step ends at t = 0, not at no noise at all."""
+        abar, times = plain_abar(), [i * (1000 // k) + 1 for i in range(k)]
+        x = abar[times[-1]].sqrt().float() * coarse + (1 - abar[times[-1]]).sqrt().float() * noise
+        for i in reversed(range(k)):
+            t = torch.tensor([times[i]])
+            a, a_next = abar[times[i]].float(), abar[times[i - 1] if i else 0].float()
+            eps = self(x, t, reference, coarse, mask, reference_noise(times[i]))
+            x = a_next.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - a_next).sqrt() * eps
+        return x
+
+
+def released_tensors(plain, stable):
+    """What the release's training would save: `plain`, the autoencoder of `stable`, and all that we have no use for."""
+    tensors = dict(plain.state_dict())
+    tensors |= {k: v for k, v in test_sd.to_original(stable).items() if not k.startswith(("model.", "cond_stage"))}
+    others = ("cond_stage_model.dino_model.cls_token", "cond_stage_model.final_ln.weight", "proj_out.weight",
+              "proj_out.bias", "learnable_vector")
+    return tensors | {name: torch.zeros(2) for name in others}
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """The release on random weights, and the file of them."""
+    torch.manual_seed(5)
+    plain = test_sd.randomise(PlainMagicFixup(), seed=6)
+    path = tmp_path_factory.mktemp("released") / "magicfixup.pt"
+    torch.save(released_tensors(plain, test_sd.small()), path)
+    return plain, path
+
+
+def test_forward_as_the_release(released):
+    plain, path = released
+    ours = mfx.load(path)
+    assert ours.schedule.name == "zero_snr" and len(ours.synthesizer.transformer_blocks()) == 6
+    reference, coarse, mask = edit(4, batch=2)
+    x_t, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    t = torch.tensor([30, 870])
+    got, want = ours(x_t, t, reference, coarse, mask, noise), plain(x_t, t, reference, coarse, mask, noise)
+    assert relative_error(got, want) <= 1e-4
+    assert relative_error(ours(x_t, t, reference.flip(2), coarse, mask, noise), want) > 1e-2  # it does look there
+
+
+@torch.no_grad()
+def test_ddim_as_the_release(released):
+    plain, path = released
+    reference, coarse, mask = edit(4)
+
+    def noise(t):
+        return torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(t))
+
+    got = mfx.load(path).sample(reference, coarse, mask, seeds=[9], steps=10, eta=0.0, noise=noise)
+    assert relative_error(got, plain.ddim(10, noise(9), reference, coarse, mask, noise)) <= 1e-4
+
+
+def test_the_layout_at_full_size(tmp_path):
+    """Every tensor of the release at Stable Diffusion 1.4's size, each a view of a single number."""
+    with torch.device("meta"), sd.Bare():
+        plain = PlainMagicFixup(width=320, times=(1, 2, 4, 4), attends=(True, True, True, False), context=768)
+        stable = types.SimpleNamespace(unet=unet.UNet(test_sd.SD1), vae=vae.VAE(vae.VAEConfig()), text=nn.Module())
+        stable.text.config = test_sd.TEXT
+    tensors = {k: torch.zeros(()).expand(v.shape) for k, v in released_tensors(plain, stable).items()}
+    torch.save({"state_dict": tensors}, tmp_path / "full.ckpt")
+    ours = mfx.load(tmp_path / "full.ckpt")
+    assert ours.synthesizer.config == replace(unet.CONFIGS["sd1"], in_channels=9, context=None)
+    assert len(ours.synthesizer.transformer_blocks()) == 16 and ours.size == 512
+    assert ours.vae.config == vae.VAEConfig()
+
+
+def released_program(monkeypatch, folder):
+    """The real thing, at Plain's size, without what it imports and does not use here."""
+    pytest.importorskip("einops")
+
+    def stub(name, **content):
+        module = types.ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
+
+    module = type("LightningModule", (nn.Module,), {"device": torch.device("cpu")})
+    stub("pytorch_lightning", LightningModule=module)
+    stub("pytorch_lightning.utilities")
+    stub("pytorch_lightning.utilities.rank_zero", rank_zero_only=lambda f: f)
+    stub("omegaconf")
+    stub("omegaconf.listconfig", ListConfig=tuple)
+    stub("torchvision")
+    stub("torchvision.utils", make_grid=None)
+    stub("torchvision.transforms", Resize=None)
+    stub("torchvision.transforms.functional", resize=lambda x, size: F.interpolate(x.float(), size=tuple(size)))
+    for name in ("taming", "taming.modules", "taming.modules.vqvae"):
+        stub(name)
+    stub("taming.modules.vqvae.quantize", VectorQuantizer2=None)
+    monkeypatch.syspath_prepend(folder)
+    from ldm.models.diffusion import ddim, ddpm
+
+    unet_config = dict(in_channels=9, out_channels=4, model_channels=32, num_res_blocks=2, channel_mult=[1, 2],
+                       attention_resolutions=[1], image_size=16, num_heads=8, use_spatial_transformer=True,
+                       context_dim=64, legacy=False)
+    autoencoder = dict(double_z=True, z_channels=4, resolution=32, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 2],
+                       num_res_blocks=2, attn_resolutions=[])
+    model = ddpm.LatentDiffusion(
+        dict(target="ldm.models.autoencoder.AutoencoderKL",
+             params=dict(embed_dim=4, ddconfig=autoencoder, lossconfig=dict(target="torch.nn.Identity"))),
+        dict(target="torch.nn.Identity"),
+        unet_config=dict(target="ldm.modules.diffusionmodules.openaimodel.UNetModel", params=unet_config),
+        linear_start=0.00085, linear_end=0.012, timesteps=1000, first_stage_key="inpaint", cond_stage_trainable=True,
+        conditioning_key="rewarp", scale_factor=0.18215, use_ema=False, context_embedding_dim=384,
+    )
+    sampler = ddim.DDIMSampler(model)
+    sampler.register_buffer = lambda name, value: setattr(sampler, name, value)  # its own insists on a GPU
+    return test_sd.randomise(model, seed=8), sampler
+
+
+@pytest.mark.skipif("MAGICFIXUP" not in os.environ, reason="needs a checkout of adobe-research/MagicFixup")
+@torch.no_grad()
+def test_as_the_released_program(tmp_path, monkeypatch):
+    theirs, sampler = released_program(monkeypatch, os.environ["MAGICFIXUP"])
+    want = {k: v.shape for k, v in theirs.state_dict().items() if k.startswith("model.")}
+    assert want == {k: v.shape for k, v in PlainMagicFixup().state_dict().items()}
+    torch.save(theirs.state_dict(), tmp_path / "released.pt")
+    ours = mfx.load(tmp_path / "released.pt")
+    assert torch.equal(ours.schedule.alphas_cumprod, theirs.alphas_cumprod)
+
+    # It draws the reference's noise inside, and its masks exist at 64, 32, 16 and 8 tokens a side only.
+    reference, coarse, mask = edit(4, h=16, w=16)
+    q_sample, start = theirs.model.q_sample, theirs.q_sample
+
+    def noise(t):
+        return torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(t))
+
+    theirs.model.q_sample = lambda z, t: q_sample(z, t, noise(int(t)))
+    theirs.q_sample = lambda z, t: start(z, t, noise(9))
+    theirs.model.transformed_grid, context = torch.zeros(1, 2, 64, 64), torch.zeros(1, 1, 64)
+    x_t, t = noise(8), torch.tensor([500])
+    want = theirs.apply_model(torch.cat([x_t, coarse, mask], 1), t, context, reference)
+    errors = [relative_error(ours(x_t, t, reference, coarse, mask, noise(500)), want)]
+    for k in (10, 50):
+        want, _ = sampler.sample(k, 1, [4, 16, 16], context, z_ref=reference, eta=0.0, x0=coarse, x0_step=1.0,
+                                 verbose=False, test_model_kwargs=dict(inpaint_image=coarse, inpaint_mask=mask))
+        got = ours.sample(reference, coarse, mask, seeds=[9], steps=k, eta=0.0, noise=noise)
+        errors.append(relative_error(got, want))
+    print("relative errors of the forward pass, of 10 and 50 steps of DDIM:", errors)
+    assert max(errors) <= 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From Stable Diffusion
+
+
+@pytest.mark.parametrize("C", [12, 4])
+def test_begins_as_stable_diffusion_without_its_text(C):
+    stable = stable_diffusion(replace(TOY, in_channels=2 * C + 1 if C == 4 else C, out_channels=C))  # 4: for inpainting
+    new = mfx.from_stable_diffusion(stable)
+    textless = unet.UNet(replace(stable.unet.config, context=0))
+    textless.load_state_dict(stable.unet.state_dict(), strict=False)
+    textless.conv_in.weight.data[:, C:] = 0
+    g = torch.Generator().manual_seed(1)
+    z, t = torch.randn(2, 2 * C + 1, 8, 8, generator=g), torch.tensor([10, 900])
+    nothing = [torch.zeros(2, f.shape[1], f.shape[2]) for f in new.extractor.features(z, t)]
+    got = new.synthesizer(z, t, new.synthesizer.keys_values(nothing))
+    assert relative_error(got, textless(z[:, : stable.unet.config.in_channels], t, ())) < 1e-6
+    widened = unet.UNet(new.extractor.config)  # the same sums in the same order: the same bits
+    widened.load_state_dict(textless.state_dict() | {"conv_in.weight": new.extractor.conv_in.weight})
+    assert torch.equal(got, widened(z, t, ()))
+    assert not new.extractor.conv_in.weight[:, C:].any() and new.extractor.conv_in.weight[:, :C].any()
+    assert not any(p.requires_grad for p in new.parameters())
+
+
+def test_what_is_trained(model):
+    new = mfx.from_stable_diffusion(stable_diffusion())
+    parameters = new.unfreeze()
+    new.loss(training_batch(), torch.Generator().manual_seed(0)).backward()
+    assert {id(p) for p in parameters} == {id(p) for p in new.parameters() if p.grad is not None}
+    assert all(p.grad.any() for name, p in new.synthesizer.named_parameters() if "to_out.0.bias" in name)
+    grads = [block.norm1.weight.grad for block in new.extractor.transformer_blocks()]
+    assert all(g.any() for g in grads)  # from the first step on
+    assert new.extractor.conv_out.weight.grad is None and new.vae.quant_conv.weight.grad is None
+    other = mfx.from_stable_diffusion(stable_diffusion())
+    assert all(a is not b for a, b in zip(new.synthesizer.parameters(), other.synthesizer.parameters()))
+
+
+def test_the_loss_falls():
+    new = mfx.from_stable_diffusion(stable_diffusion())
+    optimizer, batch = torch.optim.Adam(new.unfreeze(), lr=2e-3), training_batch(batch=2)
+    batch |= mfx.draws(batch["target"].shape, torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        losses.append(new.loss(batch))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_loss_is_its_definition(model):
+    batch = training_batch()
+    drawn = mfx.draws(batch["target"].shape, torch.Generator().manual_seed(1))
+    got = model.loss(batch, torch.Generator().manual_seed(1))
+    assert torch.equal(got, model.loss(batch | drawn))
+    assert not torch.equal(got, model.loss(batch, torch.Generator().manual_seed(2)))
+    parts = [model.loss({k: v[i : i + 2] for k, v in (batch | drawn).items()}) for i in (0, 2)]  # micro-batches
+    assert relative_error(sum(parts) / 2, got) < 1e-5
+    x_t = model.schedule.add_noise(batch["target"], drawn["noise"], drawn["t"])
+    kept = (~drawn["dropped"]).float()[:, None, None, None]
+    eps = model(x_t, drawn["t"], batch["reference"], kept * batch["coarse"], kept * batch["mask"],
+                drawn["reference_noise"])
+    assert relative_error((eps - drawn["noise"]).square().mean(), got) < 1e-6
+
+
+def test_coarse_edit_and_mask_are_hidden_together(model):
+    batch, other = training_batch(), training_batch(seed=5)
+    drawn = mfx.draws(batch["target"].shape, torch.Generator().manual_seed(1))
+    for dropped in (True, False):
+        given = batch | drawn | {"dropped": torch.full((4,), dropped)}
+        want = model.loss(given)
+        for name in ("coarse", "mask"):
+            assert torch.equal(model.loss(given | {name: other[name]}), want) == dropped
+        assert not torch.equal(model.loss(given | {"reference": other["reference"]}), want)
+    share = mfx.draws((4000, 1, 1, 1), torch.Generator().manual_seed(0))
+    assert 0.18 < share["dropped"].float().mean() < 0.22
+    assert share["t"].min() == 0 and share["t"].max() == 999
+    assert not mfx.draws((100, 1, 1, 1), drop=0.0)["dropped"].any()
+
+
+def test_without_cross_reference_attention(tmp_path):
+    ablated = mfx.from_stable_diffusion(stable_diffusion(), cross_reference=False)
+    assert ablated.extractor is None and not any("attn2" in name for name in ablated.state_dict())
+    (reference, coarse, mask), (other, *_) = edit(), edit(seed=1)
+    got = ablated.sample(reference, coarse, mask, steps=3)
+    assert torch.equal(got, ablated.sample(other, coarse, mask, steps=3))
+    ablated.unfreeze()
+    ablated.loss(training_batch()).backward()
+    mfx.save(ablated, tmp_path / "ablated")
+    again = mfx.load(tmp_path / "ablated")
+    assert again.extractor is None and torch.equal(again.sample(reference, coarse, mask, steps=3), got)
+
+
+def test_any_noise_schedule_by_name():
+    for name in ("linear", "scaled_linear", "zero_snr"):
+        made = mfx.from_stable_diffusion(stable_diffusion(), schedule=diffusion.Schedule(name))
+        assert made.schedule.name == name and made.sample(*edit(), steps=2).isfinite().all()
+    assert diffusion.Schedule("zero_snr").alphas_cumprod[-1] == 0
+    with pytest.raises(ValueError, match="predicts the noise"):
+        mfx.from_stable_diffusion(stable_diffusion(prediction="v_prediction"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def test_the_extractor_stops_at_its_last_feature(model):
+    reference, _, mask = edit()
+    z, t = torch.cat([reference, reference, mask], 1), torch.tensor([500])
+    taps = []
+    model.extractor(z, t, (), taps=taps)
+    last = [m for m in model.extractor.modules() if isinstance(m, unet.SpatialTransformer)][-1]
+    for after in (last.transformer_blocks[0].attn1.to_q, last.transformer_blocks[0].ff, model.extractor.conv_out):
+        seen, features = calls(after, lambda: model.extractor.features(z, t))
+        assert not seen
+    assert len(features) == len(taps) == 7 and all(map(torch.equal, features, taps))
+
+
+def test_several_timesteps_in_one_batch(model):
+    reference, coarse, mask = edit(batch=2)
+    sampler = diffusion.make("ddim", model.schedule, 10)
+    z = torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def sample(**options):
+        denoise = model.denoiser(reference, coarse, mask, **options)
+        return calls(model.extractor.conv_in, lambda: diffusion.sample(denoise, z, sampler))
+
+    one_by_one, want = sample()
+    assert one_by_one == [2] * 10  # two edits, ten steps
+    together, got = sample(timesteps=sampler.timesteps)
+    assert together == [2, 18] and relative_error(got, want) < 1e-5
+    step = 2 * 4 * 2 * (3 * 64 * 32 + 4 * 16 * 64)  # keys and values in float32 of 2 edits; blocks of N tokens x width
+    for memory, batches in ((3 * step, [2, 6, 6, 6]), (4 * step - 1, [2, 6, 6, 6]), (1, [2] * 10)):
+        seen, got = sample(timesteps=sampler.timesteps, memory=memory)
+        assert seen == batches and relative_error(got, want) < 1e-5
+
+
+def test_samplers_that_look_ahead(model):
+    """Heun and PNDM ask for the next timestep, and come back to it."""
+    for name in ("heun", "pndm"):
+        sampler = diffusion.make(name, model.schedule, 5)
+        z = torch.randn(1, 12, 8, 8, generator=torch.Generator().manual_seed(1))
+        some, each = (
+            diffusion.sample(model.denoiser(*edit(), sampler.timesteps, memory=m), z, sampler) for m in (10**9, 1)
+        )
+        assert relative_error(some, each) < 1e-5
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_samples_of_one_edit_in_one_batch(model, eta):
+    reference, coarse, mask = edit(batch=2)
+    seen, got = calls(model.extractor.conv_in,
+                      lambda: model.sample(reference, coarse, mask, seeds=[3, 1, 4], steps=4, eta=eta))
+    assert got.shape == (6, 12, 8, 8) and sum(seen) == 2 * 4  # an extractor pass per edit and step, whatever N
+    first = [model.sample(reference[:1], coarse[:1], mask[:1], seeds=[s], steps=4, eta=eta) for s in (3, 1, 4)]
+    assert relative_error(got[:3], torch.cat(first)) < 1e-5
+    assert torch.equal(first[0], model.sample(reference[:1], coarse[:1], mask[:1], seeds=[3], steps=4, eta=eta))
+    assert all(relative_error(got[i], got[j]) > 1e-2 for i in range(6) for j in range(i))
+
+
+def test_steps_seeds_and_beginnings(model):
+    reference, coarse, mask = edit()
+    seen = []
+    model.sample(reference, coarse, mask, steps=50, callback=lambda i, x: seen.append(i))
+    assert seen == list(range(50))
+    denoise, asked = model.denoiser(reference, coarse, mask), []
+
+    def watched(z, t):
+        asked.append((int(t), z))
+        return denoise(z, t)
+
+    noise = torch.randn(1, 12, 8, 8, generator=torch.Generator().manual_seed(0))
+    sampler = diffusion.make("ddim", model.schedule, 50)
+    want = diffusion.sample(watched, sampler.noise_to(0, coarse, noise), sampler)
+    assert [t for t, _ in asked] == list(range(981, 0, -20))
+    assert torch.equal(asked[0][1], model.schedule.add_noise(coarse, noise, 981))  # equation 4
+    assert relative_error(model.sample(reference, coarse, mask, eta=0.0), want) < 1e-5
+    from_noise = diffusion.sample(denoise, noise, sampler)
+    assert relative_error(model.sample(reference, coarse, mask, eta=0.0, latent_init=False), from_noise) < 1e-5
+    assert relative_error(from_noise, want) > 1e-3
+
+
+def test_in_half_precision(tmp_path, model):
+    mfx.save(model, tmp_path / "half", torch.float16)
+    half = mfx.load(tmp_path / "half", torch.bfloat16)
+    got = half.sample(*edit(), steps=4)
+    assert half.synthesizer.conv_in.weight.dtype == torch.bfloat16 and got.dtype == torch.float32
+    assert relative_error(got, model.sample(*edit(), steps=4)) < 0.1
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_under_a_change_map(model, eta):
+    """The two papers together: black is Magic Fixup, white is the collage, and between them is what neither has."""
+    reference, coarse, mask = edit()
+    sampler = diffusion.make("ddim", model.schedule, 8, eta=eta)
+    options = dict(noise=torch.randn(1, 12, 8, 8, generator=torch.Generator().manual_seed(5)),
+                   step_noise=diffusion.step_noise((12, 8, 8), [5]))
+
+    def under(change_map):
+        denoise = model.denoiser(reference, coarse, mask, sampler.timesteps)
+        return diffdiff.differential_diffusion(denoise, coarse, change_map, sampler, **options)
+
+    plain = model.sample(reference, coarse, mask, seeds=[5], steps=8, eta=eta)
+    assert torch.equal(under(torch.zeros(8, 8)), plain)
+    assert torch.equal(under(torch.ones(8, 8)), coarse)
+    halves = torch.zeros(8, 8)
+    halves[:, 4:] = 1
+    got = under(halves)
+    assert torch.equal(got[..., 4:], coarse[..., 4:]) and not torch.equal(got[..., :4], coarse[..., :4])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_save_and_load(tmp_path, model):
+    mfx.save(model, tmp_path / "saved")
+    again = mfx.load(tmp_path / "saved")
+    assert (again.size, again.schedule.name) == (16, "scaled_linear")
+    assert again.synthesizer.config == model.synthesizer.config and again.extractor.config == model.extractor.config
+    assert torch.equal(again.sample(*edit(), steps=3), model.sample(*edit(), steps=3))
+    picture = torch.rand(1, 3, 16, 16)
+    assert torch.equal(again.decode(again.encode_image(picture)), model.decode(model.encode_image(picture)))
+    model.size, before = 32, model.size
+    mfx.save(model, tmp_path / "saved")
+    model.size = before
+    assert mfx.load(tmp_path / "saved").size == 32
+
+
+def test_a_released_file_saved_anew(tmp_path, released):
+    ours = mfx.load(released[1])
+    mfx.save(ours, tmp_path / "saved")
+    again = mfx.load(tmp_path / "saved")
+    assert again.schedule.name == "zero_snr"
+    assert torch.equal(again.sample(*edit(4), steps=3), ours.sample(*edit(4), steps=3))
+
+
+def test_the_schedule_is_the_file_s_own(tmp_path, released):
+    tensors = torch.load(released[1])
+    for name in ("scaled_linear", "zero_snr"):
+        torch.save(tensors | {"alphas_cumprod": diffusion.Schedule(name).alphas_cumprod.half()}, tmp_path / "own.pt")
+        assert mfx.load(tmp_path / "own.pt").schedule.name == name
+    torch.save(tensors | {"alphas_cumprod": torch.linspace(1, 0, 1000)}, tmp_path / "own.pt")
+    refuses(tmp_path / "own.pt", "noise schedule")
+
+
+def refuses(path, *words, error=ValueError):
+    with pytest.raises(error) as caught:
+        mfx.load(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_files_that_are_no_magic_fixup(tmp_path, released):
+    refuses(tmp_path / "nowhere", "no checkpoint", error=FileNotFoundError)
+    sd.save(test_sd.small(), tmp_path / "sd")
+    refuses(tmp_path / "sd", "not a Magic Fixup", "synthesizer/", error=FileNotFoundError)
+    torch.save(test_sd.to_original(test_sd.small()), tmp_path / "sd.ckpt")
+    refuses(tmp_path / "sd.ckpt", "not a whole Magic Fixup", "model.reference_model.")
+    (tmp_path / "text.pt").write_text("weights")
+    refuses(tmp_path / "text.pt", "damaged")
+
+    def write(name, change):
+        tensors = torch.load(released[1])
+        change(tensors)
+        torch.save(tensors, tmp_path / name)
+        return tmp_path / name
+
+    query = "output_blocks.5.1.transformer_blocks.0.attn3.to_q.weight"
+    refuses(write("a.pt", lambda s: s.pop(f"model.diffusion_model.{query}")), "missing", "attn2.to_q.weight")
+    refuses(write("b.pt", lambda s: s.update({"model.reference_model.x": s.pop("betas")})), "unexpected", "x")
+    refuses(write("c.pt", lambda s: s.update({"ghost": torch.zeros(1)})), "unexpected", "ghost")
+    refuses(write("d.pt", lambda s: s.update({f"model.diffusion_model.{query}": torch.zeros(3, 3)})), "misshapen")
+    refuses(write("e.pt", lambda s: [s.pop(k) for k in list(s) if k.startswith("first_stage")]), "first_stage_model.")
+
+
+def test_folders_that_do_not_fit_together(tmp_path, model):
+    folder = tmp_path / "mixed"
+    mfx.save(model, folder)
+    sd.save_part(unet.UNet(replace(model.extractor.config, heads=8)), folder / "extractor")
+    refuses(folder, "extractor")
+    sd.save_part(stable_diffusion().unet, folder / "synthesizer")
+    refuses(folder, "25 channels in")
+    Path(folder / "scheduler" / "scheduler_config.json").unlink()
+    refuses(folder, "scheduler_config.json", error=FileNotFoundError)
