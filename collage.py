@@ -21,7 +21,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+
+from pictures import open_picture, to_rgb
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pixels
@@ -400,24 +401,18 @@ def read_picture(folder, name, mask=False):
     """A picture, turned upright -> (H, W, 3) uint8, on white where transparent; or a mask (H, W) bool. ValueError."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"a picture is named by its path, not {short(name)}")
-    try:
-        with Image.open(folder / name) as file:
-            file.load()
-            picture = ImageOps.exif_transpose(file)
-    except FileNotFoundError:
-        raise ValueError(f"{folder / name}: there is no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{folder / name} is not a picture that can be read ({e})") from None
+    picture = open_picture(folder / name)
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"{folder / name} has mode {picture.mode}: save it with 8 bits per channel")
+    if not mask:
+        return np.array(to_rgb(picture))
     rgba = picture.convert("RGBA")
     alpha = np.asarray(rgba)[..., 3]
-    if mask:  # a cut-out is opaque where the segment is, and any other mask is white there
-        found = (alpha if (alpha < 255).any() else np.asarray(rgba.convert("L"))) > 127
-        if not found.any():
-            raise ValueError(f"{folder / name} is an empty mask: it should be white (over 127) where the segment is")
-        return found
-    return np.array(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+    # A cut-out is opaque where the segment is, and any other mask is white there.
+    found = (alpha if (alpha < 255).any() else np.asarray(rgba.convert("L"))) > 127
+    if not found.any():
+        raise ValueError(f"{folder / name} is an empty mask: it should be white (over 127) where the segment is")
+    return found
 
 
 def keys(x, what, known, needed=frozenset()):

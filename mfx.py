@@ -20,6 +20,7 @@ extractor what the things in the picture are made of.
 Equation numbers are the paper's. Where the released program does otherwise than the paper says, the line says so.
 """
 
+import contextlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -264,6 +265,14 @@ def from_stable_diffusion(sd, cross_reference=True, schedule=None):
 # Load, save
 
 
+def recognises(path):
+    """Is there a Magic Fixup at that path, whole or not? For a word of help where something else was expected."""
+    path = Path(path)
+    with contextlib.suppress(ValueError, OSError):
+        return (path / "synthesizer").is_dir() or any(name.startswith(PREFIX["extractor"]) for name in read(path))
+    return False
+
+
 def load(path, dtype=None, device="cpu"):
     """Read a Magic Fixup, of any width, as a frozen model in eval mode.
 
@@ -281,16 +290,22 @@ def load(path, dtype=None, device="cpu"):
         raise e if str(path) in str(e) else ValueError(f"{path}: {e}") from None
 
 
+INDEX = "mfx.json"  # {"vae": where that part is, seen from this folder}; without the file it is in vae/
+
+
 def load_folder(path, dtype, device):
-    for part in ("synthesizer", "vae", "scheduler"):
+    for part in ("synthesizer", "scheduler"):
         if not (path / part).is_dir():
             raise FileNotFoundError(f"{path} is not a Magic Fixup: there is no folder {part}/ in it")
-    synthesizer, vae = (load_part(path / part, kind, dtype, device) for part, kind in
-                        (("synthesizer", "unet"), ("vae", "vae")))
+    index = read_json(path / INDEX) if (path / INDEX).is_file() else {}
+    vae = (path / str(index.get("vae", "vae"))).resolve()
+    if not vae.is_dir():
+        raise FileNotFoundError(f"{path} needs the autoencoder in {vae}, and there is no such folder")
+    synthesizer, vae = load_part(path / "synthesizer", "unet", dtype, device), load_part(vae, "vae", dtype, device)
     extractor = None if synthesizer.config.context == 0 else load_part(path / "extractor", "unet", dtype, device)
     schedule = schedule_from_json(read_json(path / "scheduler" / "scheduler_config.json"))
-    side = read_json(path / "vae" / "config.json").get("sample_size", 512)
-    return MagicFixup(synthesizer, extractor, vae, schedule, side)
+    side = read_json(path / "synthesizer" / "config.json").get("sample_size", 64)  # of a latent
+    return MagicFixup(synthesizer, extractor, vae, schedule, side * vae.config.factor)
 
 
 PREFIX = {"synthesizer": "model.diffusion_model.", "extractor": "model.reference_model.", "vae": "first_stage_model."}
@@ -336,12 +351,24 @@ def released_schedule(path, tensors):
     raise ValueError(f"{path}: its noise schedule (alphas_cumprod) is none of {', '.join(schedules)}")
 
 
-def save(model, folder, dtype=None):
-    """Write a folder that `load` reads. dtype: the stored precision, None as it is. Each file is written whole or not
-    at all, and the scheduler's, without which there is no Magic Fixup, comes last."""
+def save(model, folder, dtype=None, vae=None):
+    """Write a folder that `load` reads. Each file is written whole or not at all, and the scheduler's, without which
+    there is no Magic Fixup, comes last.
+
+    dtype  the stored precision, None as it is
+    vae    where this very autoencoder is on the disk already, seen from `folder`: "../toy/vae". It is then not written
+           again (and a copy in `folder` is no longer read). ValueError if another one is there
+    """
     folder = Path(folder)
+    if vae is not None:
+        there = load_part((folder / vae).resolve(), "vae").state_dict()  # `folder` itself need not exist yet
+        for name, tensor in model.vae.state_dict().items():
+            if name not in there or not torch.equal(tensor.cpu().to(there[name].dtype), there[name]):
+                raise ValueError(f"{folder / vae} is another autoencoder than the model's, e.g. in {name}")
     latent = model.size // model.vae.config.factor
     for part in ("synthesizer", "extractor") if model.extractor else ("synthesizer",):
         save_part(getattr(model, part), folder / part, dtype, sample_size=latent)
-    save_part(model.vae, folder / "vae", dtype, sample_size=model.size)
+    if vae is None:
+        save_part(model.vae, folder / "vae", dtype, sample_size=model.size)
+    write_json(folder / INDEX, {"vae": str(vae or "vae")})
     write_json(folder / "scheduler" / "scheduler_config.json", schedule_to_json(model.schedule))

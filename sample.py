@@ -5,14 +5,17 @@
     python sample.py --image P.png --strength-fan 5 --prompt "..."                columns of growing strength
     python sample.py --image P.png --strength 0.6 --prompt "..."                  one strength everywhere (SDEdit)
     python sample.py --prompt "..."                                               text to image
+    python sample.py --image P.png --edit E.png                  Magic Fixup of a coarse edit; its alpha 0 marks holes
+    python sample.py --collage edits.json                        the same, the edit written down: collage.read_edits
+    python sample.py --image P.png --edit E.png --change-map M.png        both papers: white stays as it is in the edit
 
 Maps and masks are black where the picture changes and white where it is kept, as in the Differential Diffusion paper;
---white-is-change takes them the other way round, as many other tools draw them. Without --weights the toy model runs
-that this project trained and ships; --weights takes any Stable Diffusion 1.x or 2.x: a folder, .safetensors or .ckpt.
+--white-is-change takes them the other way round, as many other tools draw them. Without --weights the toy models run
+that this project trained and ships; --weights takes any Stable Diffusion 1.x or 2.x: a folder, .safetensors or .ckpt,
+or for --edit and --collage a Magic Fixup: a folder, or the released file.
 """
 
 import argparse
-import json
 import os
 import sys
 import warnings
@@ -20,107 +23,34 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image
 from tqdm import tqdm
 
+import collage
 import diffdiff
 import diffusion
-import layouts
+import mfx
 import sd
+from pictures import (
+    fit_edit,
+    fitted_size,
+    labelled,
+    map_to_tensor,
+    on_checkerboard,
+    open_picture,
+    picture_to_tensor,
+    save_picture,  # noqa: F401, for who imports this module
+    save_pictures,
+    tensor_to_picture,
+    to_rgb,
+)
 
 TOY = Path(__file__).parent / "weights" / "toy"
+TOY_MFX = Path(__file__).parent / "weights" / "toy-mfx"
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures in and out
-
-
-def open_picture(path):
-    """Any file that Pillow reads, turned upright. ValueError, in one line, for anything else."""
-    try:
-        with Image.open(path) as file:
-            file.load()
-            return ImageOps.exif_transpose(file)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{path} is not a picture that can be read ({e})") from None
-
-
-def to_rgb(picture):
-    """RGB; what is transparent shows white."""
-    picture = deep_to_8_bit(picture)
-    if "transparency" in picture.info or picture.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
-def deep_to_8_bit(picture):
-    """16-bit and floating-point grey as 8-bit grey: Pillow's own conversion would clip them to white or black."""
-    if not picture.mode.startswith(("I", "F")):
-        return picture
-    x = np.asarray(picture, np.float32)
-    full = 65535 if picture.mode.startswith("I") else 1
-    if not (np.isfinite(x).all() and 0 <= x.min() and x.max() <= full):
-        raise ValueError(f"a picture of mode {picture.mode} has values in 0 .. {full}, not {x.min():g} .. {x.max():g}")
-    return Image.fromarray((x / full * 255).round().astype(np.uint8))
-
-
-def fitted_size(picture, size, factor):
-    """(width, height) in multiples of `factor`: the picture's aspect and about size x size pixels; or `size` itself."""
-    if isinstance(size, tuple):
-        width, height = size
-    else:
-        scale = size / (picture.width * picture.height) ** 0.5
-        width, height = picture.width * scale, picture.height * scale
-    return tuple(max(factor, round(x / factor) * factor) for x in (width, height))
-
-
-def picture_to_tensor(picture, size):
-    """-> (1, 3, H, W) in [-1, 1]; covers `size` (width, height), cut in the middle where the aspect differs."""
-    x = np.asarray(ImageOps.fit(to_rgb(picture), size, Image.Resampling.LANCZOS), np.float32)
-    return torch.from_numpy(x / 127.5 - 1).permute(2, 0, 1)[None]
-
-
-def map_to_tensor(picture, original, size, white_is_change=False):
-    """A change map or mask, drawn over `original` -> (1, 1, H, W) in [0, 1], 0 = change, fitted as the picture is."""
-    if abs(picture.width / picture.height / (original.width / original.height) - 1) > 0.02:
-        sizes = f"the map is {picture.width}x{picture.height} and the picture {original.width}x{original.height}"
-        raise ValueError(f"{sizes}: draw the map over the whole picture, in the same aspect ratio")
-    over = to_rgb(picture).convert("L").resize(original.size, Image.Resampling.BOX)
-    grey = np.asarray(ImageOps.fit(over, size, Image.Resampling.BOX), np.float32) / 255
-    return torch.from_numpy(1 - grey if white_is_change else grey)[None, None]
-
-
-def tensor_to_picture(x):
-    """(3, H, W) or (1, H, W) in [0, 1] -> picture"""
-    x = (x.float().clamp(0, 1) * 255).round().byte()
-    return Image.fromarray(x.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy())
-
-
-def labelled(pictures, labels, gap=2):
-    """Pictures side by side, under a bar with a label over each."""
-    width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
-    bar = max(14, pictures[0].height // 12)
-    font = ImageFont.load_default(bar * 0.7)
-    sheet = Image.new("RGB", (width, bar + max(p.height for p in pictures)), "white")
-    draw, x = ImageDraw.Draw(sheet), 0
-    for picture, label in zip(pictures, labels):
-        sheet.paste(picture, (x, bar))
-        while draw.textlength(label, font) > picture.width and len(label) > 4:
-            label = label[:-4] + "..."
-        draw.text((x + picture.width / 2, bar / 2), label, "black", font, anchor="mm")
-        x += picture.width + gap
-    return sheet
-
-
-def save_picture(picture, path, parameters):
-    """Whole or not at all, with the parameters in a text chunk."""
-    note = PngImagePlugin.PngInfo()
-    note.add_text("parameters", json.dumps(parameters))
-    with layouts.whole(path) as tmp:
-        picture.save(tmp, "PNG", pnginfo=note)
-
+# What an option is that is left out: with a prompt as in the one paper, with a coarse edit as in the other
+WITH_PROMPT = {"prompt": "", "negative": "", "guidance": 7.5, "steps": 100, "weights": TOY}
+WITH_EDIT = {"samples": 1, "steps": 50, "weights": TOY_MFX}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where and how to compute
@@ -167,15 +97,44 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
     predictions  a list, filled with (t, the model's guess at the clean latent) as it goes
       ->         (1, 3, H, W) in about [0, 1]
     """
-    device, vae = next(model.unet.parameters()).device, model.vae.config
+    vae = model.vae.config
     width, height = picture.shape[:1:-1] if picture is not None else size or (model.size, model.size)
     shape = (vae.latent_channels, height // vae.factor, width // vae.factor)
-    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)).to(device)
     known = None
     if repaint is not None:  # what an inpainting model sees beside z: mask, and latent of the picture without that part
         seen = model.encode_image(picture * (1 - repaint))
-        known = torch.cat([diffdiff.down_sample(repaint, shape[1:]).round().to(device), seen], dim=1)
-    denoise = model.denoiser(prompt, negative, guidance, known)
+        known = torch.cat([diffdiff.down_sample(repaint, shape[1:]).round().to(seen), seen], dim=1)
+    z_init = None if picture is None else model.encode_image(picture)
+    return generate(model, model.denoiser(prompt, negative, guidance, known), shape, z_init, change_map,
+                    diffusion.make(sampler, model.schedule, steps), [seed], skip, predictions)
+
+
+@torch.inference_mode()
+def fixup(model, reference, coarse, mask, change_map=None, *, sampler="ddim", steps=50, seeds=(0,), skip=True,
+          predictions=None):
+    """A coarse edit made into photographs, one for each of `seeds`, in one batch. Arguments as in `edit`, but:
+
+    model              of mfx.load
+    reference, coarse  (1, 3, H, W) in [-1, 1]: the picture before the edit; the edit, its holes filled in
+    mask               (1, 1, H, W), 1 = content survived the edit, 0 = hole
+    change_map         0 = as Magic Fixup has it, 1 = as it is in `coarse`. None: 0 everywhere
+      ->               (N, 3, H, W) in about [0, 1]
+    """
+    # Two papers in four lines. Algorithm 1 starts from the coarse latent under noise, which is Magic Fixup's "latent
+    # initialization" (equation 4), so that under a black map it is Magic Fixup, bit for bit.
+    I, I_coarse = model.encode_image(reference), model.encode_image(coarse)
+    M = diffdiff.down_sample(mask, I.shape[-2:])
+    sampler = diffusion.make(sampler, model.schedule, steps, **{"eta": 1.0} if sampler == "ddim" else {})  # as released
+    denoise = model.denoiser(I, I_coarse, M, sampler.timesteps)
+    change_map = torch.zeros(1, 1) if change_map is None else change_map
+    return generate(model, denoise, I.shape[1:], I_coarse, change_map, sampler, list(seeds), skip, predictions)
+
+
+def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, predictions):
+    """What all edits end in: noise (N, *shape) of the seeds, the sampler under the map, the decoder."""
+    device = model.vae.quant_conv.weight.device
+    noise = torch.cat([torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    noise = noise.to(device)
 
     def watched(z, t):
         output = denoise(z, t)
@@ -183,22 +142,20 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
             predictions.append((int(t[0]), model.schedule.x0_eps(output.to(z.dtype), z, int(t[0]))[0]))
         return output
 
-    sampler = diffusion.make(sampler, model.schedule, steps)
+    steps = sampler.k
     if steps > 100 and sampler.timesteps[0] < 900:
         warnings.warn(f"{steps} steps start at t = {sampler.timesteps[0]}, far below full noise: use up to 100, or a "
                       "divisor of 1000", stacklevel=2)
-    if picture is None:
-        mu_s = torch.zeros(1)
-    else:
-        z_init, mu_s = model.encode_image(picture), diffdiff.down_sample(change_map.cpu(), shape[1:])
+    mu_s = diffdiff.down_sample(change_map.cpu(), shape[1:]) if z_init is not None else torch.zeros(1)
     total = diffdiff.steps_to_run(mu_s, steps) if skip else steps
     with tqdm(total=total, unit="step", leave=False) as bar:
-        options = dict(step_noise=diffusion.step_noise(shape, [seed]), callback=lambda i, z: bar.update())
-        if picture is None:
+        options = dict(step_noise=diffusion.step_noise(shape, seeds), callback=lambda i, z: bar.update())
+        if z_init is None:
             z = diffusion.sample(watched, noise, sampler, **options)
         else:
+            z_init = z_init.expand_as(noise)
             z = diffdiff.differential_diffusion(watched, z_init, mu_s, sampler, noise, skip=skip, **options)
-    x = model.decode(z) / 2 + 0.5
+    x = torch.cat([model.decode(one) for one in z.split(1)]) / 2 + 0.5  # one by one: decoding is what takes most memory
     if not x.isfinite().all():
         raise ValueError("the result is not finite: these weights overflow in half precision, use --precision fp32")
     return x
@@ -207,7 +164,7 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
 def predictions_strip(model, predictions, columns=8):
     picked = np.linspace(0, len(predictions) - 1, min(columns, len(predictions))).round().astype(int)
     with torch.inference_mode():
-        pictures = [tensor_to_picture(model.decode(predictions[i][1])[0] / 2 + 0.5) for i in picked]
+        pictures = [tensor_to_picture(model.decode(predictions[i][1][:1])[0] / 2 + 0.5) for i in picked]
     return labelled(pictures, [f"t = {predictions[i][0]}" for i in picked])
 
 
@@ -259,7 +216,10 @@ def size_of(text):
 def parse(argv):
     p = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--image", help="the picture to edit")
-    p.add_argument("--prompt", default="", help="what the edited parts should show")
+    coarse = p.add_mutually_exclusive_group()
+    coarse.add_argument("--edit", metavar="E.png", help="a coarse edit of --image, alpha 0 = holes, for Magic Fixup")
+    coarse.add_argument("--collage", metavar="JSON", help="such an edit, written down, of its own picture or --image")
+    p.add_argument("--prompt", help="what the edited parts should show")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--change-map", metavar="MAP", help="grey picture: black = change fully, white = keep")
     how.add_argument("--mask", help="black = repaint, white = keep; blurred by --softness into a change map")
@@ -267,11 +227,13 @@ def parse(argv):
     how.add_argument("--strength", type=number(float, 0, 1), help="0 = keep everything, 1 = keep nothing")
     p.add_argument("--softness", type=number(float, 0, 1000), help="blur of --mask, in pixels of --image (default: 40)")
     p.add_argument("--white-is-change", action="store_true", help="the map or mask is white where it changes")
-    p.add_argument("--negative", default="", help="what it should not show")
-    p.add_argument("--weights", default=TOY, help="a folder, .safetensors or .ckpt (default: the toy)")
+    p.add_argument("--samples", type=number(int, 1, 100), metavar="N",
+                   help="results of an edit, from seeds SEED .. SEED+N-1, saved as out-SEED.png and so on (default: 1)")
+    p.add_argument("--negative", help="what it should not show")
+    p.add_argument("--weights", help="a folder, .safetensors or .ckpt (default: the toy)")
     p.add_argument("--prediction", choices=["epsilon", "v_prediction"], help="what a single-file checkpoint predicts")
-    p.add_argument("--steps", type=number(int, 1, 1000), default=100, help="k of the paper (default: 100)")
-    p.add_argument("--guidance", type=number(float, 0, 100), default=7.5, help="classifier-free guidance; 1 = none")
+    p.add_argument("--steps", type=number(int, 1, 1000), help="k of the paper (default: 100; Magic Fixup: 50)")
+    p.add_argument("--guidance", type=number(float, 0, 100), help="classifier-free; 1 = none (default: 7.5)")
     p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     p.add_argument("--sampler", choices=list(diffusion.SAMPLERS), default="ddim")
     p.add_argument("--no-skip", action="store_true", help="Algorithm 1: run also the steps that the map overwrites")
@@ -279,27 +241,40 @@ def parse(argv):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto")
     p.add_argument("--out", default="out.png")
-    p.add_argument("--sheet", metavar="PNG", help="also save input, map and output side by side")
+    p.add_argument("--sheet", metavar="PNG", help="also save input, edit, map and output side by side")
     p.add_argument("--steps-strip", metavar="PNG", help="also save the intermediate predictions")
     return p, p.parse_args(argv)
 
 
 def check(args):
     """What can be said before anything is read."""
-    how = [o for o in ("change_map", "mask", "strength_fan", "strength") if getattr(args, o) is not None]
-    if how and not args.image:
-        raise ValueError(f"--{how[0].replace('_', '-')} needs a picture: --image P.png")
-    if args.image and not how:
-        raise ValueError("say how much of the picture changes: --change-map, --mask, --strength-fan or --strength")
-    if not args.image and not args.prompt:
+
+    def given(*names):
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+
+    how = given("change_map", "mask", "strength_fan", "strength")
+    if edit := given("edit", "collage"):
+        if other := given("prompt", "negative", "guidance", "prediction", "mask", "strength_fan", "strength"):
+            raise ValueError(f"{other[0]} does not go with {edit[0]}: Magic Fixup takes no text, and no map but "
+                             "--change-map")
+        if args.edit and not args.image:
+            raise ValueError("--edit needs the picture that it was made from: --image P.png")
+    elif how and not args.image:
+        raise ValueError(f"{how[0]} needs a picture: --image P.png")
+    elif args.image and not how:
+        raise ValueError("say how much of the picture changes: --change-map, --mask, --strength-fan or --strength; or "
+                         "what it is to become: --edit or --collage")
+    elif not args.image and not args.prompt:
         raise ValueError('say what to draw: --prompt "a red ball on grass at noon"')
+    elif args.samples:
+        raise ValueError("--samples goes with --edit or --collage")
     if args.softness is not None and not args.mask:
         raise ValueError("--softness blurs a --mask, and there is none")
     if args.white_is_change and not (args.change_map or args.mask):
         raise ValueError("--white-is-change turns a --change-map or --mask round, and there is none")
     if args.negative and args.guidance == 1:
         raise ValueError("--negative is what --guidance leads away from: with a guidance of 1 it has no effect")
-    outputs = [Path(path) for path in (args.out, args.sheet, args.steps_strip) if path]
+    outputs = [Path(path) for path in (*names(args), args.sheet, args.steps_strip) if path]
     for path in outputs:
         if path.suffix.lower() != ".png":
             raise ValueError(f"{path}: pictures are saved as .png")
@@ -309,10 +284,42 @@ def check(args):
         raise ValueError("--out, --sheet and --steps-strip need names of their own")
 
 
+def names(args):
+    """Where the results go: OUT, or with several samples the same with the seed of each before its ending."""
+    out = Path(args.out)
+    seeds = range(args.seed, args.seed + args.samples) if args.samples else []
+    return [out.with_stem(f"{out.stem}-{seed}") for seed in seeds] if len(seeds) > 1 else [out]
+
+
+def read_pictures(args):
+    """-> the picture, RGB, and the coarse edit of it, RGBA; None where the options name none"""
+    original = to_rgb(open_picture(args.image)) if args.image else None
+    if args.edit:
+        coarse = open_picture(args.edit)
+        if fit_edit(coarse, original, original.size).getchannel("A").getextrema()[0] == 255:
+            warnings.warn(f"no holes are marked in {args.edit} (by alpha 0): all of it counts as kept", stacklevel=2)
+        return original, coarse
+    if not args.collage:
+        return original, None
+    made = collage.read_edits(args.collage)
+    size = made.image.shape[1::-1]
+    if original and original.size != size:
+        sizes = f"{original.width}x{original.height} and the picture in {args.collage} {size[0]}x{size[1]}"
+        raise ValueError(f"{args.image} is {sizes}: its points are in pixels, so both must be of one size")
+    if original:
+        made.image = np.array(original)
+    coarse = Image.fromarray(made.coarse())
+    original = Image.fromarray(made.image)
+    fit_edit(coarse, original, size)  # raises if nothing is left
+    return original, coarse
+
+
 def read_map(args, original, size):
-    """The change map that the options ask for, over `original`, at `size` (width, height) -> (1, 1, H, W)"""
+    """The change map that the options ask for, over `original`, at `size` (width, height) -> (1, 1, H, W) or None"""
     if args.strength_fan or args.strength is not None:
         return diffdiff.strength_fan_map(args.strength_fan or [args.strength], size[1], size[0])
+    if not (args.change_map or args.mask):
+        return None
     drawn = map_to_tensor(open_picture(args.change_map or args.mask), original, size, args.white_is_change)
     if args.change_map:
         return drawn
@@ -322,44 +329,65 @@ def read_map(args, original, size):
 
 def run(args):
     check(args)
-    original = to_rgb(open_picture(args.image)) if args.image else None
+    for name, value in (WITH_EDIT if args.edit or args.collage else WITH_PROMPT).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    original, coarse = read_pictures(args)
     if original:
         read_map(args, original, original.size)  # a map that does not fit is told before the weights are read
     device = choose_device(args.device)
     dtype = choose_precision(args.precision, device)
-    model = sd.load(args.weights, dtype, device, args.prediction)
+    if not coarse and mfx.recognises(args.weights):
+        raise ValueError(f"{args.weights} is a Magic Fixup: it goes with --edit or --collage, not with a prompt")
+    model = mfx.load(args.weights, dtype, device) if coarse else sd.load(args.weights, dtype, device, args.prediction)
 
     size = fitted_size(original or Image.new("L", (8, 8)), args.size or model.size, model.vae.config.factor)
-    picture = change_map = repaint = None
-    if original:
-        picture, change_map = picture_to_tensor(original, size), read_map(args, original, size)
-    if model.unet.config.in_channels > model.unet.config.out_channels:
-        if not args.mask:
-            raise ValueError("these weights are an inpainting model, which needs --image and --mask")
-        repaint = (change_map < 0.5).float()
+    picture = picture_to_tensor(original, size) if original else None
+    change_map = read_map(args, original, size) if original else None
     predictions = [] if args.steps_strip else None
-    x = edit(model, args.prompt, picture, change_map, size=size, repaint=repaint, negative=args.negative,
-             guidance=args.guidance, sampler=args.sampler, steps=args.steps, seed=args.seed, skip=not args.no_skip,
-             predictions=predictions)
+    options = dict(sampler=args.sampler, steps=args.steps, skip=not args.no_skip, predictions=predictions)
+    shown = {}  # on the sheet
+    if original:
+        shown["reference" if coarse else "input"] = tensor_to_picture(picture[0] / 2 + 0.5)
+    if coarse:
+        coarse = fit_edit(coarse, original, size)
+        shown["coarse edit"] = on_checkerboard(coarse)
+        mask = np.asarray(coarse.getchannel("A")) > 0
+        filled = Image.fromarray(collage.fill_holes(np.asarray(coarse)[..., :3], ~mask))
+        mask = torch.from_numpy(mask).float()[None, None]
+        seeds = range(args.seed, args.seed + args.samples)
+        x = fixup(model, picture, picture_to_tensor(filled, size), mask, change_map, seeds=seeds, **options)
+    else:
+        seeds, repaint = [args.seed], None
+        if model.unet.config.in_channels > model.unet.config.out_channels:
+            if not args.mask:
+                raise ValueError("these weights are an inpainting model, which needs --image and --mask")
+            repaint = (change_map < 0.5).float()
+        x = edit(model, args.prompt, picture, change_map, size=size, repaint=repaint, negative=args.negative,
+                 guidance=args.guidance, seed=args.seed, **options)
+    if change_map is not None:
+        shown["change map"] = tensor_to_picture(change_map[0])
 
-    result = output = tensor_to_picture(x[0])
+    results = outputs = [tensor_to_picture(one) for one in x]
     if args.strength_fan:
         edges = np.arange(len(args.strength_fan) + 1) * size[0] // len(args.strength_fan)
-        columns = [result.crop((a, 0, b, size[1])) for a, b in zip(edges[:-1], edges[1:])]
-        output = labelled(columns, [f"{s:.2g}" for s in args.strength_fan], gap=0)
+        columns = [results[0].crop((a, 0, b, size[1])) for a, b in zip(edges[:-1], edges[1:])]
+        outputs = [labelled(columns, [f"{s:.2g}" for s in args.strength_fan], gap=0)]
     parameters = {k: v for k, v in vars(args).items() if v is not None}
     parameters |= {"weights": str(args.weights), "device": device.type, "precision": str(dtype).removeprefix("torch.")}
-    save_picture(output, args.out, parameters)
+    files = [(output, path, parameters | {"seed": s}) for output, path, s in zip(outputs, names(args), seeds)]
     if args.sheet:
-        shown = [tensor_to_picture(picture[0] / 2 + 0.5), tensor_to_picture(change_map[0])] if original else []
-        labels = ["input", "change map"][: len(shown)] + [args.prompt]
-        save_picture(labelled([*shown, result], labels), args.sheet, parameters)
+        labels = [f"seed {s}" for s in seeds] if coarse else [args.prompt]
+        sheet = labelled([*shown.values(), *results], [*shown, *labels])
+        files.append((sheet, args.sheet, parameters))
     if predictions:
-        save_picture(predictions_strip(model, predictions), args.steps_strip, parameters)
+        files.append((predictions_strip(model, predictions), args.steps_strip, parameters))
     elif predictions is not None:
         warnings.warn("no --steps-strip: a white map needs no step", stacklevel=2)
-    what = f"{output.width}x{output.height}, seed {args.seed}, {args.sampler} in {args.steps} steps"
-    print(f"{args.out}: {what}, {device.type} in {parameters['precision']}")
+    save_pictures(files)
+    for output, path, parameters in files[: len(outputs)]:
+        what = f"{output.width}x{output.height}, seed {parameters['seed']}, {args.sampler} in {args.steps} steps"
+        print(f"{path}: {what}, {device.type} in {parameters['precision']}")
 
 
 def main(argv=None):

@@ -1,41 +1,50 @@
-"""Train the toy models on the toy world: the autoencoder, then the text-conditional base model.
+"""Train the autoencoder, the text-conditional base model, and Magic Fixup. At toy size it takes two CPU cores:
 
-    python train.py --stage vae            an hour or two on 2 CPU cores, minutes on a GPU
+    python train.py --stage vae            an hour or two, minutes on a GPU
     python train.py --stage base
-    python train.py --stage base --resume  goes on exactly where it stopped, with the recipe that it was started with
+    python train.py --stage mfx            from weights/toy, on pairs from the toy world
+    python train.py --stage mfx --resume   goes on exactly where it stopped, with the recipe that it was started with
 
-While it runs, OUT holds the loss curve and a sheet of samples as PNG, and the training state as one safetensors file.
+and the paper's recipe, from Stable Diffusion 1.4 on pairs that data.py made of videos, eight A100s:
+
+    torchrun --nproc-per-node 8 train.py --stage mfx --preset a100 --init sd-v1-4.ckpt --data pairs/ --out runs/mfx
+
+While it runs, OUT holds the loss curve and a sheet of samples as PNG, and the training state as safetensors files.
 Every batch is a function of (seed, step) alone, so a resumed run sees the very same data and noise as one that never
-stopped. Checkpoints appear whole or not at all: they are written beside their place and renamed into it.
+stopped. The loop itself is in loop.py.
+
+Memory at SD 1.4's size, 512x512 pictures, in GiB (see tests/test_train_mfx.py for how it is counted):
+@@BUDGET@@
 """
 
 import argparse
-import copy
 import hashlib
-import json
+import itertools
 import math
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import cv2
-import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import clip
 import diffdiff
 import diffusion
 import layouts
+import loop
 import mfx
 import sd
 import toyworld
 import unet
 import vae
-from pairs import toy_pairs
-from sample import Parser, choose_device, choose_precision, number
+from pairs import MODELS, ShardPairs, ToyPairs, toy_pairs
+from sample import TOY, Parser, choose_device, number
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes. What can be changed from the command line is changed by the option of the same name.
@@ -44,24 +53,47 @@ from sample import Parser, choose_device, choose_precision, number
 @dataclass
 class Recipe:
     steps: int
-    batch: int
-    lr: float  # Adam's, after a linear warm-up; falls to zero along half a cosine
+    batch: int  # of all processes together
+    lr: float  # Adam's, after a linear warm-up
     warmup: int  # steps
     ema: float  # decay of the weight average that is shipped; ramped up, so that early weights are soon forgotten
     seed: int = 0
     save_every: int = 500
-    scenes: int = 24_000  # stage base: distinct scenes; their captions are worded anew every time
+    # Stage base: distinct scenes; their captions are worded anew every time. Stage mfx: pairs that are encoded once and
+    # kept, to be seen several times under new noise; 0 = pairs without end, encoded as they come.
+    scenes: int = 24_000
     # Stage base: noise of one value per channel and picture, beside the white noise. Stable Diffusion's noisiest level
     # still shows a picture's mean, which a model learns to trust over the words: noon would never turn into night.
     offset: float = 0.2
-    motion: str = "both"  # stage mfx: how the first frame is warped to the second, 'flow', 'affine' or half of each
-    cross_reference: bool = True  # stage mfx: False is the paper's ablation, without the detail extractor
+    # Stage mfx
+    motion: str = "both"  # how the first frame is warped to the second, 'flow', 'affine' or half of each
+    cross_reference: bool = True  # False is the paper's ablation, without the detail extractor
+    held_out: int = 64  # pairs, never trained on, for the validation loss and the sheet; 0 = neither of them
+    data: str = "toy"  # or a folder of shards
+    init: str | None = None  # the weights to start from
+    # How the optimizer works
+    beta2: float = 0.99  # shorter memory than Adam's usual 0.999: the toys' few thousand steps change fast
+    weight_decay: float = 0.01
+    clip: float | None = 1.0  # largest norm of the gradient; None: as it is
+    cosine: bool = True  # the rate falls to zero along half a cosine; False: it stays
+    # What changes time and memory, but no number
+    micro_batch: int | None = None  # samples that a process computes at once; their gradients add up. None: its share
+    checkpointing: bool = False
+    compile: bool = False
 
 
 RECIPES = {
-    "vae": Recipe(steps=3600, batch=16, lr=1.2e-3, warmup=200, ema=0.998),
-    "base": Recipe(steps=6300, batch=32, lr=1e-3, warmup=300, ema=0.9995),
-    "mfx": Recipe(steps=8000, batch=16, lr=5e-4, warmup=300, ema=0.9995, scenes=12_000),
+    "toy": {
+        "vae": Recipe(steps=3600, batch=16, lr=1.2e-3, warmup=200, ema=0.998),
+        "base": Recipe(steps=6300, batch=32, lr=1e-3, warmup=300, ema=0.9995),
+        "mfx": Recipe(steps=8000, batch=16, lr=5e-4, warmup=300, ema=0.9995, scenes=12_000),
+    },
+    "a100": {  # section 3.6, with the release's warm-up. Neither has weight decay, clipping, or an average of weights
+        "mfx": Recipe(
+            steps=120_000, batch=32, lr=1e-5, warmup=10_000, ema=0, save_every=2000, scenes=0, beta2=0.999,
+            weight_decay=0, clip=None, cosine=False, micro_batch=4, checkpointing=True,
+        ),
+    },
 }
 # Autoencoder
 CROP = 64  # pixels; three quarters of the crops are centred on an object, since the background teaches little
@@ -111,12 +143,13 @@ def vae_loss(model, x, weight, noise):
     return (error.abs() * weight).mean() + EDGES * edges + KL * kl
 
 
-def train_vae(recipe, out, resume, device, init):
+def train_vae(recipe, out, resume, device):
     """-> OUT/model/vae, as fp16, with the scaling factor that brings its latents to unit variance"""
+    init = given(recipe, device)
     model = init.vae.requires_grad_(True) if init else vae.VAE(vae.CONFIGS["toy"])
     model = model.to(device, memory_format=torch.channels_last)
 
-    def loss(step):
+    def loss(step, _):
         x, weight = vae_batch(recipe, step)
         f, c = model.config.factor, model.config.latent_channels
         noise = torch.randn(len(x), c, x.shape[2] // f, x.shape[3] // f, generator=at(recipe.seed + 1, step))
@@ -129,9 +162,9 @@ def train_vae(recipe, out, resume, device, init):
             back = average.decode(average.encode((frames.image * 2 - 1).to(device))[0]).cpu() / 2 + 0.5
         mse, inside = (back.clamp(0, 1) - frames.image) ** 2, (frames.segments[:, None] > 0).expand_as(back)
         tqdm.write(f"PSNR {-10 * mse.mean().log10():.2f} dB, inside objects {-10 * mse[inside].mean().log10():.2f} dB")
-        return torch.cat([frames.image, back])
+        return torch.stack([frames.image, back])
 
-    average = fit("vae", model, loss, sheet, recipe, out, resume)
+    average = loop.fit("vae", model, loss, sheet, recipe, out, resume)
     images = toyworld.render(toyworld.random_scenes(256, at(recipe.seed + 3, 0))).image * 2 - 1
     with torch.no_grad():
         spread = average.encode(images.to(device))[0].std().item()
@@ -174,16 +207,16 @@ def new_base(out, scenes, device):
     return sd.StableDiffusion(model, autoencoder, clip.TextEncoder(text), diffusion.Schedule(), tokenizer, size=128)
 
 
-def train_base(recipe, out, resume, device, init):
+def train_base(recipe, out, resume, device):
     """Text encoder and UNet together (Stable Diffusion's came trained, ours has to learn) -> OUT/model, as fp16"""
     scenes = toyworld.random_scenes(recipe.scenes, at(recipe.seed, 0))
-    toy = init or new_base(out, scenes, device)
+    toy = given(recipe, device) or new_base(out, scenes, device)
     latents = encode_scenes(scenes, out / "latents.safetensors", toy.vae, device)
     tokenizer, schedule, factor = toy.tokenizer, toy.schedule, toy.vae.config.scaling_factor
     model = nn.ModuleDict({"unet": toy.unet, "text": toy.text}).requires_grad_(True)
     model = model.to(device, memory_format=torch.channels_last)
 
-    def loss(step):
+    def loss(step, _):
         g = at(recipe.seed + 1, step)
         index = torch.randint(recipe.scenes, (recipe.batch,), generator=g)
         told = toyworld.captions(scenes[index], g)
@@ -202,9 +235,9 @@ def train_base(recipe, out, resume, device, init):
         noise = torch.randn(16, *latents.shape[1:], generator=at(recipe.seed + 2, 0)).to(device)
         with torch.no_grad():
             z = diffusion.sample(shown.denoiser(prompts, guidance=4.0), noise, diffusion.make("ddim", schedule, 25))
-            return shown.decode(z).cpu() / 2 + 0.5
+            return shown.decode(z).cpu().unflatten(0, (2, 8)) / 2 + 0.5
 
-    average = fit("base", model, loss, sheet, recipe, out, resume)
+    average = loop.fit("base", model, loss, sheet, recipe, out, resume)
     sd.save(replace(toy, unet=average["unet"], text=average["text"]), out / "model", torch.float16)
 
 
@@ -212,58 +245,128 @@ def train_base(recipe, out, resume, device, init):
 # Stage mfx
 
 
-def pair_latents(recipe, path, autoencoder, device):
-    """Pairs of the toy world as Magic Fixup sees them, made once and kept in a file: a dict of (N, ...) in fp16.
+def shards(recipe, held_out=False, **more):
+    """The pairs in the folder recipe.data: those to train on, or those held out, which are in the last shard, because
+    the others are of other clips."""
+    pairs = ShardPairs(recipe.data, recipe.motion, seed=recipe.seed + 4, **more)
+    if recipe.held_out:
+        if len(pairs.shards) == 1:
+            raise ValueError(f"{recipe.data} has one shard, and no other to hold out for validation: --held-out 0")
+        pairs.shards = pairs.shards[-1:] if held_out else pairs.shards[:-1]
+        pairs.pairs = sum(n for _, n in pairs.shards)
+    return pairs
+
+
+def held_out_pairs(recipe, size):
+    if recipe.data == "toy":
+        return toy_pairs(recipe.held_out, at(recipe.seed + 2, 0), recipe.motion, size)
+    pairs = shards(recipe, held_out=True, shuffle=0, epochs=1, rank=0, world=1)
+    return next(iter(DataLoader(pairs, recipe.held_out)))
+
+
+def pair_stream(recipe, size, step, device):
+    """This process's micro-batches of pictures, from those of `step` on: an iterator over dicts of (B, .., H, W)"""
+    parts = loop.micro_batches(recipe)
+    n = parts[0].stop - parts[0].start
+    # On a CPU the training has all cores. On a GPU they decode pictures ahead, in processes of their own.
+    workers = min(8, (os.cpu_count() or 1) // loop.world()) if device.type == "cuda" else 0
+    how = dict(num_workers=workers, pin_memory=device.type == "cuda")
+    if recipe.data == "toy":  # number k of the run is the toy world's pair number k
+        places = (range(s * recipe.batch + p.start, s * recipe.batch + p.stop)
+                  for s in range(step, recipe.steps) for p in parts)
+        pairs = ToyPairs(recipe.steps * recipe.batch, recipe.seed + 4, recipe.motion, size)
+        return iter(DataLoader(pairs, batch_sampler=places, **how))
+    pairs = shards(recipe, batch=n, rank=loop.rank(), world=loop.world(), start=step * len(parts))
+    return iter(DataLoader(pairs, n, **how))
+
+
+def pair_latents(recipe, path, autoencoder, size, device):
+    """recipe.scenes pairs as Magic Fixup sees them, encoded once and kept in a file: a dict of (N, ...) in fp16.
 
     The run shows each of them several times, under new noise; encoding them again would cost as much as the training.
     """
-    made_from = {"made_from": digest(autoencoder, recipe.scenes, recipe.seed, recipe.motion)}
-    if not fresh(path, made_from):
-        parts = []
-        for i in tqdm(range(0, recipe.scenes, 32), desc="pairs", unit="batch", mininterval=1):
-            pairs = toy_pairs(32, at(recipe.seed + 4, i), recipe.motion)
-            parts.append({name: t.half() for name, t in encode_pairs(pairs, autoencoder, device).items()})
+    of = () if recipe.data == "toy" else (recipe.data,)
+    made_from = {"made_from": digest(autoencoder, recipe.scenes, recipe.seed, recipe.motion, *of)}
+    if loop.rank() == 0 and not fresh(path, made_from):
+        if recipe.data == "toy":
+            batches = (toy_pairs(32, at(recipe.seed + 4, i), recipe.motion, size) for i in range(0, recipe.scenes, 32))
+        else:
+            batches = DataLoader(shards(recipe, batch=32, rank=0, world=1), 32)
+        parts, count = [], math.ceil(recipe.scenes / 32)
+        for pairs in tqdm(itertools.islice(batches, count), "pairs", count, unit="batch", mininterval=1):
+            parts.append({name: t.half().cpu() for name, t in encode_pairs(pairs, autoencoder, device).items()})
         with layouts.whole(path) as tmp:
             save_file({name: torch.cat([p[name] for p in parts]).contiguous() for name in parts[0]}, tmp, made_from)
+    if loop.world() > 1:
+        dist.barrier()
     return load_file(path)
 
 
 @torch.no_grad()
 def encode_pairs(pairs, autoencoder, device):
     """reference, target, coarse (B, 3, H, W) and mask (B, 1, H, W) -> latents (B, C, h, w), mask (B, 1, h, w)"""
-    factor = autoencoder.config.scaling_factor
-    latents = {name: (autoencoder.encode(channels_last(pairs[name].to(device)))[0] * factor).cpu()
-               for name in ("reference", "target", "coarse")}
-    return latents | {"mask": diffdiff.down_sample(pairs["mask"], latents["target"].shape[-2:])}
+    factor, latents = autoencoder.config.scaling_factor, {}
+    few = max(1, 32 * 128**2 // pairs["mask"][0].numel())  # pictures whose activations fit beside a large model
+    for name in ("reference", "target", "coarse"):
+        x = channels_last(pairs[name].to(device, non_blocking=True))
+        latents[name] = torch.cat([autoencoder.encode(some)[0].float() for some in x.split(few)]) * factor
+    return latents | {"mask": diffdiff.down_sample(pairs["mask"], latents["target"].shape[-2:]).to(device)}
 
 
-def train_mfx(recipe, out, resume, device, init):
+def train_mfx(recipe, out, resume, device):
     """Both UNets together, from a Stable Diffusion, on pairs of frames: section 3.6 -> OUT/model, as fp16"""
-    model = mfx.from_stable_diffusion(init, cross_reference=recipe.cross_reference)
-    model = model.to(device, memory_format=torch.channels_last)
+    loop.micro_batches(recipe)  # what does not fit is told before the weights are read
+    stable = sd.load(recipe.init or TOY)  # as stored: it stays in its file, of which the model is a copy in fp32
+    model = mfx.from_stable_diffusion(stable, cross_reference=recipe.cross_reference)
+    model = model.float().to(device, memory_format=torch.channels_last)
     model.unfreeze()
-    pairs = pair_latents(recipe, out / "pairs.safetensors", model.vae, device)
+    latents = recipe.scenes and pair_latents(recipe, out / "pairs.safetensors", model.vae, model.size, device)
+    stream = None
 
-    def loss(step):
+    def loss(step, part):
+        nonlocal stream
         g = at(recipe.seed + 1, step)
-        index = torch.randint(len(pairs["mask"]), (recipe.batch,), generator=g)
-        batch = {name: t[index].float() for name, t in pairs.items()}
-        batch |= mfx.draws(batch["target"].shape, g) | {"t": stratified(recipe.batch, g)}
+        if latents:
+            index = torch.randint(len(latents["mask"]), (recipe.batch,), generator=g)[part]
+            batch = {name: t[index].float() for name, t in latents.items()}
+        else:
+            stream = stream or pair_stream(recipe, model.size, step, device)
+            batch = encode_pairs(next(stream), model.vae, device)
+        drawn = mfx.draws((recipe.batch, *batch["target"].shape[1:]), g) | {"t": stratified(recipe.batch, g)}
+        batch |= {name: t[part] for name, t in drawn.items()}
         return model.loss({name: channels_last(t.to(device)) for name, t in batch.items()})
 
-    shown = toy_pairs(8, at(recipe.seed + 2, 0), recipe.motion)
+    validate = sheet = None
+    if recipe.held_out and loop.rank() == 0:
+        shown = held_out_pairs(recipe, model.size)
+        edits = encode_pairs(shown, model.vae, device)
+        n, g = len(edits["mask"]), at(recipe.seed + 2, 1)
+        edits |= mfx.draws(edits["target"].shape, g, drop=0.0) | {"t": stratified(n, g)}
+        shown = torch.stack([shown[name][:8] for name in ("reference", "coarse", "target")])  # (3, 8, 3, H, W)
 
-    def sheet(average):
-        edit = {name: t.to(device) for name, t in encode_pairs(shown, average.vae, device).items()}
-        with torch.no_grad():
-            x = average.decode(average.sample(edit["reference"], edit["coarse"], edit["mask"], steps=25)).cpu()
-        return torch.cat([shown["reference"], shown["coarse"], x, shown["target"]]) / 2 + 0.5
+        def validate(average):
+            few = recipe.micro_batch or recipe.batch
+            parts = [{name: x[i : i + few] for name, x in edits.items()} for i in range(0, n, few)]
+            return sum(average.loss(part) * len(part["t"]) for part in parts) / n
 
-    mfx.save(fit("mfx", model, loss, sheet, recipe, out, resume), out / "model", torch.float16)
+        @torch.no_grad()
+        def sheet(average):
+            z = average.sample(*(edits[name][:8] for name in ("reference", "coarse", "mask")), steps=25)
+            x = torch.cat([average.decode(one) for one in z.split(1)])
+            return torch.stack([shown[0], shown[1], x.cpu(), shown[2]]) / 2 + 0.5
+
+    average = loop.fit("mfx", model, loss, sheet, recipe, out, resume, validate)
+    if loop.rank() == 0:
+        mfx.save(average, out / "model", torch.float16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loop that the stages share
+# What the stages share
+
+
+def given(recipe, device):
+    """The Stable Diffusion to start from, if one was named."""
+    return sd.load(recipe.init, torch.float32, device) if recipe.init else None
 
 
 def stratified(batch, generator):
@@ -292,137 +395,78 @@ def fresh(path, made_from):
         return False
 
 
-def trained(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def fit(stage, model, loss, sheet, recipe, out, resume):
-    """Adam on loss(step) for recipe.steps steps, a sheet of what the average can do at every save. -> the average"""
-    state, average = out / f"{stage}-state.safetensors", copy.deepcopy(model).eval().requires_grad_(False)
-    parameters, followers = trained(model), dict(average.named_parameters())
-    device = next(iter(parameters.values())).device
-    bf16 = choose_precision("auto", device) == torch.bfloat16  # weights stay fp32; matrices are multiplied in half
-    optimizer = torch.optim.AdamW(parameters.values(), recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    first, losses = restore(state, model, average, optimizer) if resume else (0, [])
-    bar = tqdm(range(first, recipe.steps), stage, recipe.steps, initial=first, mininterval=1, smoothing=0.02)
-    for step in bar:
-        rate = recipe.lr * min(1, (step + 1) / recipe.warmup) * (0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            value = loss(step)
-        optimizer.zero_grad()
-        value.backward()
-        norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        losses.append(value.item())
-        if not math.isfinite(losses[-1] * norm.item()):  # before a step, and a checkpoint, that would be beyond repair
-            raise FloatingPointError(f"loss or gradient is not finite at step {step}: resume with a lower --lr")
-        optimizer.step()
-        decay = min(recipe.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_([followers[n] for n in parameters], list(parameters.values()), 1 - decay)
-        rate = recipe.batch * (bar.format_dict["rate"] or 0)
-        bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", images_s=f"{rate:.0f}", refresh=False)
-        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-            save(state, model, average, optimizer, losses, recipe)
-            draw_curve(losses, out / f"{stage}-loss.png")
-            draw_sheet(sheet(average), out / f"{stage}-samples.png")
-    return average
-
-
-def save(path, model, average, optimizer, losses, recipe):
-    """Everything that the next step depends on, as one safetensors file; no pickle."""
-    tensors = {}
-    followers = dict(average.named_parameters())
-    for name, p in trained(model).items():
-        tensors[f"model.{name}"], tensors[f"average.{name}"] = p.detach(), followers[name]
-        tensors[f"m.{name}"], tensors[f"v.{name}"] = (optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq"))
-    with layouts.whole(path) as tmp:
-        more = {"losses": json.dumps(losses), "recipe": json.dumps(asdict(recipe))}
-        save_file({k: t.contiguous() for k, t in tensors.items()}, tmp, more)
-
-
-def saved_recipe(path):
-    """The recipe of the run that left its state at `path`: what --resume goes on with."""
-    if not path.exists():
-        raise ValueError(f"nothing to resume: {path} does not exist; leave out --resume to start")
-    try:
-        with safe_open(path, "pt") as file:
-            return Recipe(**json.loads(file.metadata()["recipe"]))
-    except (SafetensorError, TypeError, KeyError, ValueError) as e:
-        raise ValueError(f"{path} is damaged, or no training state ({str(e).splitlines()[0]})") from None
-
-
-def restore(path, model, average, optimizer):
-    """-> number of steps done, their losses"""
-    try:
-        with safe_open(path, "pt") as file, torch.no_grad():
-            losses = json.loads(file.metadata()["losses"])
-            followers = dict(average.named_parameters())
-            for name, p in trained(model).items():
-                p.copy_(file.get_tensor(f"model.{name}"))
-                followers[name].copy_(file.get_tensor(f"average.{name}"))
-                # The moments get the parameters' memory format, as they have in a run that never stopped.
-                m, v = (torch.empty_like(p).copy_(file.get_tensor(f"{k}.{name}")) for k in "mv")
-                count = torch.tensor(float(len(losses)), device=p.device)  # where fused Adam wants it
-                optimizer.state[p] = {"step": count, "exp_avg": m, "exp_avg_sq": v}
-    except (SafetensorError, RuntimeError) as e:
-        raise ValueError(f"{path} is the state of another model ({str(e).splitlines()[0]})") from None
-    return len(losses), losses
-
-
-def draw_sheet(images, path, columns=8):
-    """images (N, 3, H, W) in [0, 1] as a grid PNG."""
-    n, _, h, w = images.shape
-    grid = images.clamp(0, 1).view(n // columns, columns, 3, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
-    with layouts.whole(path) as tmp:
-        tmp.write_bytes(cv2.imencode(".png", (grid.float().numpy()[..., ::-1] * 255).round().astype(np.uint8))[1])
-
-
-def draw_curve(losses, path, width=900, height=400):
-    """Loss against step, both axes logarithmic: every point is the mean over its column of the picture."""
-    canvas = np.full((height, width, 3), 255, np.uint8)
-    edges = np.unique(np.geomspace(1, len(losses) + 1, width // 3).astype(int)) - 1
-    y = np.log(np.maximum([np.mean(losses[a:b]) for a, b in zip(edges[:-1], edges[1:])], 1e-12))
-    x = np.log(edges[1:] + 1)
-    px = 60 + (x - x[0]) / max(x[-1] - x[0], 1e-9) * (width - 80)
-    py = 20 + (y.max() - y) / max(y.max() - y.min(), 1e-9) * (height - 60)
-    cv2.polylines(canvas, [np.stack([px, py], 1).astype(np.int32)], False, (200, 80, 20), 2, cv2.LINE_AA)
-    text = dict(fontFace=cv2.FONT_HERSHEY_SIMPLEX, fontScale=0.4, color=(60, 60, 60), lineType=cv2.LINE_AA)
-    for value, where in ((y.max(), 24), (y.min(), height - 40)):
-        cv2.putText(canvas, f"{math.exp(value):.3g}", (8, where), **text)
-    cv2.putText(canvas, f"step 1 .. {len(losses)} (log), loss (log)", (60, height - 12), **text)
-    with layouts.whole(path) as tmp:
-        tmp.write_bytes(cv2.imencode(".png", canvas)[1])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def saved_recipe(out, stage):
+    """The recipe of the run that left its state in `out`: what --resume goes on with."""
+    path, told = loop.newest(out, stage)
+    try:
+        return Recipe(**told["recipe"])
+    except TypeError as e:
+        raise ValueError(f"{path} is the state of another version of this program ({e})") from None
+
+
+MFX_ALONE = ("data", "motion", "cross_reference", "held_out", "micro_batch", "checkpointing", "compile")
+
+
+def choose_recipe(args):
+    if args.resume:
+        recipe = saved_recipe(args.out, args.stage)
+    elif args.stage in RECIPES[args.preset]:
+        recipe = RECIPES[args.preset][args.stage]
+    else:
+        raise ValueError(f"--preset {args.preset} is for stage mfx, not {args.stage}")
+    told = {k: v for k in asdict(recipe) if (v := getattr(args, k, None)) is not None}
+    for name in told.keys() & set(MFX_ALONE) if args.stage != "mfx" else ():
+        raise ValueError(f"--{name.replace('_', '-')} is for stage mfx, not {args.stage}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.stage != "mfx":
+        raise ValueError(f"stage {args.stage} runs in one process: only mfx can be shared by many")
+    recipe = replace(recipe, **told)
+    if args.preset == "a100" and not recipe.init:
+        raise ValueError("--preset a100 starts from Stable Diffusion 1.4: say where it is, --init sd-v1-4.ckpt")
+    if args.stage == "base" and not recipe.scenes:
+        raise ValueError("stage base needs scenes to learn from: --scenes 24000")
+    return recipe
 
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=list(RECIPES), default="base")
+    parser.add_argument("--stage", choices=list(RECIPES["toy"]), default="base")
+    parser.add_argument("--preset", choices=list(RECIPES), default="toy", help="a100: the paper's, at full size")
+    parser.add_argument("--data", help="toy, or a folder of pairs that data.py wrote (stage mfx)")
+    parser.add_argument("--init", help="start from these weights, e.g. weights/toy, stage mfx's default")
     parser.add_argument("--out", type=Path, default=Path("runs/toy"))
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
-    parser.add_argument("--init", type=Path, help="start from these weights, e.g. weights/toy, instead of from nothing")
-    for name in ("steps", "batch", "scenes", "save-every"):
-        parser.add_argument(f"--{name}", type=number(int, 1, 10**9))
+    for name in ("steps", "batch", "save-every", "warmup"):
+        parser.add_argument(f"--{name}", type=number(int, 1, 9_999_999))
+    parser.add_argument("--scenes", type=number(int, 0, 10**9), help="stage mfx: pairs to encode once; 0: as they come")
     parser.add_argument("--lr", type=number(float, 1e-9, 1))
     parser.add_argument("--offset", type=number(float, 0, 1))
     parser.add_argument("--seed", type=number(int, 0, 900))  # the seeds above belong to reproduce.py's held-out scenes
+    parser.add_argument("--motion", choices=MODELS, help="stage mfx: of the coarse edits (default: both)")
+    parser.add_argument("--held-out", type=number(int, 0, 4096), help="stage mfx: pairs to validate on; 0: don't")
+    parser.add_argument("--micro-batch", type=number(int, 1, 4096), help="samples in memory at once, per process")
+    for name, what in (
+        ("cross-reference", "stage mfx: the detail extractor; without is the paper's ablation"),
+        ("checkpointing", "less memory for a third more work"), ("compile", "torch.compile, block by block"),
+    ):
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=what)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args(argv)
     try:
-        recipe = saved_recipe(args.out / f"{args.stage}-state.safetensors") if args.resume else RECIPES[args.stage]
-        recipe = replace(recipe, **{k: v for k in asdict(recipe) if (v := getattr(args, k, None)) is not None})
-        device = choose_device(args.device)
+        recipe = choose_recipe(args)
+        device = loop.join(choose_device(args.device))
         args.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)
-        init = sd.load(args.init, torch.float32, device) if args.init else None
         stages = {"vae": train_vae, "base": train_base, "mfx": train_mfx}
-        stages[args.stage](recipe, args.out, args.resume, device, init)
+        stages[args.stage](recipe, args.out, args.resume, device)
     except (ValueError, OSError, FloatingPointError) as e:
-        parser.error(e)
+        parser.error(str(e).strip().splitlines()[-1])  # a DataLoader's error begins with its worker's traceback
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

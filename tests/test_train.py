@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import loop
 import sd
 import train
 import vae
@@ -24,7 +26,7 @@ def tiny(seed=0):
 
 
 def loss_of(model):
-    def loss(step):
+    def loss(step, part):
         g = train.at(0, step)
         x = (torch.rand(2, 3, 1, 1, generator=g) * 2 - 1).expand(2, 3, 8, 8)
         return train.vae_loss(model, x, torch.ones(2, 1, 8, 8), torch.randn(2, 2, 4, 4, generator=g))
@@ -32,9 +34,9 @@ def loss_of(model):
     return loss
 
 
-def run(model, out, resume, loss=None):
-    sheet = torch.zeros(8, 3, 8, 8)
-    return train.fit("tiny", model, loss or loss_of(model), lambda average: sheet, RECIPE, out, resume)
+def run(model, out, resume, loss=None, recipe=RECIPE):
+    sheet = torch.zeros(1, 8, 3, 8, 8)
+    return loop.fit("tiny", model, loss or loss_of(model), lambda average: sheet, recipe, out, resume)
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
@@ -43,25 +45,25 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
     (tmp_path / "b").mkdir()
     broken = loss_of(b)
 
-    def stops(step):
+    def stops(step, part):
         if step == 6:  # after the save at step 4
             raise KeyboardInterrupt
-        return broken(step)
+        return broken(step, part)
 
     with pytest.raises(KeyboardInterrupt):
         run(b, tmp_path / "b", resume=False, loss=stops)
     resumed = run(c, tmp_path / "b", resume=True)
     for p, q in zip([*a.parameters(), *average.parameters()], [*c.parameters(), *resumed.parameters()]):
         assert torch.equal(p, q)
-    whole, pieces = (load_file(d / "tiny-state.safetensors") for d in (tmp_path, tmp_path / "b"))
+    whole, pieces = (load_file(d / "tiny-state-0000012.safetensors") for d in (tmp_path, tmp_path / "b"))
     assert whole.keys() == pieces.keys() and all(torch.equal(whole[k], pieces[k]) for k in whole)
 
 
 def test_training_learns_and_draws(tmp_path):
     model = tiny()
-    before = torch.stack([loss_of(model)(s) for s in range(100, 110)]).mean().item()
+    before = torch.stack([loss_of(model)(s, None) for s in range(100, 110)]).mean().item()
     average = run(model, tmp_path, resume=False)
-    after = torch.stack([loss_of(average)(s) for s in range(100, 110)]).mean().item()
+    after = torch.stack([loss_of(average)(s, None) for s in range(100, 110)]).mean().item()
     assert after < before
     assert cv2.imread(tmp_path / "tiny-samples.png").shape == (8, 64, 3)
     assert cv2.imread(tmp_path / "tiny-loss.png").std() > 0
@@ -71,21 +73,40 @@ def test_training_learns_and_draws(tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path):
     model = tiny()
     with pytest.raises(FloatingPointError, match="not finite at step 0"):
-        run(model, tmp_path, resume=False, loss=lambda step: loss_of(model)(step) * torch.nan)
-    assert not (tmp_path / "tiny-state.safetensors").exists()
+        run(model, tmp_path, resume=False, loss=lambda *a: loss_of(model)(*a) * torch.nan)
+    assert not loop.states(tmp_path, "tiny")
 
 
 def test_resuming_from_nothing_says_so(tmp_path):
-    state = tmp_path / "tiny-state.safetensors"
     with pytest.raises(ValueError, match="nothing to resume"):
-        train.saved_recipe(state)
-    state.write_bytes(b"something else")
+        train.saved_recipe(tmp_path, "tiny")
+    (tmp_path / "tiny-state-0000004.safetensors").write_bytes(b"something else")
     with pytest.raises(ValueError, match="damaged"):
-        train.saved_recipe(state)
+        train.saved_recipe(tmp_path, "tiny")
     run(tiny(), tmp_path, resume=False)
-    assert train.saved_recipe(state) == RECIPE
+    assert train.saved_recipe(tmp_path, "tiny") == RECIPE
     with pytest.raises(ValueError, match="another model"):
         run(vae.VAE(vae.VAEConfig((16, 16), 1, 2, 4)), tmp_path, resume=True)
+
+
+def test_the_last_states_are_kept_and_the_newest_whole_one_is_resumed(tmp_path, capsys):
+    recipe = replace(RECIPE, steps=10, save_every=2)
+    run(tiny(), tmp_path, resume=False, recipe=recipe)
+    kept = loop.states(tmp_path, "tiny")
+    assert [p.name[11:18] for p in kept] == ["0000006", "0000008", "0000010"]
+    whole = load_file(kept[-1])
+    kept[-1].write_bytes(kept[-1].read_bytes()[:-1])  # a byte short
+    resumed = tiny(seed=1)
+    run(resumed, tmp_path, resume=True, recipe=recipe)
+    assert "0000010.safetensors is damaged" in capsys.readouterr().err
+    assert all(torch.equal(whole[f"model.{name}"], p) for name, p in resumed.named_parameters())
+    kept[-1].rename(tmp_path / "tiny-state.safetensors")  # as the states were once called
+    for old in kept[:-1]:
+        old.unlink()
+    run(tiny(seed=1), tmp_path, resume=True, recipe=replace(recipe, steps=12))
+    assert len(loop.newest(tmp_path, "tiny")[1]["losses"]) == 12
+    run(tiny(), tmp_path, resume=False, recipe=replace(recipe, steps=2))  # another run takes the folder over
+    assert [p.name[11:18] for p in loop.states(tmp_path, "tiny")] == ["0000002"]
 
 
 def test_both_stages_end_to_end(tmp_path, capsys):
@@ -99,11 +120,12 @@ def test_both_stages_end_to_end(tmp_path, capsys):
     assert model.unet.conv_out.weight.dtype == torch.float16 and not torch.equal(model.unet.conv_out.weight, before)
     assert model.encode_prompt(["a red ball"]).shape == (1, 77, 128)
     assert model.vae.config.scaling_factor != 1
-    assert train.saved_recipe(tmp_path / "base-state.safetensors").scenes == 4  # not said again, not forgotten
+    assert train.saved_recipe(tmp_path, "base").scenes == 4  # not said again, not forgotten
     assert (tmp_path / "base-samples.png").exists() and (tmp_path / "vae-loss.png").exists()
 
 
-@pytest.mark.parametrize("argv", [["--steps", "0"], ["--stage", "base"], ["--lr", "x"], ["--init", "nowhere"]])
+@pytest.mark.parametrize("argv", [["--steps", "0"], ["--stage", "base"], ["--lr", "x"], ["--init", "nowhere"],
+                                  ["--stage", "vae", "--preset", "a100"], ["--stage", "base", "--motion", "flow"]])
 def test_mistakes_get_one_line(tmp_path, argv, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--out", str(tmp_path), *argv])  # stage base has no autoencoder to start from here
@@ -129,7 +151,7 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
 
 
 def test_batches_depend_on_the_step_alone():
-    recipe = train.RECIPES["vae"]
+    recipe = train.RECIPES["toy"]["vae"]
     first, again, other = (train.vae_batch(recipe, s)[0] for s in (5, 5, 6))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.shape == (recipe.batch, 3, train.CROP, train.CROP)

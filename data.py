@@ -1,0 +1,467 @@
+"""Videos become training pairs for Magic Fixup (section 3.5), in WebDataset shards.
+
+    python data.py VIDEO_OR_FOLDER ... --out pairs/      any video that OpenCV opens, or a folder of frames
+    python data.py clips/ --out pairs/ --workers 16 --shard 3/40        machine 3 of 0 .. 39; torchrun works as well
+
+Folders are searched for videos; one that holds pictures is one clip. An interrupted run goes on when it is started
+again with the same words. The list of work is a function of the arguments alone: clip after clip, so many pairs of
+each, cut into shards; and each pair is a function of its clip's name and its number. So a shard is made whole or not
+at all, by whom and when does not matter, and what has a `pairs-000012.json` (kept, rejected and why) is done. Beside
+it lies `pairs-000012.tar`, with these files for the pair that has the number 123 in the list:
+
+    000123.ref.jpg   000123.gt.jpg          the reference I, the target I_gt
+    000123.flow.png  000123.affine.png      I, warped towards I_gt by either motion model. RGBA: alpha is the mask M, 0
+                                            in holes; the colours below it are the model's input, with holes painted in
+    000123.json                             where it comes from and how much moves
+
+pairs.py reads them. `manifest.json` holds the recipe, and once every shard is there, the totals.
+"""
+
+import argparse
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import sys
+import tarfile
+import threading
+import time
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import collage
+import layouts
+import warp
+from estimators import DEPTH, FLOW, SEGMENTS, dis_flow
+from pairs import ShardPairs, ToyPairs, affine_edit, flow_edit, toy_pairs
+from pictures import labelled
+from sample import Parser, number
+
+__all__ = ["ShardPairs", "ToyPairs", "toy_pairs"]  # the other half of this idea: reading pairs, from here and elsewhere
+
+
+@dataclass
+class Recipe:
+    """What decides the pairs, but for the videos themselves."""
+
+    size: int = 512
+    pairs: int = 1  # per clip, as the paper
+    seed: int = 0
+    fps: float = 24.0  # of folders of frames
+    flow: str = "dis"
+    segments: str = "classical"
+    depth: str = "flow"
+
+
+SHORTEST, LONGEST = 1.0, 10.0  # seconds between the two frames, uniformly; shorter clips as far as they go
+STEP = 0.15  # seconds between the frames that flow is estimated for; the release: 20 in each 3-second clip
+TRIES = 5  # a pair that is rejected is drawn again
+# Rejected, in pixels of a 512x512 picture
+TOO_FAR = 350  # the paper: at least 10 % of the picture move so far
+TOO_STILL = 50  # the release: 95 % of the picture move less
+COVERED = {"flow": 0.6, "affine": 0.4}  # the release: a smaller share of the target has a pixel of the reference
+VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}
+PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a video to frames
+
+
+def find_clips(paths):
+    """[(name, path)] of every clip under the paths, in a fixed order. The name does not depend on where it is mounted.
+
+    FileNotFoundError where there is nothing, ValueError where there are no videos.
+    """
+    clips = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"there is no file or folder {path}")
+        found = [(path.name, path)]
+        if path.is_dir():
+            inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
+            found = [p for p in inside if p.suffix.lower() in VIDEOS]
+            mixed = {p.parent for p in found}  # pictures among videos are no clip
+            found += {p.parent for p in inside if p.suffix.lower() in PICTURES} - mixed
+            found = sorted((f"{path.resolve().name}/{p.relative_to(path).as_posix()}", p) for p in found)
+        if not found:
+            raise ValueError(f"{path} holds no video and no frames")
+        clips += found
+    return clips
+
+
+def fitted(frame, size):
+    """(h, w, 3) -> (size, size, 3): the middle square, resized"""
+    h, w = frame.shape[:2]
+    side = min(h, w)
+    frame = frame[(h - side) // 2 : (h + side) // 2, (w - side) // 2 : (w + side) // 2]
+    return cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC)
+
+
+def read_window(path, size, fps, rng):
+    """A stretch of at most LONGEST seconds from somewhere in a clip, with a frame for about every STEP seconds.
+
+      ->  frames [(size, size, 3) uint8 RGB], times [seconds from the clip's beginning]
+    ValueError if it cannot be read, or not to its end.
+    """
+    path, video = Path(path), None
+    if path.is_dir():  # in natural order: 2 before 10
+        order = sorted((p for p in path.iterdir() if p.suffix.lower() in PICTURES),
+                       key=lambda p: [(int(n), s) for s, n in re.findall(r"(\D*)(\d+)", p.stem)] + [(0, p.stem)])
+        count = len(order)
+    else:
+        video = cv2.VideoCapture(str(path))
+        if not video.isOpened():
+            raise ValueError("is no video that OpenCV can open")
+        count, fps = int(video.get(cv2.CAP_PROP_FRAME_COUNT)), video.get(cv2.CAP_PROP_FPS)
+        if not 1 <= fps <= 1000 or not 0 < count < 1e8:
+            raise ValueError(f"says that it has {count} frames at {fps:.6g} per second")
+    length = min(count, round(LONGEST * fps) + 1)
+    stride = min(max(1, round(STEP * fps)), max(1, length - 1))
+    start = int(rng.integers(count - length + 1))
+    phase = int(rng.integers(max(1, min(stride, length - 2 * stride))))
+    frames, numbers = [], range(start + phase, start + length, stride)
+    if video and start:
+        video.set(cv2.CAP_PROP_POS_FRAMES, start)
+    for i in range(start, numbers[-1] + 1):
+        if video is None:
+            frame = cv2.imread(str(order[i]), cv2.IMREAD_COLOR) if i in numbers else None
+        elif not video.grab():
+            break
+        elif i in numbers:
+            frame = video.retrieve()[1]
+        if i in numbers:
+            if frame is None:
+                raise ValueError(f"frame {i} cannot be read")
+            frames.append(cv2.cvtColor(fitted(frame, size), cv2.COLOR_BGR2RGB))
+    if len(frames) < len(numbers) - 1:  # containers promise a frame or two too many
+        raise ValueError(f"breaks off: {len(frames)} of {len(numbers)} frames could be read")
+    return frames, [i / fps for i in numbers[: len(frames)]]
+
+
+def is_cut(first, second):
+    """Whether a shot ends between two frames: flow explains less than 3 pixels in 10.
+
+    Explained is a pixel whose flow leads to its own colour and back home. Also where motion is too quick for that, a
+    pair had better not cross. Judged at 128 pixels, where it costs 3 ms.
+    """
+    small = [cv2.resize(frame, (128, 128), interpolation=cv2.INTER_AREA) for frame in (first, second)]
+    there, back = (dis_flow(*pair, cv2.DISOPTICAL_FLOW_PRESET_FAST)[None] for pair in (small, small[::-1]))
+    a, b = (torch.from_numpy(s).permute(2, 0, 1)[None].float() for s in small)
+    same = (a - warp.backwarp(b, there)).abs().mean(1, keepdim=True) < 30
+    return (same & warp.forward_backward_consistency(there, back)).float().mean().item() < 0.3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From frames to a pair
+
+
+def choose_pair(times, cuts, rng):
+    """Which frames: SHORTEST to LONGEST seconds apart, within one shot. times [n], cuts [n - 1] bool: one between i and
+    i + 1. -> (i, j), or None if no shot has two frames.
+    """
+    edges = [0, *[i + 1 for i, cut in enumerate(cuts) if cut], len(times)]
+    shots = [(a, b - 1) for a, b in zip(edges, edges[1:]) if b - a > 1]
+    if not shots:
+        return None
+    length = np.array([times[b] - times[a] for a, b in shots])
+    which = rng.choice(len(shots), p=length / length.sum())
+    (a, b), length = shots[which], float(length[which])
+    apart = rng.uniform(SHORTEST, min(LONGEST, length)) if length > SHORTEST else length
+    begin = times[a] + rng.uniform(0, max(length - apart, 0))
+    i = min(int(np.abs(np.array(times[a:b]) - begin).argmin()) + a, b - 1)
+    j = int(np.abs(np.array(times[i + 1 : b + 1]) - times[i] - apart).argmin()) + i + 1
+    return i, j
+
+
+def smoothed(flow):
+    """Flow (2, H, W) by a median, as the release (15x15 there; three of 5x5 reach nearly as far)."""
+    for _ in range(3):
+        flow = np.stack([cv2.medianBlur(np.ascontiguousarray(plane), 5) for plane in np.asarray(flow)])
+    return torch.from_numpy(flow)
+
+
+def motion_of(flow):
+    """Flow (2, H, W) -> the reason to reject it or None, and statistics in pixels"""
+    scale = max(flow.shape[1:]) / 512
+    p90, p95 = np.percentile(np.hypot(*flow.numpy()), (90, 95)).tolist()
+    reason = "too far" if p90 >= TOO_FAR * scale else "still" if p95 < TOO_STILL * scale else None
+    return reason, dict(moved_90=round(p90, 2), moved_95=round(p95, 2))
+
+
+def encoded(image, extension, *options):
+    return cv2.imencode(extension, image[..., [2, 1, 0, 3][: image.shape[2]]], options)[1].tobytes()
+
+
+def make_pair(recipe, clip, index, preview=False):
+    """Pair `index` of the clip (name, path). -> reason of rejection (None: kept), message, {extension: bytes}, picture
+
+    The picture is a row of the preview: I, I_gt, both coarse edits with grey holes, the flow's colours.
+    """
+    name, path = clip
+    seed = hashlib.sha256(f"{recipe.seed} {index} {name}".encode()).digest()
+    rng = np.random.default_rng(list(seed))
+    try:
+        frames, times = read_window(path, recipe.size, recipe.fps, rng)
+    except (ValueError, cv2.error) as e:
+        return "broken", f"{path} {str(e).splitlines()[0]}", None, None
+    cuts = [is_cut(*two) for two in zip(frames, frames[1:])]
+    flows = functools.cache(lambda i: FLOW[recipe.flow](frames[i], frames[i + 1]))
+    for _ in range(TRIES):
+        if (ends := choose_pair(times, cuts, rng)) is None:
+            return "too short", None, None, None
+        flow = flows(ends[0])
+        for i in range(ends[0] + 1, ends[1]):
+            # warp.compose_flow, but out of frame a pixel goes on as the nearest edge does: little errors would wear the
+            # borders away, and what left with the camera may come back with it.
+            flow = flow + warp.backwarp(flows(i)[None], flow[None], "border")[0]
+        flow = smoothed(flow)
+        reason, statistics = motion_of(flow)
+        if reason:
+            continue
+        I, I_gt = frames[ends[0]], frames[ends[1]]
+        x, x_gt = (torch.from_numpy(f).permute(2, 0, 1)[None] / 255 for f in (I, I_gt))
+        edits = {"flow": flow_edit(x, x_gt, flow[None])}
+        segments = torch.as_tensor(SEGMENTS[recipe.segments](I))
+        depth = torch.as_tensor(DEPTH[recipe.depth](I, flow.numpy()))
+        edits["affine"] = affine_edit(x, x_gt, flow[None], segments[None], depth[None])
+        if all(1 - holes.float().mean() >= COVERED[model] for model, (_, holes) in edits.items()):
+            break
+        reason = "holes"
+    if reason:
+        return reason, None, None, None
+
+    files, row = {}, [I, I_gt]
+    for model, (coarse, holes) in edits.items():
+        coarse, holes = (coarse[0] * 255).round().byte().permute(1, 2, 0).numpy(), holes[0, 0].numpy()
+        alpha = np.where(holes, 0, 255).astype(np.uint8)
+        # Painting holes in costs more than all else in reading a pair: here, once, instead of in every epoch.
+        painted = np.dstack([collage.fill_holes(coarse, holes), alpha])
+        files[f"{model}.png"] = encoded(painted, ".png", cv2.IMWRITE_PNG_COMPRESSION, 3)
+        statistics[f"covered_{model}"] = round(1 - holes.mean().item(), 4)
+        row.append(np.where(holes[..., None], 128, coarse).astype(np.uint8))
+    for key, image in (("ref.jpg", I), ("gt.jpg", I_gt)):
+        files[key] = encoded(image, ".jpg", cv2.IMWRITE_JPEG_QUALITY, 95)
+    times = [round(times[i], 4) for i in ends]
+    told = dict(source=name, pair=index, times=times, steps=ends[1] - ends[0], size=recipe.size, **statistics,
+                segments=int(segments.max()), estimators=[recipe.flow, recipe.segments, recipe.depth])
+    files["json"] = json.dumps(told).encode()
+    if not preview:
+        return None, None, files, None
+    row.append((warp.flow_to_colour(flow[None])[0] * 255).byte().permute(1, 2, 0).numpy())
+    side = min(256, recipe.size)
+    return None, None, files, [cv2.resize(r, (side, side), interpolation=cv2.INTER_AREA) for r in row]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards
+
+
+def work(recipe, clips):
+    """The list of work, as ranges of numbers, one per shard. Number k is pair k % pairs of clip k // pairs.
+
+    A shard holds up to 256 pairs, some 150 MB, but fewer where there would be less than 64 shards, for many machines.
+    """
+    total = len(clips) * recipe.pairs
+    per_shard = min(256, max(8, total // 64))
+    return [range(k, min(k + per_shard, total)) for k in range(0, total, per_shard)]
+
+
+def write_shard(path, samples):
+    """[(number, {extension: bytes})] -> a .tar, byte for byte the same for the same samples; whole or not at all."""
+    for leftover in path.parent.glob(f".{path.name}.*"):  # of a run that was killed: nobody else works on this shard
+        leftover.unlink(missing_ok=True)
+    with layouts.whole(path) as temporary, tarfile.open(temporary, "w") as tar:
+        for k, files in samples:
+            for extension, data in files.items():
+                member = tarfile.TarInfo(f"{k:06d}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def write_preview(path, rows):
+    """Rows of pictures as a PNG sheet, with names over the first."""
+    names = ("reference", "target", "flow", "affine", "motion")
+    top = labelled([Image.fromarray(picture) for picture in rows[0]], names, gap=0)
+    sheet = Image.fromarray(np.concatenate([np.asarray(top), *[np.concatenate(row, 1) for row in rows[1:]]]))
+    with layouts.whole(path) as temporary:
+        sheet.save(temporary, "PNG")
+
+
+def start_worker():
+    """In a process of its own: one thread, and gone when the parent is, even by kill -9."""
+    quiet()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, too, and ends the others
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def quiet():
+    """One thread; and what decoders have to say about broken videos stays unsaid, we say it in one line."""
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"
+
+
+def in_order(make, numbers, workers):
+    """make(k) for every number, in order, in `workers` processes, which run no further ahead than a few each."""
+    if workers == 1:
+        quiet()
+        yield from map(make, numbers)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
+        try:
+            ahead = deque()
+            for k in numbers:
+                ahead.append(pool.submit(make, k))
+                if len(ahead) > 4 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def make_numbered(recipe, clips, preview, k):
+    return make_pair(recipe, clips[k // recipe.pairs], k % recipe.pairs, preview)
+
+
+def totals_of(out, shards):
+    """What the finished shards' files say, added up: (shards done, Counter). ValueError if one is damaged."""
+    done, counts = 0, Counter()
+    for path in (out / f"pairs-{s:06d}.json" for s in range(shards)):
+        if path.exists():
+            try:
+                told = json.loads(path.read_bytes())
+                counts += Counter({"kept": told["kept"], **told["rejected"]})
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path} is damaged: delete it, and its shard is made again") from None
+            done += 1
+    return done, counts
+
+
+def summary(counts):
+    rejected = ", ".join(f"{reason} {n}" for reason, n in sorted(counts.items()) if reason != "kept")
+    return f"{counts['kept']} kept of {counts.total()}" + (f" (rejected: {rejected})" if rejected else "")
+
+
+def run(args):
+    recipe = Recipe(args.size, args.pairs, args.seed, args.fps, args.flow, args.segments, args.depth)
+    clips = find_clips(args.videos)
+    shards = work(recipe, clips)
+    names = hashlib.sha256("\n".join(name for name, _ in clips).encode()).hexdigest()
+    manifest = {"recipe": asdict(recipe), "clips": len(clips), "clips_sha256": names, "shards": len(shards)}
+    begun = args.out / "manifest.json"
+    if begun.exists():
+        try:
+            other = [key for key, value in manifest.items() if json.loads(begun.read_bytes())[key] != value]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{begun} is damaged: choose another --out") from None
+        if other:
+            raise ValueError(f"{args.out} was begun with other {other[0].replace('_sha256', '')}: choose another --out")
+    elif args.out.is_dir() and any(args.out.glob("*.tar")):
+        raise ValueError(f"{args.out} holds shards, but no manifest.json: choose another --out")
+    else:
+        layouts.write_json(begun, manifest)
+
+    part, parts = args.shard
+    todo = [s for s in range(part, len(shards), parts) if not (args.out / f"pairs-{s:06d}.json").exists()]
+    numbers, counts, begin = [k for s in todo for k in shards[s]], Counter(), time.perf_counter()
+    results = in_order(functools.partial(make_numbered, recipe, clips, args.preview), numbers, args.workers)
+    with tqdm(total=len(numbers), unit="clip" if recipe.pairs == 1 else "pair", disable=None) as bar:
+        for s in todo:
+            samples, rows, rejected = [], [], Counter()
+            for k in shards[s]:
+                reason, message, files, row = next(results)
+                if message:
+                    bar.write(f"data.py: skipped: {message}", file=sys.stderr)
+                if reason:
+                    rejected[reason] += 1
+                else:
+                    samples.append((k, files))
+                    rows += [row] if row and len(rows) < 8 else []
+                counts[reason or "kept"] += 1
+                bar.update()
+                bar.set_postfix(counts, refresh=False)
+            path = args.out / f"pairs-{s:06d}.tar"
+            if samples:
+                write_shard(path, samples)
+            if rows:
+                write_preview(path.with_suffix(".png"), rows)
+            layouts.write_json(path.with_suffix(".json"), {"kept": len(samples), "rejected": rejected})
+    if numbers:
+        seconds = time.perf_counter() - begin
+        rate = len(numbers) / recipe.pairs / seconds
+        print(f"{args.out}: {summary(counts)} in {seconds:.0f} s, {rate:.2f} clips/s")
+    done, counts = totals_of(args.out, len(shards))
+    if done == len(shards):
+        layouts.write_json(begun, manifest | {"totals": dict(sorted(counts.items()))})
+        if not counts["kept"]:
+            raise ValueError(f"{args.out}: {summary(counts)}: there is nothing to train on")
+    print(f"{args.out}: {done} of {len(shards)} shards are there: {summary(counts)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def part_of(text):
+    try:
+        i, n = (int(s) for s in text.split("/"))
+        if 0 <= i < n:
+            return i, n
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no part of the work like 0/4, 1/4, 2/4 or 3/4")
+
+
+def parse(argv):
+    p = Parser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("videos", nargs="+", metavar="VIDEO_OR_FOLDER")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the shards go")
+    p.add_argument("--size", type=number(int, 32, 4096), default=Recipe.size, help="side in pixels (default: 512)")
+    p.add_argument("--pairs", type=number(int, 1, 1000), default=Recipe.pairs,
+                   help="per clip (default: 1, as the paper)")
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=Recipe.seed)
+    p.add_argument("--fps", type=number(float, 1, 1000), default=Recipe.fps, help="of folders of frames (default: 24)")
+    p.add_argument("--flow", choices=FLOW, default=Recipe.flow)
+    p.add_argument("--segments", choices=SEGMENTS, default=Recipe.segments)
+    p.add_argument("--depth", choices=DEPTH, default=Recipe.depth)
+    p.add_argument("--preview", action="store_true", help="also a sheet per shard, pairs-000012.png")
+    p.add_argument("--workers", type=number(int, 1, 1024), default=1, help="processes, one thread each")
+    p.add_argument("--shard", type=part_of, metavar="I/N", help="only this part of the work (default: torchrun's rank)")
+    args = p.parse_args(argv)
+    if args.shard is None:
+        try:
+            args.shard = part_of(f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}")
+        except argparse.ArgumentTypeError:
+            p.error("the environment's RANK and WORLD_SIZE make no sense: give --shard I/N")
+    return p, args
+
+
+def main(argv=None):
+    parser, args = parse(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as e:
+        parser.error(e)
+    except BrokenProcessPool:
+        parser.error("a worker died: too little memory, or a video that crashes the decoder. What is done is kept")
+    except KeyboardInterrupt:
+        parser.exit(130, "data.py: interrupted; the same command goes on from here\n")
+
+
+if __name__ == "__main__":
+    main()

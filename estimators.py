@@ -1,0 +1,102 @@
+"""What pairs from video need to know about pictures: flow, segments, depth. Each by name, found by classical means.
+
+A network that takes one's place (RAFT, SAM, MiDaS) has the same arguments and result, and a name in the table at the
+end. Pictures are (H, W, 3) uint8 RGB.
+"""
+
+import functools
+import heapq
+
+import cv2
+import numpy as np
+import torch
+
+SMALLEST = 300  # pixels of a 512x512 picture; the release drops smaller segments
+
+
+def grey(image):
+    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+
+
+@functools.cache
+def dis(preset):
+    return cv2.DISOpticalFlow_create(preset)
+
+
+def dis_flow(first, second, preset=cv2.DISOPTICAL_FLOW_PRESET_MEDIUM):
+    """Dense inverse search, Kroeger et al. 2016. -> flow (2, H, W) float32"""
+    return torch.from_numpy(dis(preset).calc(grey(first), grey(second), None)).permute(2, 0, 1)
+
+
+def classical_segments(image):
+    """Pieces of similar colour: a watershed, then region merging. -> (H, W) int32, 0 = in no piece of useful size
+
+    Regions merge in the order of how little is lost by seeing both as one colour, for each pixel of border saved
+    (Koepfler, Lopez & Morel 1994, for the functional of Mumford & Shah):
+
+        cost(i, j) = |i| |j| / (|i| + |j|) * |mean_i - mean_j|^2 / border(i, j)
+    """
+    H, W = image.shape[:2]
+    scale = max(H, W) / 512
+    lab = cv2.cvtColor(cv2.bilateralFilter(cv2.medianBlur(image, 5), 7, 25, 5), cv2.COLOR_RGB2LAB)
+    slope = sum(np.abs(cv2.Sobel(lab, cv2.CV_32F, dx, 1 - dx)).sum(2) for dx in (0, 1))
+    slope = cv2.GaussianBlur(slope, (0, 0), 1.5)
+    seeds = slope <= cv2.erode(slope, np.ones((9, 9)))  # where the picture is flattest within 9x9 pixels
+    labels = cv2.watershed(lab, cv2.connectedComponents(seeds.astype(np.uint8))[1])
+    while (labels <= 0).any():  # lines between the basins, one pixel wide: to a neighbour
+        grown = cv2.dilate(labels.clip(0).astype(np.float32), np.ones((3, 3))).astype(np.int32)
+        labels = np.where(labels > 0, labels, grown)
+    labels -= 1
+
+    n = int(labels.max()) + 1
+    area = np.bincount(labels.ravel(), minlength=n).astype(float).tolist()
+    total = np.stack([np.bincount(labels.ravel(), lab[..., c].ravel(), n) for c in range(3)], 1)  # (n, 3)
+    a, b = (np.concatenate([down.ravel(), right.ravel()])
+            for down, right in ((labels[1:], labels[:, 1:]), (labels[:-1], labels[:, :-1])))
+    edges, lengths = np.unique((np.minimum(a, b) * n + np.maximum(a, b))[a != b], return_counts=True)
+    border = [{} for _ in range(n)]  # of each region: {neighbour: how many pixels of border}
+    for edge, length in zip(edges.tolist(), lengths.tolist()):
+        i, j = divmod(edge, n)
+        border[i][j] = border[j][i] = length
+
+    def cost(i, j):
+        difference = total[i] / area[i] - total[j] / area[j]
+        return area[i] * area[j] / (area[i] + area[j]) * float(difference @ difference) / border[i][j]
+
+    age = [0] * n  # of a region's colour: what the queue says about a younger one is out of date. -1: merged away
+    queue = [(cost(i, j), i, j, 0, 0) for i in range(n) for j in border[i] if i < j]
+    heapq.heapify(queue)
+    into = np.arange(n)
+    while queue and queue[0][0] < 4000 * scale:
+        _, i, j, age_i, age_j = heapq.heappop(queue)
+        if (age[i], age[j]) != (age_i, age_j):
+            continue
+        into[into == j] = i
+        area[i], total[i] = area[i] + area[j], total[i] + total[j]
+        age[i], age[j] = age[i] + 1, -1
+        for k, length in border[j].items():
+            del border[k][j]
+            if k != i:
+                border[i][k] = border[k][i] = border[i].get(k, 0) + length
+        for k in border[i]:
+            heapq.heappush(queue, (cost(i, k), i, k, age[i], age[k]))
+    labels = into[labels]
+    useful = np.bincount(labels.ravel(), minlength=n) >= SMALLEST * scale**2
+    return ((np.cumsum(useful) * useful)[labels]).astype(np.int32)
+
+
+def no_depth(image, flow):
+    """All at the same distance: segments lie over each other in reading order. -> (H, W), larger = farther"""
+    return np.zeros(image.shape[:2], np.float32)
+
+
+def flow_depth(image, flow):
+    """A guess from motion and position: what moves otherwise than most, and what is lower in the picture, is nearer."""
+    H, W = image.shape[:2]
+    own = np.linalg.norm(flow - np.median(flow, (1, 2), keepdims=True), axis=0)
+    return -(own / max(float(np.percentile(own, 95)), 1e-3)).clip(0, 1) - np.linspace(0, 1, H)[:, None]
+
+
+FLOW = {"dis": dis_flow}  # (first, second) -> (2, H, W) float32 tensor in pixels
+SEGMENTS = {"classical": classical_segments}  # (image) -> (H, W) whole numbers, 0 = none
+DEPTH = {"none": no_depth, "flow": flow_depth}  # (image, flow (2, H, W)) -> (H, W), larger = farther

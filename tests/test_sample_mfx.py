@@ -1,0 +1,346 @@
+"""The command line's Magic Fixup modes, on an untrained one made of the toy: what holds whatever the weights."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_mfx
+import test_sd
+import torch
+from PIL import Image
+from test_sample import GRADIENT, MEADOW, ROOT, fails, half_white
+
+import collage
+import diffusion
+import mfx
+import pictures
+import sample
+import sd
+import unet
+
+REAL = ROOT / "../shared/real"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Its new input channels are random instead of zero, so that everything it is shown matters. -> model, folder"""
+    toy = sd.load(sample.TOY, torch.float32)
+    made, C, g = mfx.from_stable_diffusion(toy), toy.unet.config.out_channels, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for network in (made.synthesizer, made.extractor):
+            new = network.conv_in.weight[:, C:]
+            new.copy_(0.03 * torch.randn(new.shape, generator=g))
+    folder = tmp_path_factory.mktemp("weights") / "toy-mfx"
+    mfx.save(made, folder, torch.float16, vae=os.path.relpath(sample.TOY / "vae", folder.resolve()))
+    return mfx.load(folder, torch.float32), folder
+
+
+@pytest.fixture(autouse=True)
+def default_weights(model, monkeypatch):
+    monkeypatch.setattr(sample, "WITH_EDIT", sample.WITH_EDIT | {"weights": model[1]})
+
+
+@pytest.fixture
+def edit(tmp_path):
+    """The meadow with a block of it moved to the right -> the file, (128, 128, 4) uint8"""
+    x = np.dstack([np.asarray(Image.open(MEADOW).convert("RGB")), np.full((128, 128), 255, np.uint8)])
+    x[60:100, 70:110] = x[60:100, 20:60]
+    x[60:100, 20:60] = 0
+    return save(tmp_path / "edit.png", x), x
+
+
+def save(path, array):
+    Image.fromarray(array).save(path)
+    return path
+
+
+def run(tmp_path, *argv, out="out.png"):
+    out = tmp_path / out
+    sample.main(["--steps", "3", "--precision", "fp32", "--device", "cpu", *map(str, argv), "--out", str(out)])
+    return np.asarray(Image.open(out), int) if out.exists() else None  # several samples have other names
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """-> a list that fills with the latents that are decoded"""
+    seen, decode = [], mfx.MagicFixup.decode
+    monkeypatch.setattr(mfx.MagicFixup, "decode", lambda self, z: seen.append(z.clone()) or decode(self, z))
+    return seen
+
+
+def inputs(model, x):
+    """An edit (128, 128, 4) of the meadow, as the paper says -> reference, coarse, mask, the latter in latent size"""
+    hole = x[..., 3] == 0
+    filled = torch.from_numpy(collage.fill_holes(x[..., :3], hole)).permute(2, 0, 1)[None]
+    mask = torch.from_numpy(~hole).float().reshape(1, 1, 16, 8, 16, 8).mean((3, 5))
+    with torch.inference_mode():
+        reference = model.encode_image(pictures.picture_to_tensor(Image.open(MEADOW), (128, 128)))
+        return reference, model.encode_image(filled / 127.5 - 1), mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What comes out
+
+
+def test_an_edit_is_magic_fixup_and_so_is_a_black_map(tmp_path, model, edit, decoded):
+    """One code path, and exactly the paper's sampling loop: noise, step noise and the reference's noise included."""
+    model, (path, x) = model[0], edit
+    argv = ["--image", MEADOW, "--edit", path, "--seed", 4]
+    plain = run(tmp_path, *argv)
+    with torch.inference_mode():
+        want = model.sample(*inputs(model, x), seeds=[4], steps=3)
+    Image.new("L", (64, 64), 0).save(tmp_path / "black.png")
+    assert np.array_equal(plain, run(tmp_path, *argv, "--change-map", tmp_path / "black.png"))
+    assert np.array_equal(plain, run(tmp_path, *argv, "--no-skip"))
+    assert len(decoded) == 3 and all(torch.equal(z, want) for z in decoded)
+    assert Image.open(tmp_path / "out.png").size == (128, 128)
+
+
+def test_a_white_map_is_the_coarse_edit_and_costs_no_step(tmp_path, model, edit, decoded, monkeypatch):
+    model, (path, x) = model[0], edit
+    with torch.inference_mode():
+        coarse = inputs(model, x)[1]
+        round_trip = np.asarray(pictures.tensor_to_picture(model.decode(coarse)[0] / 2 + 0.5), int)
+    monkeypatch.setattr(unet.UNet, "forward", None)  # calling it would be an error
+    argv = ["--image", MEADOW, "--edit", path, "--change-map", tmp_path / "map.png"]
+    Image.new("L", (128, 128), 255).save(tmp_path / "map.png")
+    assert np.array_equal(run(tmp_path, *argv), round_trip)
+    Image.new("L", (128, 128), 0).save(tmp_path / "map.png")
+    assert np.array_equal(run(tmp_path, *argv, "--white-is-change"), round_trip)
+    assert all(torch.equal(z, coarse) for z in decoded)
+
+
+@pytest.mark.parametrize("sampler", list(diffusion.SAMPLERS))
+def test_any_sampler_under_a_map(tmp_path, sampler, model, edit, decoded):
+    run(tmp_path, "--image", MEADOW, "--edit", edit[0], "--change-map", half_white(tmp_path / "map.png"),
+        "--sampler", sampler, "--samples", 2)
+    coarse, got = inputs(model[0], edit[1])[1], torch.cat(decoded)
+    assert torch.equal(got[..., 8:], coarse[..., 8:].expand(2, -1, -1, -1))
+    assert (got[..., :4] - coarse[..., :4]).abs().mean() > 0.2 and (got[0] - got[1]).abs().mean() > 0.1
+
+
+def test_samples_sheet_strip_and_parameters(tmp_path, model, edit):
+    argv = ["--image", MEADOW, "--edit", edit[0]]
+    run(tmp_path, *argv, "--samples", 3, "--seed", 5, "--sheet", tmp_path / "sheet.png", "--steps-strip",
+        tmp_path / "strip.png", "--change-map", GRADIENT)
+    made = {"edit.png", "out-5.png", "out-6.png", "out-7.png", "sheet.png", "strip.png"}
+    assert {f.name for f in tmp_path.iterdir()} == made
+    third = Image.open(tmp_path / "out-7.png")
+    said = json.loads(third.text["parameters"])
+    assert said["seed"] == 7 and said["edit"] == str(edit[0]) and said["steps"] == 3 and "guidance" not in said
+    assert Path(said["weights"]) == model[1]
+    alone = run(tmp_path, *argv, "--seed", 7, "--change-map", GRADIENT)
+    assert np.abs(alone - np.asarray(third, int)).max() <= 1  # a sample depends on its seed alone
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.width == 6 * 128 + 5 * 2  # reference, coarse edit, map, three results
+    hole = np.asarray(sheet)[-128:, 130:258][70:90, 30:50]
+    assert (hole == hole[..., :1]).all() and set(np.unique(hole)) == {190, 255}  # a checkerboard
+    assert Image.open(tmp_path / "strip.png").width == 3 * 128 + 2 * 2
+
+
+def test_all_files_or_none(tmp_path, edit, monkeypatch):
+    saved, save = [], Image.Image.save
+
+    def fails_at_the_second(self, file, *args, **options):
+        saved.append(file)
+        if len(saved) == 2:
+            raise OSError("no space left on device")
+        save(self, file, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", fails_at_the_second)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--image", MEADOW, "--edit", edit[0], "--samples", 2)
+    assert stop.value.code == 2 and {f.name for f in tmp_path.iterdir()} == {"edit.png"}
+
+
+def test_defaults_are_the_paper_s(tmp_path, edit, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(sample, "fixup", lambda *_, **options: seen.update(options) or torch.zeros(1, 3, 8, 8))
+    sample.main(["--image", MEADOW, "--edit", str(edit[0]), "--out", str(tmp_path / "out.png")])
+    assert seen["steps"] == 50 and seen["sampler"] == "ddim" and list(seen["seeds"]) == [0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes in
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """-> a list that fills with what the model is given: (reference, coarse, mask, change_map)"""
+    seen = []
+
+    def fixup(model, *given, **_):
+        seen.append(given)
+        return given[1] / 2 + 0.5
+
+    monkeypatch.setattr(sample, "fixup", fixup)
+    return seen
+
+
+def test_reference_edit_mask_and_map_are_cut_alike(tmp_path, shown):
+    """An edit that changes nothing is the reference, pixel by pixel; alpha is a map drawn at that place."""
+    rgb = np.random.default_rng(0).integers(0, 256, (60, 100, 3), np.uint8)
+    alpha = np.where(np.arange(100) < 47, 255, 0).astype(np.uint8) * np.ones((60, 1), np.uint8)
+    picture = save(tmp_path / "p.png", rgb)
+    whole, half = save(tmp_path / "whole.png", rgb), save(tmp_path / "half.png", np.dstack([rgb, alpha]))
+    for size in ([], ["--size", "64x96"], ["--size", "200x104"]):
+        run(tmp_path, "--image", picture, "--edit", whole, *size)
+        reference, coarse, mask, change_map = shown[-1]
+        assert torch.equal(reference, coarse) and mask.all() and mask.shape == (1, 1, *coarse.shape[2:])
+        assert change_map is None
+        run(tmp_path, "--image", picture, "--edit", half, "--change-map", save(tmp_path / "map.png", alpha), *size)
+        _, coarse, mask, change_map = shown[-1]
+        assert torch.equal(change_map > 0.5, mask > 0) and set(mask.unique().tolist()) <= {0, 1}
+        edge = int(mask[0, 0, 0].sum())
+        assert torch.equal(coarse[..., : edge - 12], reference[..., : edge - 12])  # past the reach of the filters
+
+
+def test_an_edit_at_another_resolution_is_fitted(tmp_path, edit, shown):
+    Image.open(edit[0]).resize((320, 320), Image.Resampling.NEAREST).save(tmp_path / "large.png")
+    run(tmp_path, "--image", MEADOW, "--edit", edit[0])
+    run(tmp_path, "--image", MEADOW, "--edit", tmp_path / "large.png")
+    (_, coarse, mask, _), (_, large, large_mask, _) = shown
+    assert (coarse - large).abs().mean() < 0.02 and (mask != large_mask).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("size", [(128, 128), (90, 90)])
+def test_the_colour_of_a_hole_is_never_seen(tmp_path, edit, shown, size):
+    """Whatever lies under alpha 0, at the model's size or resampled to it."""
+    for i, colour in enumerate([(0, 0, 0), (255, 0, 255)]):
+        x = np.asarray(Image.fromarray(edit[1]).resize(size, Image.Resampling.NEAREST)).copy()
+        x[x[..., 3] == 0] = (*colour, 0)
+        run(tmp_path, "--image", MEADOW, "--edit", save(tmp_path / f"{i}.png", x))
+    assert torch.equal(shown[0][1], shown[1][1]) and torch.equal(shown[0][2], shown[1][2]) and not shown[0][2].all()
+
+
+def test_kept_is_what_is_more_than_half_opaque(tmp_path, edit, shown):
+    x = edit[1].copy()
+    x[..., 3] = np.where(x[..., 3] == 0, 120, 140)
+    run(tmp_path, "--image", MEADOW, "--edit", save(tmp_path / "soft.png", x))
+    assert torch.equal(shown[0][2][0, 0].bool(), torch.from_numpy(x[..., 3] == 140))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "I;16"])
+def test_an_edit_that_marks_no_holes_goes_on_with_one_warning(tmp_path, capsys, mode):
+    picture = Image.open(MEADOW).convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
+    picture.save(tmp_path / "edit.png")
+    assert run(tmp_path, "--image", MEADOW, "--edit", tmp_path / "edit.png", "--steps", 1).shape == (128, 128, 3)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == 1 and "no holes" in lines[0]
+
+
+def test_a_collage_is_the_same_edit_written_down(tmp_path, capsys, decoded):
+    content = {"image": "p.png", "segments": [{"box": [20, 60, 60, 100], "edits": [{"translate": [50, 0]}]}]}
+    (tmp_path / "edits.json").write_text(json.dumps(content))
+    Image.open(MEADOW).convert("RGB").save(tmp_path / "p.png")
+    made = collage.read_edits(tmp_path / "edits.json")
+    a = run(tmp_path, "--image", MEADOW, "--edit", save(tmp_path / "edit.png", made.coarse()))
+    assert np.array_equal(a, run(tmp_path, "--collage", tmp_path / "edits.json"))
+    assert np.array_equal(a, run(tmp_path, "--collage", tmp_path / "edits.json", "--image", MEADOW))
+    assert "warning" not in capsys.readouterr().err
+    # The same edits of another picture, of that size
+    Image.open(MEADOW).convert("RGB").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "p.png")
+    assert np.array_equal(a, run(tmp_path, "--collage", tmp_path / "edits.json", "--image", MEADOW))
+    assert not np.array_equal(a, run(tmp_path, "--collage", tmp_path / "edits.json"))
+    Image.open(MEADOW).resize((100, 100)).save(tmp_path / "small.png")
+    capsys.readouterr()
+    assert "one size" in fails(capsys, "--collage", tmp_path / "edits.json", "--image", tmp_path / "small.png")
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/real")
+@pytest.mark.parametrize("name, edited", [("dog_beach", "edit__003"), ("fox_drinking", "edit__01")])
+def test_real_edits(tmp_path, capsys, name, edited):
+    run(tmp_path, "--image", REAL / f"{name}_og.png", "--edit", REAL / f"{name}__{edited}.png", "--samples", 2)
+    assert "warning" not in capsys.readouterr().err and len(list(tmp_path.glob("out-*.png"))) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+def test_one_clear_line(tmp_path, capsys, model, edit):
+    this = ["--image", MEADOW, "--edit", edit[0], "--out", tmp_path / "out.png", "--steps", 2]
+    text, tall = tmp_path / "text.png", tmp_path / "tall.png"
+    text.write_text("not a picture")
+    Image.new("RGBA", (50, 100)).save(tall)
+    nothing = save(tmp_path / "nothing.png", np.zeros((128, 128, 4), np.uint8))
+    assert "not a picture" in fails(capsys, "--image", MEADOW, "--edit", text)
+    assert "no such file" in fails(capsys, "--image", MEADOW, "--edit", tmp_path / "none.png")
+    assert "edit is 50x100 and the picture 128x128" in fails(capsys, "--image", MEADOW, "--edit", tall)
+    assert "transparent everywhere" in fails(capsys, "--image", MEADOW, "--edit", nothing)
+    assert "--image" in fails(capsys, "--edit", edit[0])
+    assert "not allowed with" in fails(capsys, *this, "--collage", "edits.json")
+    for option in (["--prompt", "snow"], ["--negative", "snow"], ["--guidance", 7.5], ["--strength", 0.5],
+                   ["--strength-fan", 3], ["--mask", GRADIENT], ["--prediction", "epsilon"]):
+        assert f"{option[0]} does not go with --edit" in fails(capsys, *this, *option)
+    assert "--samples" in fails(capsys, *this, "--samples", 0)
+    assert "--samples" in fails(capsys, "--prompt", "snow", "--samples", 2)
+    assert "aspect" in fails(capsys, *this, "--change-map", tall)
+    assert "--white-is-change" in fails(capsys, *this, "--white-is-change")
+    clash = ["--samples", 2, "--sheet", tmp_path / "out-1.png"]
+    assert "names of their own" in fails(capsys, *this, *clash)
+    assert "--edit" in fails(capsys, "--image", MEADOW)  # it says what there is
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("segments, said", [
+    ('[{"box": [2, 2, 9, 9], "edits": [{"translate": [500, 0]}]}]', "segment 1 ends up outside the picture"),
+    ('[{"mask": "empty.png"}]', "empty mask"),
+    ('[{"box": [5, 5, 5, 9]}]', "no pixel inside"),
+    ('[{"box": [0, 0, 128, 128], "edits": [{"delete": true}]}]', "transparent everywhere"),
+    ("[{]", "line 2, column 16: not JSON"),
+])  # fmt: skip
+def test_a_collage_that_does_not_work(tmp_path, capsys, segments, said):
+    Image.new("L", (128, 128)).save(tmp_path / "empty.png")
+    (tmp_path / "edits.json").write_text(f'{{"image": "{MEADOW}",\n "segments": {segments}}}')
+    assert said in fails(capsys, "--collage", tmp_path / "edits.json", "--out", tmp_path / "out.png")
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_weights_of_the_wrong_kind(tmp_path, capsys, model, edit):
+    this = ["--image", MEADOW, "--edit", edit[0], "--out", tmp_path / "out.png", "--weights"]
+    assert "not a Magic Fixup" in fails(capsys, *this, sample.TOY)
+    torch.save(test_sd.to_original(test_sd.small()), tmp_path / "sd.ckpt")
+    assert "not a whole Magic Fixup" in fails(capsys, *this, tmp_path / "sd.ckpt")
+    assert "no checkpoint" in fails(capsys, *this, tmp_path / "none")
+    released = test_mfx.released_tensors(test_sd.randomise(test_mfx.PlainMagicFixup()), test_sd.small())
+    torch.save(released, tmp_path / "released.pt")
+    for weights in (model[1], tmp_path / "released.pt"):
+        assert "is a Magic Fixup" in fails(capsys, "--prompt", "snow", "--weights", weights)
+
+
+def test_the_released_layout_runs(tmp_path, edit):
+    released = test_mfx.released_tensors(test_sd.randomise(test_mfx.PlainMagicFixup()), test_sd.small())
+    torch.save(released, tmp_path / "released.pt")
+    weights = ["--weights", tmp_path / "released.pt"]
+    assert run(tmp_path, "--image", MEADOW, "--edit", edit[0], "--size", "64", *weights).shape == (64, 64, 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One autoencoder for both models
+
+
+def test_the_autoencoder_is_not_stored_twice(model, tmp_path):
+    model, folder = model
+    assert not (folder / "vae").exists()
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 20e6
+    toy = sd.load(sample.TOY, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(model.vae.parameters(), toy.vae.parameters()))
+    assert model.size == toy.size
+    other = replace(toy, vae=test_sd.randomise(sd.load(sample.TOY, torch.float32).vae))
+    with pytest.raises(ValueError, match="another autoencoder"):
+        mfx.save(mfx.from_stable_diffusion(other), tmp_path / "other", vae=sample.TOY / "vae")
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_autoencoder_that_is_not_there(tmp_path, capsys, model, edit):
+    moved = tmp_path / "moved"
+    mfx.save(model[0], moved, torch.float16, vae=sample.TOY / "vae")
+    (moved / mfx.INDEX).write_text('{"vae": "../toy/vae"}')
+    line = fails(capsys, "--image", MEADOW, "--edit", edit[0], "--weights", moved)
+    assert str(tmp_path / "toy" / "vae") in line and "no such folder" in line
