@@ -3,6 +3,8 @@
     python bench.py load [--fp32]      loading a checkpoint of Stable Diffusion 1.4's size, in every layout
     python bench.py unet               one 512x512 step of its UNet, in single and half precision
     python bench.py toyworld           pictures of the toy world per second
+    python bench.py splat              softmax splatting, beside the usual index_add_
+    python bench.py pairs              training pairs made and read per second
 
 The weights are random, so nothing is downloaded. Every figure is taken in a process of its own.
 """
@@ -198,6 +200,71 @@ def toyworld(args):
     print(f"{64 / s['render']:.0f} pictures of 128x128 a second; {torch.get_num_threads()} threads")
 
 
+def index_add_soft(x, flow, metric):
+    """Softmax splatting as it is usually written on index_add_: four passes, and a metric small enough for exp."""
+    B, C, H, W = x.shape
+    w = metric.exp()
+    x = torch.cat([x * w, w], 1).permute(0, 2, 3, 1).reshape(-1, C + 1)
+    X = torch.arange(W) + flow[:, 0]
+    Y = torch.arange(H)[:, None] + flow[:, 1]
+    out, batch = torch.zeros(B * H * W, C + 1), torch.arange(B)[:, None, None] * H * W
+    for dx in (0, 1):
+        for dy in (0, 1):
+            x0, y0 = X.floor() + dx, Y.floor() + dy
+            inside = ((x0 >= 0) & (x0 < W) & (y0 >= 0) & (y0 < H)).flatten()
+            b = ((1 - (X - x0).abs()) * (1 - (Y - y0).abs())).reshape(-1, 1)
+            target = (batch + y0 * W + x0).flatten().long()
+            out.index_add_(0, target[inside], (x * b)[inside])
+    out = out.view(B, H, W, C + 1).permute(0, 3, 1, 2)
+    return out[:, :C] / out[:, C:].clamp(min=1e-7)
+
+
+@topic
+def splat(args):
+    """Ours subtracts each target's largest metric in a first pass, which the peer does not: it overflows at 89."""
+    from splat import softsplat, softsplat_plain
+
+    g, rows = torch.Generator().manual_seed(0), []
+    for B, C, H, W in ((1, 3, 512, 512), (1, 6, 1080, 1920)):
+        x, metric = torch.rand(B, C, H, W, generator=g), -torch.rand(B, 1, H, W, generator=g)
+        flow = 20 * torch.nn.functional.interpolate(torch.randn(B, 2, 8, 8, generator=g), (H, W), mode="bicubic")
+        error = (softsplat(x, flow, metric) - index_add_soft(x, flow, metric)).abs().max()
+        runs = {"ours": softsplat, "plain": partial(softsplat_plain, mode="soft"), "index_add_": index_add_soft}
+        s = alternate({name: partial(f, x, flow, metric) for name, f in runs.items()}, args.rounds)
+        rows.append([f"{W}x{H}x{C}", *(f"{1e3 * s[n]:.1f}" for n in s), f"{s['ours'] / s['plain']:.2f}",
+                     f"{s['ours'] / s['index_add_']:.2f}", f"{error:.0e}"])
+    print(f"softmax splatting, forward, soft mode; {torch.get_num_threads()} threads\n")
+    table(["size", "ours ms", "our plain ms", "index_add_ ms", "ours / plain", "ours / index_add_", "difference"], rows)
+
+
+@topic
+def pairs(args):
+    """Pairs made on the fly from the toy world; and written to shards and read back, of real size."""
+    import torch.utils.data
+
+    import data
+    import pairs
+    import toyworld
+    from pictures import tensor_to_picture
+
+    torch.set_num_threads(1)  # as a data loader's worker has
+    s = alternate({"toy": lambda: pairs.toy_pairs(32, torch.Generator().manual_seed(0))}, args.rounds)
+    print(f"toy pairs of 128x128, made as they are needed: {32 / s['toy']:.0f} a second")
+    with tempfile.TemporaryDirectory(dir=args.tmp) as folder:
+        a, b = pairs.toy_motion(8, torch.Generator().manual_seed(1))
+        velocity, camera = torch.stack([b.x - a.x, b.z - a.z], -1), b.camera - a.camera
+        for i in range(8):  # eight clips of two seconds, as frames
+            (Path(folder) / f"clip{i}").mkdir()
+        for k in range(13):
+            frames = toyworld.render(toyworld.moved(a, velocity, camera, k / 12), 512)
+            for i, image in enumerate(frames.image):
+                tensor_to_picture(image).save(Path(folder) / f"clip{i}" / f"{k:03d}.png")
+        data.main([folder, "--out", f"{folder}/pairs", "--fps", "6", "--pairs", "4"])
+        reader = iter(torch.utils.data.DataLoader(pairs.ShardPairs(f"{folder}/pairs", batch=4), batch_size=4))
+        s = alternate({"read": lambda: [next(reader) for _ in range(8)]}, args.rounds)
+    print(f"pairs of 512x512 read from shards: {32 / s['read']:.0f} a second, by one process")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
@@ -206,7 +273,7 @@ if __name__ == "__main__":
         sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("topic", choices=TOPICS)
-    parser.add_argument("--rounds", type=int, default=5, help="unet, toyworld: timed runs, of which the median counts")
+    parser.add_argument("--rounds", type=int, default=5, help="all but load: timed runs, of which the median counts")
     parser.add_argument("--fp32", action="store_true", help="load: a checkpoint of 4 GB instead of 2")
     parser.add_argument("--tmp", help="folder for the checkpoints, 3 times that size")
     args = parser.parse_args()

@@ -327,6 +327,17 @@ def read_map(args, original, size):
     return diffdiff.soft_inpainting_map(drawn.round(), (40 if args.softness is None else args.softness) * scale)
 
 
+def read_model(args, fixing, dtype, device):
+    if fixing:
+        return mfx.load(args.weights, dtype, device)
+    try:
+        return sd.load(args.weights, dtype, device, args.prediction)
+    except (ValueError, OSError):
+        if mfx.recognises(args.weights):
+            raise ValueError(f"{args.weights} is a Magic Fixup: it goes with --edit or --collage") from None
+        raise
+
+
 def run(args):
     check(args)
     for name, value in (WITH_EDIT if args.edit or args.collage else WITH_PROMPT).items():
@@ -337,9 +348,7 @@ def run(args):
         read_map(args, original, original.size)  # a map that does not fit is told before the weights are read
     device = choose_device(args.device)
     dtype = choose_precision(args.precision, device)
-    if not coarse and mfx.recognises(args.weights):
-        raise ValueError(f"{args.weights} is a Magic Fixup: it goes with --edit or --collage, not with a prompt")
-    model = mfx.load(args.weights, dtype, device) if coarse else sd.load(args.weights, dtype, device, args.prediction)
+    model = read_model(args, coarse, dtype, device)
 
     size = fitted_size(original or Image.new("L", (8, 8)), args.size or model.size, model.vae.config.factor)
     picture = picture_to_tensor(original, size) if original else None
