@@ -330,7 +330,8 @@ def train_mfx(recipe, out, resume, device):
             index = torch.randint(len(latents["mask"]), (recipe.batch,), generator=g)[part]
             batch = {name: t[index].float() for name, t in latents.items()}
         else:
-            stream = stream or pair_stream(recipe, model.size, step, device)
+            if stream is None:
+                stream = pair_stream(recipe, model.size, step, device)
             batch = encode_pairs(next(stream), model.vae, device)
         drawn = mfx.draws((recipe.batch, *batch["target"].shape[1:]), g) | {"t": stratified(recipe.batch, g)}
         batch |= {name: t[part] for name, t in drawn.items()}
