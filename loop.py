@@ -194,8 +194,9 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
             decay = min(recipe.ema, (1 + step) / (10 + step))
             with torch.no_grad():
                 torch._foreach_lerp_([followers[n] for n in parameters], list(parameters.values()), 1 - decay)
-        images_s = recipe.batch * (bar.format_dict["rate"] or 0) if rank() == 0 else 0
-        bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", images_s=f"{images_s:.0f}", refresh=False)
+        if rank() == 0 and losses:
+            images_s = recipe.batch * (bar.format_dict["rate"] or 0)
+            bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", images_s=f"{images_s:.1f}", refresh=False)
         if save_now:
             if not torch.stack([p.isfinite().all() for p in parameters.values()]).all():
                 raise FloatingPointError(f"weights are not finite after step {step}: resume with a lower --lr")

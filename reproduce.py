@@ -22,6 +22,8 @@ from tqdm import tqdm
 import collage
 import diffdiff
 import diffusion
+import layouts
+import mfx
 import sample
 import sd
 import toyworld
@@ -244,9 +246,10 @@ def magic_fixup(model, quick, out):
                      for who, x in (("coarse edit", edits["coarse"]), ("output", output), ("round trip", back))}
             result[where][name] = {who: round(e, 5) for who, e in error.items()}
             result[where][name]["removed"] = round(1 - error["output"] / error["coarse edit"], 3)
+    rows = (edits["reference"], edits["coarse"], output, truth)  # of the sheet; a column for each verb
     first = [edits["verb"].index(verb) for verb in toyworld.VERBS]
-    columns = [torch.cat([x[i] for x in (edits["reference"], edits["coarse"], output, truth)], 2) for i in first]
-    draw_rows(out / "magic_fixup.png", *[c[None] for c in columns])
+    columns = [sample.tensor_to_picture(torch.cat([x[i] for x in rows], 1)) for i in first]
+    sample.save_picture(sample.labelled(columns, toyworld.VERBS), out / "magic_fixup.png", {})
     return result
 
 
@@ -255,7 +258,7 @@ def magic_fixup(model, quick, out):
 
 
 def examples(toy, quick, out):
-    """The picture, the map and the mask that the README's commands take."""
+    """The picture, the map, the masks and the collage that the README's commands take."""
     folder = Path(__file__).parent / "examples"
     folder.mkdir(exist_ok=True)
     frame = toyworld.render(toyworld.Scene(
@@ -271,7 +274,13 @@ def examples(toy, quick, out):
     mask = Image.new("L", (128, 128), 255)
     ImageDraw.Draw(mask).ellipse((84, 80, 134, 128), fill=0)  # around the ball
     mask.save(folder / "mask.png")
-    return {"written": [f"examples/{name}.png" for name in ("meadow", "gradient", "mask")]}
+    for k, name in ((2, "tree"), (3, "ball")):
+        Image.fromarray((frame.segments[0] == k).byte().mul(255).numpy()).save(folder / f"{name}.png")
+    layouts.write_json(folder / "edits.json", {"image": "meadow.png", "segments": [
+        {"mask": "ball.png", "edits": [{"translate": [-45, 2]}]}, {"mask": "tree.png", "edits": [{"delete": True}]},
+    ]})
+    return {"written": [f"examples/{name}" for name in (
+        "meadow.png", "gradient.png", "mask.png", "tree.png", "ball.png", "edits.json")]}
 
 
 def pictures(toy, quick, out):
@@ -283,10 +292,12 @@ def pictures(toy, quick, out):
         [*gradient, "--sheet", "examples/sheet.png", "--steps-strip", "examples/strip.png"],
         [*ball, "--sheet", "examples/soft.png"],
         [*meadow, "--strength-fan", "5", "--prompt", "snow at night"],
+        ["--collage", "examples/edits.json", "--sheet", "examples/collage.png"],
     ]
-    for command, result in zip(commands, (out / "edit.png", out / "soft.png", Path("examples/fan.png"))):
+    results = out / "edit.png", out / "soft.png", Path("examples/fan.png"), out / "collage.png"
+    for command, result in zip(commands, results):
         sample.main([*command, "--out", str(result)])
-    return {"written": [f"examples/{name}.png" for name in ("sheet", "strip", "fan", "soft")]}
+    return {"written": [f"examples/{name}.png" for name in ("sheet", "strip", "fan", "soft", "collage")]}
 
 
 def latent_shape(model):
@@ -300,7 +311,7 @@ def draw_rows(path, *rows):
     sample.save_picture(sample.tensor_to_picture(grid), path, {})
 
 
-SECTIONS = {f.__name__: f for f in (examples, pictures, autoencoder, adherence, gradient, baselines)}
+SECTIONS = {f.__name__: f for f in (examples, pictures, autoencoder, adherence, gradient, baselines, magic_fixup)}
 
 
 def main():
@@ -308,16 +319,18 @@ def main():
     parser.add_argument("--only", choices=list(SECTIONS))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--weights", type=Path, default=sample.TOY)
+    parser.add_argument("--mfx-weights", type=Path, default=sample.TOY_MFX, help="of the section magic_fixup")
     parser.add_argument("--out", type=Path, default=Path("reproduced"))
     args = parser.parse_args()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        toy = sd.load(args.weights, torch.float32)
+        for name in [args.only] if args.only else SECTIONS:
+            fixup = name == magic_fixup.__name__
+            model = mfx.load(args.mfx_weights, torch.float32) if fixup else sd.load(args.weights, torch.float32)
+            with torch.inference_mode():
+                print(json.dumps({name: SECTIONS[name](model, args.quick, args.out)}), flush=True)
     except (ValueError, OSError) as e:
         parser.error(e)
-    for name in [args.only] if args.only else SECTIONS:
-        with torch.inference_mode():
-            print(json.dumps({name: SECTIONS[name](toy, args.quick, args.out)}), flush=True)
 
 
 if __name__ == "__main__":
