@@ -18,6 +18,7 @@ import math
 import os
 import struct
 import sys
+import warnings
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -152,7 +153,8 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
     first, losses, validation, kept = restore(out, stage, model, average, owner) if resume else (0, [], [], [])
     model_loss, pending = Loss(model, loss), []  # pending: what the device has not told yet
     if world() > 1:
-        model_loss = DistributedDataParallel(model_loss, broadcast_buffers=False, gradient_as_bucket_view=True)
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # those of 1x1 convolutions are ambiguous
+        model_loss = DistributedDataParallel(model_loss, gradient_as_bucket_view=True)
 
     def settle():
         """pending -> losses. Before a step, on a CPU; before a checkpoint, in any case."""

@@ -9,12 +9,24 @@ and the paper's recipe, from Stable Diffusion 1.4 on pairs that data.py made of 
 
     torchrun --nproc-per-node 8 train.py --stage mfx --preset a100 --init sd-v1-4.ckpt --data pairs/ --out runs/mfx
 
-While it runs, OUT holds the loss curve and a sheet of samples as PNG, and the training state as safetensors files.
-Every batch is a function of (seed, step) alone, so a resumed run sees the very same data and noise as one that never
-stopped. The loop itself is in loop.py.
+While it runs, OUT holds the loss curve and a sheet of samples as PNG, and the last three training states. Every batch
+is a function of (seed, step) alone, so a resumed run sees the very same data and noise as one that never stopped, and
+--micro-batch and the number of processes change no result. The loop itself is in loop.py.
 
-Memory at SD 1.4's size, 512x512 pictures, in GiB (see tests/test_train_mfx.py for how it is counted):
-@@BUDGET@@
+Memory of the latter at 512x512, in GiB, as tests/test_train_mfx.py counts it on tensors of shapes without content:
+
+                                                        an A100, --micro-batch 4      one sample on a CPU
+    weights in fp32, 865 M and 816 M numbers                       6.3                        6.3
+    Adam's two moments of each                                    12.5                       12.5
+    gradients                                                      6.3                        0    see loop.py, at_once
+    autoencoder, frozen                                            0.3                        0.3
+    activations with --checkpointing, were all fp32                4.8                        1.2
+    together                                                      30.2, and the card 37      20.3
+
+A sample more takes 1.1, half of it in bf16: 40 GB hold micro-batches of 8, and 80 GB 16 with --no-checkpointing. A
+state file has 18.8. One step on a CPU, from any checkpoint of that size, validation left out:
+
+    python train.py --stage mfx --preset a100 --init sd-v1-4.ckpt --steps 1 --batch 1 --held-out 0 --out runs/one
 """
 
 import argparse

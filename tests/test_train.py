@@ -1,16 +1,17 @@
 """The training loop: exact resume, whole checkpoints, a clear stop."""
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cv2
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import loop
 import sd
@@ -100,9 +101,12 @@ def test_the_last_states_are_kept_and_the_newest_whole_one_is_resumed(tmp_path, 
     run(resumed, tmp_path, resume=True, recipe=recipe)
     assert "0000010.safetensors is damaged" in capsys.readouterr().err
     assert all(torch.equal(whole[f"model.{name}"], p) for name, p in resumed.named_parameters())
-    kept[-1].rename(tmp_path / "tiny-state.safetensors")  # as the states were once called
-    for old in kept[:-1]:
+    short = {k: v for k, v in asdict(recipe).items() if k in ("steps", "batch", "lr", "warmup", "ema", "save_every")}
+    once = {"losses": json.dumps([1.0] * 10), "recipe": json.dumps(short)}  # a state as it was called and made at first
+    save_file(whole, tmp_path / "tiny-state.safetensors", once)
+    for old in kept:
         old.unlink()
+    assert train.saved_recipe(tmp_path, "tiny") == recipe
     run(tiny(seed=1), tmp_path, resume=True, recipe=replace(recipe, steps=12))
     assert len(loop.newest(tmp_path, "tiny")[1]["losses"]) == 12
     run(tiny(), tmp_path, resume=False, recipe=replace(recipe, steps=2))  # another run takes the folder over

@@ -260,9 +260,11 @@ def write_shards(folder, shards=3, each=4):
     return folder
 
 
-def test_shards_are_resumed_where_they_were_left(stable, tmp_path):
+@pytest.mark.parametrize("micro", [2, 4])  # 4: every parameter at once
+def test_shards_are_resumed_where_they_were_left(stable, tmp_path, micro):
     folder = write_shards(tmp_path / "pairs")
-    common = ["--preset", "a100", "--data", folder, "--warmup", 1, "--lr", 1e-3, "--micro-batch", 2, "--scenes", 0]
+    common = ["--preset", "a100", "--data", folder, "--warmup", 1, "--lr", 1e-3, "--micro-batch", micro]
+    common += ["--scenes", 0]
     train.main(words(stable, tmp_path / "a", *common, "--steps", 4))
     train.main(words(stable, tmp_path / "b", *common, "--steps", 2))
     train.main(["--stage", "mfx", "--out", str(tmp_path / "b"), "--resume", "--steps", "4", "--device", "cpu"])
