@@ -122,12 +122,15 @@ class MagicFixup(nn.Module):
                 p.requires_grad_(i <= last)
         return [p for p in self.parameters() if p.requires_grad]
 
-    def loss(self, batch, generator=None):
+    def loss(self, batch, generator=None, most=1.0):
         """The mean squared error of the predicted noise, a scalar: section 3.6.
 
         batch      latents "reference", "target", "coarse" (B, C, h, w) and "mask" (B, 1, h, w). It may hold any of
                    `draws`' entries as well, to be used instead of fresh ones
         generator  of all that is random here, on the CPU
+        most       1: the paper's loss. More: levels with more noise than picture weigh 1 / SNR, up to `most`, which
+                   makes theirs the error of the predicted picture. With the coarse edit at hand it should be small at
+                   every level, but the noise's own error hardly shows it, and a short training would not get there
         """
         x_0 = batch["target"]
         batch = draws(x_0.shape, generator) | batch
@@ -137,7 +140,10 @@ class MagicFixup(nn.Module):
         known = (~dropped).to(x_0.dtype)[:, None, None, None]
         coarse, mask = known * batch["coarse"], known * batch["mask"]  # the extractor's mask goes with it, as released
         x_t = self.schedule.add_noise(x_0, noise, t)
-        return F.mse_loss(self(x_t, t, batch["reference"], coarse, mask, reference_noise).float(), noise.float())
+        error = self(x_t, t, batch["reference"], coarse, mask, reference_noise).float() - noise.float()
+        snr = (self.schedule.alpha / self.schedule.sigma).to(x_0.device)[t] ** 2
+        weight = (1 / snr).clamp(1, most).where(~dropped, 1)  # without the coarse edit, nobody can know the picture
+        return (weight * error.square().mean((1, 2, 3))).mean()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Sampling

@@ -80,6 +80,7 @@ class Recipe:
     # Stage mfx
     motion: str = "both"  # how the first frame is warped to the second, 'flow', 'affine' or half of each
     cross_reference: bool = True  # False is the paper's ablation, without the detail extractor
+    most: float = 1.0  # how much more noisy levels weigh, at most; 1 = the paper's loss, mfx.py says why more
     held_out: int = 64  # pairs, never trained on, for the validation loss and the sheet; 0 = neither of them
     data: str = "toy"  # or a folder of shards
     init: str | None = None  # the weights to start from
@@ -98,7 +99,7 @@ RECIPES = {
     "toy": {
         "vae": Recipe(steps=3600, batch=16, lr=1.2e-3, warmup=200, ema=0.998),
         "base": Recipe(steps=6300, batch=32, lr=1e-3, warmup=300, ema=0.9995),
-        "mfx": Recipe(steps=8000, batch=16, lr=5e-4, warmup=300, ema=0.9995, scenes=12_000),
+        "mfx": Recipe(steps=8000, batch=16, lr=7e-4, warmup=300, ema=0.9995, scenes=12_000, most=50),
     },
     "a100": {  # section 3.6, with the release's warm-up. Neither has weight decay, clipping, or an average of weights
         "mfx": Recipe(
@@ -347,7 +348,7 @@ def train_mfx(recipe, out, resume, device):
             batch = encode_pairs(next(stream), model.vae, device)
         drawn = mfx.draws((recipe.batch, *batch["target"].shape[1:]), g) | {"t": stratified(recipe.batch, g)}
         batch |= {name: t[part] for name, t in drawn.items()}
-        return model.loss({name: channels_last(t.to(device)) for name, t in batch.items()})
+        return model.loss({name: channels_last(t.to(device)) for name, t in batch.items()}, most=recipe.most)
 
     validate = sheet = None
     if recipe.held_out and loop.rank() == 0:

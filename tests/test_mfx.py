@@ -433,7 +433,11 @@ def test_the_loss_is_its_definition(model):
     kept = (~drawn["dropped"]).float()[:, None, None, None]
     eps = model(x_t, drawn["t"], batch["reference"], kept * batch["coarse"], kept * batch["mask"],
                 drawn["reference_noise"])
-    assert relative_error((eps - drawn["noise"]).square().mean(), got) < 1e-6
+    error = (eps - drawn["noise"]).square().mean((1, 2, 3))
+    assert relative_error(error.mean(), got) < 1e-6
+    abar = model.schedule.alphas_cumprod[drawn["t"]].float()
+    weight = torch.where(drawn["dropped"], 1, ((1 - abar) / abar).clamp(1, 50))
+    assert weight.max() > 1 and relative_error((weight * error).mean(), model.loss(batch | drawn, most=50)) < 1e-5
 
 
 def test_coarse_edit_and_mask_are_hidden_together(model):
