@@ -422,7 +422,7 @@ def saved_recipe(out, stage):
         raise ValueError(f"{path} is the state of another version of this program ({e})") from None
 
 
-MFX_ALONE = ("data", "motion", "cross_reference", "held_out", "micro_batch", "checkpointing", "compile")
+MFX_ALONE = ("data", "motion", "cross_reference", "most", "held_out", "micro_batch", "checkpointing", "compile")
 
 
 def choose_recipe(args):
@@ -460,6 +460,7 @@ def main(argv=None):
     parser.add_argument("--offset", type=number(float, 0, 1))
     parser.add_argument("--seed", type=number(int, 0, 900))  # the seeds above belong to reproduce.py's held-out scenes
     parser.add_argument("--motion", choices=MODELS, help="stage mfx: of the coarse edits (default: both)")
+    parser.add_argument("--most", type=number(float, 1, 1e6), help="stage mfx: largest weight of a noise level")
     parser.add_argument("--held-out", type=number(int, 0, 4096), help="stage mfx: pairs to validate on; 0: don't")
     parser.add_argument("--micro-batch", type=number(int, 1, 4096), help="samples in memory at once, per process")
     for name, what in (

@@ -8,6 +8,7 @@ import torch
 
 import diffdiff
 import diffusion
+import mfx
 import reproduce
 import sample
 import sd
@@ -18,9 +19,10 @@ def toy():
     return sd.load(sample.TOY, torch.float32)
 
 
-def test_size_on_disk():
-    files = [f for f in Path(sample.TOY).rglob("*") if f.is_file()]
-    assert sum(f.stat().st_size for f in files) < 20e6
+@pytest.mark.parametrize("folder", [sample.TOY, sample.TOY_MFX])
+def test_size_on_disk(folder):
+    files = [f for f in Path(folder).rglob("*") if f.is_file()]
+    assert 1e6 < sum(f.stat().st_size for f in files) < 20e6
 
 
 def test_the_peer_pipeline_opens_the_folder_and_draws_the_same_picture(toy):
@@ -55,6 +57,12 @@ def test_change_follows_a_gradient(toy, tmp_path):
     with torch.inference_mode():
         result = reproduce.gradient(toy, True, tmp_path)
     assert result["correlation by column"] >= 0.9 and result["cam"] > 0.2
+
+
+def test_shadows_and_reflections_follow_an_edit(tmp_path):
+    with torch.inference_mode():
+        result = reproduce.magic_fixup(mfx.load(sample.TOY_MFX, torch.float32), True, tmp_path)
+    assert result["shadows and reflections"]["squared"]["removed"] >= 0.5  # of 24 edits; the README's figure is of 240
 
 
 def test_a_batch_gives_each_picture_what_it_gives_alone(toy):
