@@ -1,0 +1,178 @@
+"""LPIPS 0.1: how different two pictures look, as a pretrained network sees them. Zhang et al. 2018, arXiv 1801.03924.
+
+    model = load("alexnet-owt-7be5be79.pth", "alex.pth")       the network is recognised from the tensors
+    d = model(x, y)                                            one distance per pair: 0 = the same, larger = less alike
+    d = model(x, y, spatial=True)                              where they differ: a map of the pictures' size
+
+Equation 1 of the paper: at several depths l of the network, features y^l are scaled to unit length along the channels,
+and their squared differences are weighted by w_l, learned from human judgements, summed over the channels and averaged
+over the picture:
+
+    d(x, y) = sum_l  1/(H_l W_l)  sum_hw  || w_l * (y^l_x,hw - y^l_y,hw) ||^2
+
+The released heads hold the squares of w_l, none of them negative. Two files make one model:
+
+    backbone   torchvision's alexnet, vgg16 or squeezenet1_1, whose key names are `features.*`
+    heads      alex.pth, vgg.pth or squeeze.pth, of the `lpips` package's weights/v0.1: `lin0.model.1.weight`, ...
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from layouts import read
+
+# ImageNet's mean and standard deviation, for pictures in [-1, 1]. Version 0.0 of the metric forgot this step.
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three networks, as far as they are looked into: the classifier and the last pooling are not built
+
+
+class Fire(nn.Module):
+    """SqueezeNet's block, Iandola et al. 2016: few channels in the middle, then 1x1 and 3x3 side by side."""
+
+    def __init__(self, c_in, squeeze, expand):
+        super().__init__()
+        self.squeeze = nn.Conv2d(c_in, squeeze, 1)
+        self.expand1x1 = nn.Conv2d(squeeze, expand, 1)
+        self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
+
+    def forward(self, x):
+        x = self.squeeze(x).relu()
+        return torch.cat([self.expand1x1(x).relu(), self.expand3x3(x).relu()], 1)
+
+
+def alexnet():
+    """Krizhevsky 2014, in one column."""
+    return [
+        nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
+        nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
+        nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(),
+    ]
+
+
+def vgg16():
+    """Simonyan & Zisserman 2014, configuration D."""
+    layers, c_in = [], 3
+    for c, n in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        layers += [nn.MaxPool2d(2)] if layers else []
+        for _ in range(n):
+            layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU()]
+            c_in = c
+    return layers
+
+
+def squeezenet1_1():
+    """Iandola et al. 2016, in the version that pools earlier. Its pooling covers the last, incomplete window too."""
+    def pool():
+        return nn.MaxPool2d(3, 2, ceil_mode=True)
+
+    return [
+        nn.Conv2d(3, 64, 3, stride=2), nn.ReLU(), pool(),
+        Fire(64, 16, 64), Fire(128, 16, 64), pool(),
+        Fire(128, 32, 128), Fire(256, 32, 128), pool(),
+        Fire(256, 48, 192), Fire(384, 48, 192), Fire(384, 64, 256), Fire(512, 64, 256),
+    ]
+
+
+@dataclass(frozen=True)
+class Network:
+    layers: callable  # () -> the layers, numbered as torchvision's `features` are
+    taps: tuple  # the layers whose output is compared
+    channels: tuple  # of these outputs
+
+
+NETWORKS = {
+    "alexnet": Network(alexnet, (1, 4, 7, 9, 11), (64, 192, 384, 256, 256)),
+    "vgg16": Network(vgg16, (3, 8, 15, 22, 29), (64, 128, 256, 512, 512)),
+    "squeezenet1_1": Network(squeezenet1_1, (1, 4, 7, 9, 10, 11, 12), (64, 128, 256, 384, 384, 512, 512)),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The metric
+
+
+class Head(nn.Module):
+    """One layer's w_l^2, as a 1x1 convolution to one channel. Its place is 1, behind the dropout of the training."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
+
+    def forward(self, x):
+        return self.model(x)
+
+
+class LPIPS(nn.Module):
+    """network: a name in NETWORKS. `load` makes one with weights."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = NETWORKS[network]
+        self.features = nn.Sequential(*self.network.layers())
+        for l, channels in enumerate(self.network.channels):
+            setattr(self, f"lin{l}", Head(channels))
+
+    def forward(self, x, y, spatial=False):
+        """Pictures x, y (B, 3, H, W) in [-1, 1], sides of 31 pixels or more -> (B,), or (B, 1, H, W) if spatial.
+
+        The average of a map is about, not exactly, the scalar: coarse layers are enlarged bilinearly. Differentiable
+        everywhere, also where a layer sees nothing at all. ValueError if the pictures do not go together.
+        """
+        if x.shape != y.shape or x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 31:
+            raise ValueError(f"two batches of pictures (B, 3, H, W) of one size, 31 pixels or more, are compared, not "
+                             f"{tuple(x.shape)} and {tuple(y.shape)}")
+        shift, scale = (x.new_tensor(c)[:, None, None] for c in (SHIFT, SCALE))
+        features = (torch.cat([x, y]) - shift) / scale  # both go through together, (2B, C, h, w)
+        d = 0
+        for i, layer in enumerate(self.features):
+            features = layer(features)
+            if i in self.network.taps:
+                norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)  # its gradient at 0 is 0, not NaN
+                y_x, y_y = (features / (norm + 1e-10)).chunk(2)
+                d_l = getattr(self, f"lin{self.network.taps.index(i)}")((y_x - y_y) ** 2)  # (B, 1, h, w)
+                if spatial:
+                    d = d + F.interpolate(d_l, size=x.shape[2:], mode="bilinear", align_corners=False)
+                else:
+                    d = d + d_l.mean((1, 2, 3))
+        return d
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Load
+
+
+def load(backbone, heads):
+    """Two files -> LPIPS, frozen, in eval mode, on the CPU.
+
+    backbone  torchvision's file of AlexNet, VGG-16 or SqueezeNet 1.1, e.g. vgg16-397923af.pth
+    heads     the same network's file in the `lpips` package's weights/v0.1, e.g. vgg.pth
+
+    FileNotFoundError or ValueError, of one line, for a file that is not there, damaged, refused (see `layouts.read`),
+    not whole, or of another network.
+    """
+    tensors = {k: v for k, v in read(backbone).items() if k.startswith("features.")}
+    with torch.device("meta"):
+        models = {name: LPIPS(name) for name in NETWORKS}
+
+    def strangers(name):  # how many tensors are here and not there, or there and not here
+        return len({(k, v.shape) for k, v in models[name].features.state_dict(prefix="features.").items()}
+                   ^ {(k, v.shape) for k, v in tensors.items()})
+
+    name = min(NETWORKS, key=strangers)
+    if n := strangers(name):
+        raise ValueError(f"{backbone}: expected torchvision's whole alexnet, vgg16 or squeezenet1_1; it is closest to "
+                         f"{name}, but for {n} missing, unexpected or misshapen tensors of features.*")
+    found, channels = read(heads), NETWORKS[name].channels
+    want = {f"lin{l}.model.1.weight": (1, c, 1, 1) for l, c in enumerate(channels)}
+    if {k: tuple(v.shape) for k, v in found.items()} != want:
+        raise ValueError(f"{heads}: expected the heads of {name}, lin0.model.1.weight to lin{len(channels) - 1}.model.1"
+                         f".weight for {', '.join(map(str, channels))} channels, as {backbone} is one")
+    model = models[name]
+    model.load_state_dict(tensors | found, assign=True)
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,174 @@
+"""lpips.py against the package of the same name: random backbones in torchvision's files, the package's own heads."""
+
+import importlib.metadata
+import importlib.util
+import sys
+import types
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import lpips
+
+NAMES = {"alexnet": "alex", "vgg16": "vgg", "squeezenet1_1": "squeeze"}  # torchvision's and ours: the package's
+
+
+@pytest.fixture(scope="module")
+def torchvision():
+    return pytest.importorskip("torchvision")
+
+
+@pytest.fixture(scope="module")
+def package(torchvision):
+    """The lpips package. Our file has the name, and lends it while the package is imported."""
+    try:
+        root = Path(importlib.metadata.distribution("lpips").locate_file("lpips"))
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("no lpips package")
+    spec = importlib.util.spec_from_file_location("lpips", root / "__init__.py", submodule_search_locations=[str(root)])
+    module = importlib.util.module_from_spec(spec)
+    trainer = types.ModuleType("lpips.trainer")  # left out, for it asks for scipy
+    with mock.patch.dict(sys.modules, {"lpips": module, "lpips.trainer": trainer}):
+        spec.loader.exec_module(module)
+    module.weights = root / "weights" / "v0.1"
+    return module
+
+
+def random_backbone(torchvision, name):
+    """torchvision's whole state dict. The classifier, which nobody reads, takes no memory."""
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in getattr(torchvision.models, name)(weights=None).state_dict().items()}
+    g = torch.Generator().manual_seed(0)
+    tensors = {}
+    for k, shape in shapes.items():
+        if not k.startswith("features."):
+            tensors[k] = torch.zeros(1).expand(shape)
+        elif len(shape) == 4:
+            tensors[k] = torch.randn(shape, generator=g) * (2 / shape[1:].numel()) ** 0.5
+        else:
+            tensors[k] = torch.randn(shape, generator=g) * 0.05
+    return tensors
+
+
+def pictures(H, W, B=2):
+    g = torch.Generator().manual_seed(H)
+    return torch.rand(B, 3, H, W, generator=g) * 2 - 1, torch.rand(B, 3, H, W, generator=g) * 2 - 1
+
+
+def relative_error(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_numbers_as_the_package(name, torchvision, package, tmp_path):
+    tensors = random_backbone(torchvision, name)
+    torch.save(tensors, tmp_path / "backbone.pth")
+    model = lpips.load(tmp_path / "backbone.pth", package.weights / f"{NAMES[name]}.pth")
+    with torch.device("meta"):
+        empty = getattr(torchvision.models, name)(weights=None)
+    with mock.patch.object(torchvision.models, name, lambda pretrained: empty):  # saves drawing the classifier
+        peer = package.LPIPS(net=NAMES[name], pnet_rand=True, verbose=False)
+    net = {k: tensors["features." + k.split(".", 1)[1]] for k in peer.net.state_dict()}  # slice1.0.weight: features.0.
+    peer.net.load_state_dict(net, assign=True)
+    for size in ((64, 96), (63, 77)):
+        x, y = pictures(*size)
+        for spatial, shape in ((False, (2,)), (True, (2, 1, *size))):
+            peer.spatial = spatial
+            got, want = model(x, y, spatial=spatial), peer(x, y)
+            assert got.shape == shape
+            assert relative_error(got, want.reshape(shape)) <= 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without peers
+
+
+def fake_files(name, folder):
+    """Files in the published layout with nothing in them, and the tensors of the two."""
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in lpips.LPIPS(name).state_dict().items()}
+    tensors = {k: torch.zeros(1).expand(s) for k, s in shapes.items()}
+    backbone = {k: v for k, v in tensors.items() if k.startswith("features.")} | {"classifier.6.bias": torch.zeros(9)}
+    heads = {k: v for k, v in tensors.items() if k.startswith("lin")}
+    for kind, content in (("backbone", backbone), ("heads", heads)):
+        torch.save(content, folder / f"{name}-{kind}.pth")
+    return backbone, heads
+
+
+def test_each_network_is_recognised_and_frozen(tmp_path):
+    for name, network in lpips.NETWORKS.items():
+        _, heads = fake_files(name, tmp_path)
+        model = lpips.load(tmp_path / f"{name}-backbone.pth", tmp_path / f"{name}-heads.pth")
+        assert model.network == network and len(heads) == len(network.taps)
+        assert not model.training and not any(p.requires_grad or p.is_meta for p in model.parameters())
+
+
+def test_wrong_files_are_told_in_one_line(tmp_path):
+    backbone, heads = fake_files("vgg16", tmp_path)
+    fake_files("alexnet", tmp_path)
+    vgg, alex, good = (tmp_path / f"{n}.pth" for n in ("vgg16-backbone", "alexnet-backbone", "vgg16-heads"))
+    short = {k: v for k, v in backbone.items() if not k.startswith("features.28.")}
+    torch.save(short, tmp_path / "short.pth")
+    torch.save({"layer1.0.conv1.weight": torch.zeros(3)}, tmp_path / "resnet.pth")
+    torch.save({k: v for k, v in heads.items() if "lin4" not in k}, tmp_path / "few.pth")
+    (tmp_path / "cut.pth").write_bytes(good.read_bytes()[:200])
+    cases = [
+        (alex, good, "expected the heads of alexnet.*64, 192, 384, 256, 256"),
+        (vgg, tmp_path / "alexnet-heads.pth", "expected the heads of vgg16"),
+        (good, vgg, "expected torchvision's whole alexnet, vgg16 or squeezenet1_1"),
+        (tmp_path / "short.pth", good, "closest to vgg16, but for 2 missing"),
+        (tmp_path / "resnet.pth", good, "expected torchvision's"),
+        (vgg, tmp_path / "few.pth", "expected the heads of vgg16"),
+        (vgg, tmp_path / "cut.pth", "damaged"),
+        (tmp_path / "cut.pth", good, "damaged"),
+    ]
+    for backbone, heads, message in cases:
+        with pytest.raises(ValueError, match=message) as e:
+            lpips.load(backbone, heads)
+        assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
+    with pytest.raises(FileNotFoundError):
+        lpips.load(tmp_path / "nowhere.pth", good)
+
+
+def random_model(name="squeezenet1_1"):
+    torch.manual_seed(0)
+    model = lpips.LPIPS(name).eval().requires_grad_(False)
+    for l in range(len(model.network.taps)):
+        getattr(model, f"lin{l}").model[1].weight.abs_()  # as the released ones
+    return model
+
+
+def test_a_distance():
+    model = random_model()
+    x, y = pictures(40, 33)
+    near = x + 0.05 * (y - x)
+    assert torch.equal(model(x, x), torch.zeros(2))
+    assert torch.allclose(model(x, y), model(y, x), rtol=1e-5)
+    assert (model(x, y) > model(x, near)).all() and (model(x, near) > 0).all()
+    one_by_one = torch.cat([model(a[None], b[None]) for a, b in zip(x, y)])
+    assert torch.allclose(model(x, y), one_by_one, rtol=1e-5)
+
+
+def test_the_map_shows_where():
+    model = random_model()
+    x, y = pictures(64, 64, B=1)
+    y[..., 32:] = x[..., 32:]
+    d = model(x, y, spatial=True)
+    assert d[..., :16].mean() > 10 * d[..., 48:].mean()
+
+
+def test_the_gradient_is_finite_where_a_layer_sees_nothing():
+    model = random_model()
+    model.features[0].bias.fill_(-100)  # nothing gets through the first ReLU
+    x, y = pictures(32, 32)
+    model(x.requires_grad_(), y).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_pictures_that_do_not_go_together():
+    model = random_model()
+    for a, b in ((pictures(32, 32)[0], pictures(32, 33)[0]), pictures(30, 40), (torch.zeros(3, 32, 32),) * 2):
+        with pytest.raises(ValueError, match="of one size, 31 pixels or more"):
+            model(a, b)

@@ -1,0 +1,298 @@
+"""midas.py against transformers' DPT, on random weights in the layout of MiDaS's published file.
+
+DPT_LARGE=1 repeats it at full size: half a minute, 4 GB of memory, 1.4 GB of disk.
+"""
+
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import midas
+
+SMALL = {"width": 128, "blocks": 8, "grid": 4, "channels": (8, 16, 32, 32), "features": 32}
+LARGE = {"width": 1024, "blocks": 24, "grid": 24, "channels": (256, 512, 1024, 1024), "features": 256}
+
+
+def published(width, blocks, grid, channels, features):
+    """{name: shape} of dpt_large_384.pt, written down from isl-org/MiDaS (midas/dpt_depth.py, blocks.py, backbones/)
+    and timm's VisionTransformer, of which vit_large_patch16_384 is one. Independent of midas.py."""
+    D, C, f = width, channels, features
+    layers = {  # name: (a weight's shape, has it a bias)
+        "pretrained.model.patch_embed.proj": ((D, 3, 16, 16), True),
+        "pretrained.model.norm": ((D,), True),
+        "pretrained.model.head": ((1000, D), True),
+        "pretrained.act_postprocess1.4": ((C[0], C[0], 4, 4), True),
+        "pretrained.act_postprocess2.4": ((C[1], C[1], 2, 2), True),
+        "pretrained.act_postprocess4.4": ((C[3], C[3], 3, 3), True),
+        "scratch.output_conv.0": ((f // 2, f, 3, 3), True),
+        "scratch.output_conv.2": ((32, f // 2, 3, 3), True),
+        "scratch.output_conv.4": ((1, 32, 1, 1), True),
+    }
+    for i in range(blocks):
+        for name, shape in (("norm1", (D,)), ("attn.qkv", (3 * D, D)), ("attn.proj", (D, D)),
+                            ("norm2", (D,)), ("mlp.fc1", (4 * D, D)), ("mlp.fc2", (D, 4 * D))):
+            layers[f"pretrained.model.blocks.{i}.{name}"] = shape, True
+    for i in (1, 2, 3, 4):
+        layers[f"pretrained.act_postprocess{i}.0.project.0"] = (D, 2 * D), True
+        layers[f"pretrained.act_postprocess{i}.3"] = (C[i - 1], D, 1, 1), True
+        layers[f"scratch.layer{i}_rn"] = (f, C[i - 1], 3, 3), False
+        layers[f"scratch.refinenet{i}.out_conv"] = (f, f, 1, 1), True
+        for unit in ("resConfUnit1.conv1", "resConfUnit1.conv2", "resConfUnit2.conv1", "resConfUnit2.conv2"):
+            layers[f"scratch.refinenet{i}.{unit}"] = (f, f, 3, 3), True
+    shapes = {"pretrained.model.cls_token": (1, 1, D), "pretrained.model.pos_embed": (1, grid * grid + 1, D)}
+    for name, (shape, bias) in layers.items():
+        shapes |= {f"{name}.weight": shape} | ({f"{name}.bias": shape[:1]} if bias else {})
+    return shapes
+
+
+def random_tensors(shapes):
+    g = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in shapes.items():
+        x = torch.randn(shape, generator=g)
+        if ".norm" in name and name.endswith("weight"):
+            tensors[name] = 1 + 0.1 * x
+        else:
+            tensors[name] = x.mul_(np.prod(shape[1:]) ** -0.5 if len(shape) in (2, 4) else 0.2)
+    tensors["scratch.output_conv.4.bias"] += 3  # most of the picture above 0, where the last ReLU cuts
+    return tensors
+
+
+def peer_of(tensors, config):
+    """transformers' model with the same weights. It has a name for every tensor but the classifier's."""
+    transformers = pytest.importorskip("transformers")
+    hooks = [config["blocks"] * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
+    with torch.device("meta"):
+        peer = transformers.DPTForDepthEstimation(transformers.DPTConfig(
+            hidden_size=config["width"], num_hidden_layers=config["blocks"], num_attention_heads=config["width"] // 64,
+            intermediate_size=4 * config["width"], image_size=16 * config["grid"], patch_size=16, layer_norm_eps=1e-6,
+            backbone_out_indices=hooks, neck_hidden_sizes=list(config["channels"]), readout_type="project",
+            fusion_hidden_size=config["features"], reassemble_factors=[4, 2, 1, 0.5], is_hybrid=False,
+        ))
+    parts = "neck.reassemble_stage."
+    table = (
+        (r"pretrained\.model\.(cls_token)", r"dpt.embeddings.\1"),
+        (r"pretrained\.model\.pos_embed", r"dpt.embeddings.position_embeddings"),
+        (r"pretrained\.model\.patch_embed\.proj", r"dpt.embeddings.patch_embeddings.projection"),
+        (r"pretrained\.model\.norm\.", r"dpt.layernorm."),
+        (r"pretrained\.model\.blocks\.(\d+)\.", r"dpt.encoder.layer.\1."),
+        (r"\.norm1\.", r".layernorm_before."), (r"\.norm2\.", r".layernorm_after."),
+        (r"attn\.proj", r"attention.output.dense"), (r"attn\.([qkv]\w+)\.", r"attention.attention.\1."),
+        (r"mlp\.fc1", r"intermediate.dense"), (r"mlp\.fc2", r"output.dense"),
+        (r"pretrained\.act_postprocess(\d)\.0\.project\.0", lambda m: f"{parts}readout_projects.{int(m[1]) - 1}.0"),
+        (r"pretrained\.act_postprocess(\d)\.3", lambda m: f"{parts}layers.{int(m[1]) - 1}.projection"),
+        (r"pretrained\.act_postprocess(\d)\.4", lambda m: f"{parts}layers.{int(m[1]) - 1}.resize"),
+        (r"scratch\.layer(\d)_rn", lambda m: f"neck.convs.{int(m[1]) - 1}"),
+        (r"scratch\.refinenet(\d)", lambda m: f"neck.fusion_stage.layers.{4 - int(m[1])}"),
+        (r"out_conv", r"projection"), (r"resConfUnit(\d)\.conv(\d)", r"residual_layer\1.convolution\2"),
+        (r"scratch\.output_conv", r"head.head"),
+    )
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.startswith("pretrained.model.head."):
+            continue
+        qkv = zip(("query", "key", "value"), tensor.chunk(3)) if ".qkv." in name else (("", tensor),)
+        for letter, part in qkv:
+            theirs = name.replace("qkv", letter)
+            for pattern, new in table:
+                theirs = re.sub(pattern, new, theirs)
+            renamed[theirs] = part
+    peer.load_state_dict(renamed, assign=True)
+    return peer.requires_grad_(False).eval()
+
+
+def relative_error(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def check_against_transformers(config, sizes, folder):
+    tensors = random_tensors(published(**config))
+    torch.save(tensors, folder / "dpt.pt")
+    model, peer = midas.load(folder / "dpt.pt"), peer_of(tensors, config)
+    for B, H, W in sizes:
+        x = torch.rand(B, 3, H, W, generator=torch.Generator().manual_seed(W)) * 2 - 1
+        # Without this, transformers takes any number of patches for a square of them.
+        told = peer.neck.register_forward_pre_hook(lambda _, args, h=H // 16, w=W // 16: (args[0], h, w))
+        with torch.inference_mode():
+            got, want = model(x), peer(x).predicted_depth
+        told.remove()
+        assert got.shape == (B, H, W) and (got > 0).float().mean() > 0.5 and got.std() > 0.1
+        assert relative_error(got, want) <= 1e-4
+
+
+def test_same_numbers_as_transformers(tmp_path):
+    check_against_transformers(SMALL, [(2, 64, 64), (1, 32, 96), (1, 96, 64), (1, 32, 32)], tmp_path)
+
+
+@pytest.mark.skipif("DPT_LARGE" not in os.environ, reason="slow: DPT_LARGE=1 runs it")
+def test_same_numbers_as_transformers_at_full_size(tmp_path):
+    check_against_transformers(LARGE, [(1, 384, 384), (1, 256, 416)], tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def fake_file(path, shapes, **changes):
+    """A file in which every tensor is one number. changes: tensors instead, None for leaving one out."""
+    tensors = {k: torch.zeros(1).expand(s) for k, s in shapes.items()} | changes
+    torch.save({k: v for k, v in tensors.items() if v is not None}, path)
+    return path
+
+
+def test_the_published_file_fits_at_full_size(tmp_path):
+    shapes = published(**LARGE)
+    assert round(sum(int(np.prod(s)) for s in shapes.values()) / 1e6) == 344  # as the release's table says, in millions
+    model = midas.load(fake_file(tmp_path / "dpt_large_384.pt", shapes))
+    assert model.config == midas.DPTConfig() == midas.DPTConfig(**LARGE)
+    ours = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    left_out = set(shapes) - set(ours)
+    assert ours == {k: s for k, s in shapes.items() if k not in left_out}
+    assert all(k.startswith(("pretrained.model.norm.", "pretrained.model.head.", "scratch.refinenet4.resConfUnit1."))
+               for k in left_out) and len(left_out) == 8
+    assert not model.training and not any(p.requires_grad or p.is_meta for p in model.parameters())
+
+
+def test_dtype(tmp_path):
+    model = midas.load(fake_file(tmp_path / "dpt.pt", published(**SMALL)), torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    d = midas.depth(model, np.zeros((40, 50, 3), np.uint8))
+    assert d.dtype == torch.float32 and d.shape == (40, 50)
+
+
+def test_wrong_files_are_told_in_one_line(tmp_path):
+    shapes = published(**SMALL)
+    whole = fake_file(tmp_path / "whole.pt", shapes).read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    last_block = {k: None for k in shapes if k.startswith("pretrained.model.blocks.7.")}
+    cases = {
+        "cut": "damaged",
+        "hybrid": "no tensor 'pretrained.act_postprocess1.3.weight'",
+        "midas_v21": "no tensor 'pretrained.model.pos_embed'",
+        "short": "7 blocks",
+        "missing": 'Missing.*"scratch.refinenet2.out_conv.bias"',
+        "unexpected": 'Unexpected.*"scratch.output_conv.5.weight"',
+        "misshapen": "size mismatch for scratch.output_conv.2.weight",
+        "flat": "expected MiDaS's whole dpt_large_384.pt",
+    }
+    fake_file(tmp_path / "hybrid.pt", shapes, **{"pretrained.act_postprocess1.3.weight": None})
+    torch.save({"pretrained.layer1.0.weight": torch.zeros(1)}, tmp_path / "midas_v21.pt")
+    fake_file(tmp_path / "short.pt", shapes, **last_block)
+    fake_file(tmp_path / "missing.pt", shapes, **{"scratch.refinenet2.out_conv.bias": None})
+    fake_file(tmp_path / "unexpected.pt", shapes, **{"scratch.output_conv.5.weight": torch.zeros(1)})
+    fake_file(tmp_path / "misshapen.pt", shapes, **{"scratch.output_conv.2.weight": torch.zeros(64, 16, 3, 3)})
+    fake_file(tmp_path / "flat.pt", shapes, **{"pretrained.model.pos_embed": torch.zeros(7)})
+    for name, message in cases.items():
+        with pytest.raises(ValueError, match=message) as e:
+            midas.load(tmp_path / f"{name}.pt")
+        assert "\n" not in str(e.value) and len(str(e.value)) < 900 and f"{name}.pt" in str(e.value)
+    with pytest.raises(FileNotFoundError):
+        midas.load(tmp_path / "nowhere.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A picture's depth
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("midas") / "small.pt"
+    torch.save(random_tensors(published(**SMALL)), path)
+    return path
+
+
+def test_sizes_are_the_releases():
+    """What MiDaS's Resize gives at 384, 'minimal', worked out by hand; transformers' has the same rule."""
+    by_hand = {(384, 384): (384, 384), (1920, 1080): (672, 384), (1080, 1920): (384, 672), (640, 480): (512, 384),
+               (300, 200): (384, 256), (200, 300): (256, 384), (480, 320): (576, 384),
+               (1000, 20): (384, 32)}
+    for size, want in by_hand.items():
+        assert midas.fitted_size(*size, 384) == want
+    pil = pytest.importorskip("transformers.models.dpt.image_processing_pil_dpt")
+    for width, height in np.random.default_rng(0).integers(150, 3000, (200, 2)).tolist():
+        peer = pil.get_resize_output_image_size(np.zeros((1, height, width)), (384, 384), True, 32)
+        assert midas.fitted_size(width, height, 384) == (peer.width, peer.height)
+
+
+def test_depth_of_a_picture(small):
+    model = midas.load(small)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    as_is = model(torch.from_numpy(image / 127.5 - 1).float().permute(2, 0, 1)[None])[0]
+    assert torch.allclose(midas.depth(model, image), as_is, atol=1e-5)  # at the network's own size nothing is resampled
+    for H, W in ((63, 101), (130, 48), (7, 90)):
+        image = np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)
+        d = midas.depth(model, image)
+        assert d.shape == (H, W) and d.dtype == torch.float32 and d.isfinite().all()
+        farther = midas.estimator(small)(image, None)
+        assert isinstance(farther, np.ndarray) and np.array_equal(farther, -d.numpy())
+    with pytest.raises(ValueError, match="multiples of 32 pixels, not 64x48"):
+        model(torch.zeros(1, 3, 48, 64))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Change maps
+
+
+def some_depth():
+    return torch.rand(31, 45, generator=torch.Generator().manual_seed(0)) ** 3 * 40 - 2
+
+
+def test_change_map_spans_the_depths():
+    d = some_depth()
+    mu = midas.change_map(d)
+    assert mu.min() == 0 and mu.max() == 1 and torch.equal(mu.flatten().argsort(), d.flatten().argsort())
+    assert torch.allclose(midas.change_map(3 * d + 7), mu, atol=1e-6)  # the unknown scale and shift do not matter
+    assert torch.equal(midas.change_map(torch.full((3, 4), 5.0)), torch.ones(3, 4))
+
+
+def test_transforms_by_value():
+    mu = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
+    expected = {
+        midas.invert: ((), [1, 0.9, 0.75, 0.5, 0.25, 0]),
+        midas.gamma: ((2,), [0, 0.01, 0.0625, 0.25, 0.5625, 1]),
+        midas.window: ((0.25, 0.75), [0, 0, 0, 0.5, 1, 1]),
+        midas.equalize: ((), [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        midas.quantize: ((3,), [0, 0, 0, 0.5, 1, 1]),
+    }
+    assert set(expected) == set(midas.TRANSFORMS.values())
+    for transform, (arguments, want) in expected.items():
+        assert torch.allclose(transform(mu, *arguments), torch.tensor(want, dtype=mu.dtype), atol=1e-6), transform
+
+
+def test_transforms_keep_the_order_the_range_and_the_shape():
+    mu = midas.change_map(some_depth())[None, None]
+    order = mu.flatten().argsort()
+    for transform, arguments in ((midas.gamma, (0.4,)), (midas.window, (0.2, 0.3)), (midas.equalize, ()),
+                                 (midas.quantize, (4,))):
+        new = transform(mu, *arguments)
+        assert new.shape == mu.shape and new.dtype == mu.dtype and new.min() == 0 and new.max() == 1
+        assert (new.flatten()[order].diff() >= 0).all()
+    assert torch.allclose(midas.invert(midas.invert(mu)), mu, atol=1e-6)
+
+
+def test_equalize_flattens_the_histogram():
+    mu = midas.equalize(midas.change_map(some_depth()))
+    counts = mu.histc(10, 0, 1) / mu.numel()
+    assert (counts - 0.1).abs().max() < 0.01
+    assert torch.allclose(midas.equalize(mu), mu, atol=1e-6)
+    flat = torch.full((5, 6), 0.3)
+    assert torch.equal(midas.equalize(flat), flat)
+    ties = torch.tensor([0.2, 0.2, 0.7, 0.7, 0.7, 0.9])
+    assert torch.allclose(midas.equalize(ties), torch.tensor([0, 0, 0.4, 0.4, 0.4, 1]))
+
+
+def test_quantize_has_that_many_levels():
+    mu = midas.quantize(midas.equalize(midas.change_map(some_depth())), 4)
+    values, counts = mu.unique(return_counts=True)
+    assert torch.allclose(values, torch.tensor([0, 1 / 3, 2 / 3, 1]))
+    assert (counts / mu.numel() - 0.25).abs().max() < 0.01  # after equalize, equal areas
+
+
+def test_transforms_refuse():
+    mu = torch.zeros(2, 2)
+    for transform, arguments in ((midas.gamma, (0,)), (midas.window, (0.5, 0.5)), (midas.quantize, (1,))):
+        with pytest.raises(ValueError):
+            transform(mu, *arguments)

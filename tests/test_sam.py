@@ -1,0 +1,411 @@
+"""sam.py and automask.py against the authors' own package, on random weights in the layout of the published files."""
+
+import importlib.util
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sam
+from automask import automatic_masks, cut_off, point_grid, suppress, without_small_regions
+from sam import CONFIGS, SAM, SAMConfig, config_from_shapes
+
+TOY = CONFIGS["toy"]  # 8 x 8 patches, and windows of 5 x 5: the last are filled up
+
+
+def plain_nms(boxes, scores, iou_threshold):
+    """torchvision::nms for builds of torchvision without one for the CPU."""
+    order = scores.sort(descending=True, stable=True).indices
+    b = boxes[order]
+    sides = torch.minimum(b[:, None, 2:], b[:, 2:]) - torch.maximum(b[:, None, :2], b[:, :2])
+    common, area = sides.clamp(min=0).prod(2), (b[:, 2:] - b[:, :2]).prod(1)
+    overlap = common / (area[:, None] + area - common) > iou_threshold
+    kept = []
+    for i in range(len(b)):
+        if not overlap[i, kept].any():
+            kept.append(i)
+    return order[kept]
+
+
+@pytest.fixture(scope="session")
+def peer():
+    """The `segment-anything` package: its modeling, predictor and automatic mask generator."""
+    found = importlib.util.find_spec("torchvision"), importlib.util.find_spec("segment_anything")
+    if None in found:
+        pytest.skip("segment-anything and torchvision are not installed")
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    try:
+        torch.ops.load_library(Path(found[0].origin).parent / "_C.so")
+    except OSError:  # built for another PyTorch: its Python half insists on what it would have defined
+        for name in ("nms", "qnms"):
+            if not hasattr(torch.ops.torchvision, name):
+                library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU"):
+            library.impl("nms", plain_nms, "CPU")
+        from torchvision import extension
+        extension._has_ops = lambda: True
+    import segment_anything
+    from segment_anything import modeling, sam_model_registry, utils
+    return SimpleNamespace(modeling=modeling, Predictor=segment_anything.SamPredictor, utils=utils.amg,
+                           Generator=segment_anything.SamAutomaticMaskGenerator, sizes=sam_model_registry,
+                           library=library)  # which lasts as long as its Python object
+
+
+def peer_model(peer, c, seed=0):
+    """The authors' model with random weights."""
+    m = peer.modeling
+    torch.manual_seed(seed)
+    model = m.Sam(
+        m.ImageEncoderViT(
+            img_size=c.size, patch_size=c.patch, embed_dim=c.width, depth=c.depth, num_heads=c.heads, out_chans=c.dim,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6), use_rel_pos=True, window_size=c.window,
+            global_attn_indexes=c.global_blocks),
+        m.PromptEncoder(c.dim, (c.grid, c.grid), (c.size, c.size), mask_in_chans=16),
+        m.MaskDecoder(
+            transformer_dim=c.dim, iou_head_hidden_dim=c.dim,
+            transformer=m.TwoWayTransformer(depth=2, embedding_dim=c.dim, mlp_dim=c.hidden, num_heads=8)),
+    ).eval().requires_grad_(False)
+    for name, p in model.named_parameters():  # every bias, norm and table gets a value of its own
+        p += (0.5 if "pos" in name else 0.05) * torch.randn(p.shape)
+    return model
+
+
+@pytest.fixture(scope="module")
+def toy(peer, tmp_path_factory):
+    """(the authors' model, ours loaded from its file, the file)"""
+    model, file = peer_model(peer, TOY), tmp_path_factory.mktemp("sam") / "sam_toy.pth"
+    torch.save(model.state_dict(), file)
+    return model, sam.load(file), file
+
+
+def sharp_models(peer, c):
+    """(the authors' model, ours), still random, but with automatic masks of many sizes and places, and IoU near 0.5."""
+    theirs, ours = peer_model(peer, c), SAM(c).requires_grad_(False).eval()
+    decoder, last = theirs.mask_decoder, theirs.image_encoder.neck[3]
+    for p in (last.weight, last.bias, theirs.prompt_encoder.no_mask_embed.weight):
+        p *= 0.1  # what is there counts less than where it is:
+    for name, attention in decoder.named_modules():
+        if name.endswith(("cross_attn_token_to_image", "cross_attn_image_to_token", "final_attn_token_to_image")):
+            attention.q_proj.weight *= 5  # places attend to clicks that are near
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+            attention.out_proj.weight *= 8
+    up1, up2 = decoder.output_upscaling[0], decoder.output_upscaling[3]
+    for up in (up1, up2):  # smooth, or every mask is dots all over the picture
+        up.weight.copy_(2 * up.weight.mean((2, 3), keepdim=True) + 0.1 * up.weight)
+    up2.weight[:, 0], up2.bias[0] = 0, 3  # a channel that is 3 everywhere: its weight is a mask's bias
+    image = picture(151, 203, seed=1)
+    ours.load_state_dict(theirs.state_dict())
+    _, iou, low_res = ours.predict(ours.encode(image), points=(point_grid(6) * [203, 151])[:, None])
+    for n in range(3):
+        decoder.output_hypernetworks_mlps[n + 1].layers[-1].bias[0] -= low_res[:, n].quantile(0.85) / 3
+        decoder.iou_prediction_head.layers[-1].bias[n + 1] += 0.5 - iou[:, n].median()
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+@pytest.fixture(scope="module")
+def sharp(peer):
+    return sharp_models(peer, TOY)
+
+
+def picture(H, W, seed=0):
+    tiles = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    return cv2.resize(tiles, (W, H), interpolation=cv2.INTER_NEAREST)
+
+
+def relative_error(a, b):
+    assert a.shape == b.shape
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+@pytest.mark.parametrize("changed", [{}, {"window": 4}, {"window": 8, "global_blocks": ()}, {"size": 256, "heads": 2}])
+def test_encoder_same_numbers(peer, changed):
+    c = replace(TOY, depth=2, global_blocks=(1,)) if "size" in changed else TOY
+    c = replace(c, **changed)
+    theirs = peer_model(peer, c, seed=1).image_encoder
+    ours = sam.ImageEncoder(c).requires_grad_(False)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, c.size, c.size)
+    assert relative_error(ours(x), theirs(x)) <= 1e-4
+
+
+PROMPTS = {  # p: points and labels, b: boxes, m: masks
+    "nothing": "", "points": "p", "boxes": "b", "masks": "m", "points and boxes": "pb", "points and masks": "pm",
+    "boxes and masks": "bm", "everything": "pbm",
+}
+
+
+def prompts(kinds, H, W, B=3, seed=2):
+    g = np.random.default_rng(seed)
+    corners = np.sort(g.random((B, 2, 2)), axis=1) * [W, H]
+    side = 4 * TOY.grid
+    return {
+        "points": g.random((B, 4, 2)) * [W, H] if "p" in kinds else None,
+        "labels": g.integers(-1, 2, (B, 4)) if "p" in kinds else None,
+        "boxes": corners.reshape(B, 4) if "b" in kinds else None,
+        "masks": torch.from_numpy(g.normal(0, 3, (B, 1, side, side))).float() if "m" in kinds else None,
+    }
+
+
+@pytest.mark.parametrize("kinds", PROMPTS.values(), ids=PROMPTS)
+def test_prompt_encoder_same_numbers(toy, kinds):
+    theirs, ours, _ = toy
+    p = {k: None if v is None else torch.as_tensor(v) for k, v in prompts(kinds, TOY.size, TOY.size).items()}
+    points = (p["points"].clone(), p["labels"]) if "p" in kinds else None
+    sparse, dense = theirs.prompt_encoder(points, p["boxes"], p["masks"])
+    ours_sparse, ours_dense = ours.prompt_encoder(**p)
+    assert ours_sparse.shape == sparse.shape
+    if sparse.numel():
+        assert relative_error(ours_sparse, sparse) <= 1e-4
+    assert relative_error(ours_dense.expand_as(dense), dense) <= 1e-4
+    assert relative_error(ours.prompt_encoder.grid(), theirs.prompt_encoder.get_dense_pe()) <= 1e-4
+
+
+@pytest.mark.parametrize("multimask", [True, False])
+@pytest.mark.parametrize("with_masks", [True, False])
+@pytest.mark.parametrize("n", [0, 2, 9])
+def test_decoder_same_numbers(toy, n, with_masks, multimask):
+    theirs, ours, _ = toy
+    torch.manual_seed(3)
+    embedding, pe = torch.randn(2, 1, TOY.dim, TOY.grid, TOY.grid)
+    sparse, dense = torch.randn(3, n, TOY.dim), torch.randn(3 if with_masks else 1, TOY.dim, TOY.grid, TOY.grid)
+    low_res, iou = theirs.mask_decoder(embedding, pe, sparse, dense, multimask)
+    ours_iou, hyper, image = ours.mask_decoder.attend(embedding, pe, sparse, dense)
+    which = slice(1, None) if multimask else slice(0, 1)
+    assert relative_error(ours_iou[:, which], iou) <= 1e-4
+    assert relative_error(ours.mask_decoder.draw(image, hyper[:, which]), low_res) <= 1e-4
+
+
+@pytest.mark.parametrize("kinds,multimask", [("p", True), ("b", False), ("pbm", True), ("", False)])
+@pytest.mark.parametrize("size", [(96, 128), (75, 101), (128, 128), (233, 150), (31, 200)])
+def test_predictor_same_numbers(peer, toy, size, kinds, multimask):
+    theirs, ours, _ = toy
+    image, p = picture(*size), prompts(kinds, *size)
+    predictor = peer.Predictor(theirs)
+    predictor.set_image(image)
+    points, boxes = None, None
+    if "p" in kinds:
+        points = torch.as_tensor(predictor.transform.apply_coords(p["points"], size))
+    if "b" in kinds:
+        boxes = torch.as_tensor(predictor.transform.apply_boxes(p["boxes"], size))
+    labels = None if p["labels"] is None else torch.as_tensor(p["labels"])
+    logits, iou, low_res = predictor.predict_torch(points, labels, boxes, p["masks"], multimask, return_logits=True)
+    encoded = ours.encode(image)
+    assert relative_error(encoded.embedding, predictor.features) <= 1e-4
+    masks, ours_iou, ours_low_res = ours.predict(encoded, **p, multimask=multimask)
+    assert relative_error(ours_iou, iou) <= 1e-4
+    assert relative_error(ours_low_res, low_res) <= 1e-4
+    assert relative_error(ours.upscale(ours_low_res, encoded), logits) <= 1e-4
+    clear = logits.abs() > 1e-4 * logits.abs().max()
+    assert masks.dtype == torch.bool and masks.shape == logits.shape and (masks == (logits > 0))[clear].all()
+
+
+def test_labels_default_to_the_object_and_are_checked(toy):
+    ours = toy[1]
+    encoded = ours.encode(picture(60, 80))
+    some, same = (ours.predict(encoded, points=[[[30, 20]]], labels=labels)[2] for labels in (None, [[1]]))
+    assert torch.equal(some, same)
+    with pytest.raises(ValueError, match="label is 1"):
+        ours.predict(encoded, points=[[[30, 20]]], labels=[[2]])
+    for bad in (np.zeros((9, 9), np.uint8), np.zeros((9, 9, 3), np.float32), np.zeros((0, 9, 3), np.uint8)):
+        with pytest.raises(ValueError, match="uint8"):
+            ours.encode(bad)
+
+
+@pytest.mark.skipif(not os.environ.get("SAM_FULL"), reason="a minute and 2 GB: set SAM_FULL=1")
+def test_vit_b_same_numbers(peer):
+    c = CONFIGS["vit_b"]
+    theirs = peer_model(peer, c)
+    with torch.device("meta"):
+        ours = SAM(c)
+    ours.load_state_dict(theirs.state_dict(), assign=True)
+    ours.requires_grad_(False).eval()
+    image, points = picture(427, 640), np.random.default_rng(0).random((2, 1, 2)) * [640, 427]
+    predictor, encoded = peer.Predictor(theirs), ours.encode(image)
+    predictor.set_image(image)
+    assert relative_error(encoded.embedding, predictor.features) <= 1e-4
+    there = torch.as_tensor(predictor.transform.apply_coords(points, image.shape[:2]))
+    logits, iou, low_res = predictor.predict_torch(there, torch.ones(2, 1), return_logits=True)
+    _, ours_iou, ours_low_res = ours.predict(encoded, points=points)
+    assert relative_error(ours_iou, iou) <= 1e-4
+    assert relative_error(ours_low_res, low_res) <= 1e-4
+    assert relative_error(ours.upscale(ours_low_res, encoded), logits) <= 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Automatic masks
+
+
+COMMON = dict(points_per_side=9, pred_iou_thresh=0.5, stability_score_thresh=0.5, stability_score_offset=0.002,
+              box_nms_thresh=0.85)
+CROPS = dict(crop_n_layers=1, crop_n_points_downscale_factor=2, crop_nms_thresh=0.8)
+
+
+@pytest.mark.parametrize("size", [(96, 128), (301, 421)])
+@pytest.mark.parametrize("options", [{}, CROPS, {"min_mask_region_area": 40}, CROPS | {"min_mask_region_area": 25}],
+                         ids=["plain", "crops", "clean", "crops-clean"])
+def test_same_automatic_masks(peer, sharp, size, options):
+    theirs, ours = sharp
+    image, options = picture(*size, seed=1), COMMON | options
+    want = peer.Generator(theirs, **options).generate(image)
+    got = automatic_masks(ours, image, **options)
+    assert len(got) == len(want) >= 5
+    assert len({tuple(r["crop_box"]) for r in got}) > 1 or size == (96, 128) or "crop_n_layers" not in options
+    for a, b in zip(got, want):
+        assert a.keys() == b.keys()
+        # Where a logit is 0 to within rounding, the two may differ.
+        assert a["segmentation"].dtype == bool and (a["segmentation"] != b["segmentation"]).sum() <= 2
+        assert abs(a["area"] - b["area"]) <= 2 and a["area"] == a["segmentation"].sum()
+        assert a["bbox"] == b["bbox"] and a["crop_box"] == b["crop_box"]
+        assert a["point_coords"] == b["point_coords"]
+        assert a["predicted_iou"] == pytest.approx(b["predicted_iou"], rel=1e-4)
+        assert a["stability_score"] == pytest.approx(b["stability_score"], abs=2e-3)
+
+
+def test_no_automatic_masks(sharp):
+    assert automatic_masks(sharp[1], picture(40, 50), points_per_side=2, pred_iou_thresh=1e9) == []
+
+
+def test_batches_of_points_do_not_matter(sharp):
+    one, all_ = (automatic_masks(sharp[1], picture(96, 128), **COMMON, points_per_batch=n) for n in (1, 99))
+    assert [r["bbox"] for r in one] == [r["bbox"] for r in all_] and len(one) > 1
+
+
+def test_suppression_is_the_plain_one():
+    g = np.random.default_rng(0)
+    boxes = np.sort(g.integers(0, 12, (200, 2, 2)), axis=1).reshape(200, 4)  # equal and empty ones among them
+    scores = g.integers(0, 9, 200) / 8
+    kept = suppress([{"box": box, "n": n} for n, box in enumerate(boxes)], scores, 0.5)
+    assert [c["n"] for c in kept] == plain_nms(torch.tensor(boxes).float(), torch.tensor(scores), 0.5).tolist()
+
+
+def test_small_regions(peer):
+    g = np.random.default_rng(1)
+    for n in range(12):
+        mask = cv2.GaussianBlur(g.normal(0, 1, (40, 50)).astype(np.float32), (0, 0), 1 + n / 6) > 0.03
+        for smallest in (1, 10, 60, 5000):
+            want, filled = peer.utils.remove_small_regions(mask, smallest, "holes")
+            want, cleaned = peer.utils.remove_small_regions(want, smallest, "islands")
+            got = without_small_regions(mask, smallest)
+            assert np.array_equal(got, want) and (got is not mask) == (filled or cleaned)
+
+
+def test_cut_off():
+    crop, whole = (50, 0, 150, 100), (0, 0, 200, 100)
+    assert not cut_off((71, 3, 129, 99), crop, whole)  # top and bottom are the picture's own edges
+    assert cut_off((70, 30, 100, 60), crop, whole) and cut_off((80, 30, 130, 60), crop, whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.mark.parametrize("name", ["vit_b", "vit_l", "vit_h"])
+def test_published_sizes_load(peer, tmp_path, name):
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in peer.sizes[name]().state_dict().items()}
+    one = torch.zeros(1)  # of which the file holds one copy
+    torch.save({k: one.expand(shape) for k, shape in shapes.items()}, tmp_path / "sam.pth")
+    model = sam.load(tmp_path / "sam.pth")  # it raises for missing and unexpected ones
+    assert model.config == CONFIGS[name]
+    assert {k: v.shape for k, v in model.state_dict().items()} == shapes
+    assert not any(p.requires_grad or p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("name,count", [("vit_b", 93_735_472), ("vit_l", 312_342_832), ("vit_h", 641_090_608)])
+def test_parameter_counts_are_the_published_ones(name, count):
+    with torch.device("meta"):
+        model = SAM(CONFIGS[name])
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert config_from_shapes({k: tuple(v.shape) for k, v in model.state_dict().items()}) == CONFIGS[name]
+
+
+def test_toy_configuration_is_read_off_the_tensors(toy):
+    assert toy[1].config == TOY != SAMConfig()
+
+
+def test_bf16(toy):
+    _, ours, file = toy
+    half, image = sam.load(file, torch.bfloat16), picture(96, 128)
+    assert half.image_encoder.pos_embed.dtype == torch.bfloat16
+    assert torch.equal(half.prompt_encoder.grid(), ours.prompt_encoder.grid())  # the frequencies keep their digits
+    a, b = half.encode(image), ours.encode(image)
+    assert relative_error(a.embedding.float(), b.embedding) < 0.1
+    masks, iou, low_res = half.predict(a, points=[[[30, 20]]], boxes=[[3, 4, 90, 80]])
+    assert low_res.isfinite().all() and iou.dtype == low_res.dtype == torch.float32
+
+
+def save(tensors, file):
+    torch.save(tensors, file)
+    return file
+
+
+def test_wrong_files(toy, tmp_path):
+    file, weights = tmp_path / "sam.pth", toy[0].state_dict()
+
+    def message():
+        with pytest.raises(ValueError) as e:
+            sam.load(file)
+        assert "\n" not in str(e.value) and "sam_vit_b_01ec64.pth" in str(e.value) and str(file) in str(e.value)
+        return str(e.value)
+
+    file.write_bytes(toy[2].read_bytes()[:50_000])
+    assert "damaged" in message()
+    file.write_bytes(b"")
+    assert "empty" in message()
+    save({"conv1.weight": torch.zeros(3, 3)}, file)
+    assert "it begins with conv1.weight" in message()
+    save({k: v for k, v in weights.items() if "norm4" not in k}, file)
+    assert "4 missing" in message()
+    save(weights | {"image_encoder.blocks.0.attn.bias": torch.zeros(3)}, file)
+    assert "1 unexpected" in message()
+    save(weights | {"mask_decoder.iou_token.weight": torch.zeros(1, 7)}, file)
+    assert "iou_token.weight (1, 7) instead of (1, 32)" in message()
+    save(weights | {"image_encoder.blocks.0.attn.rel_pos_h": torch.zeros(9, 0)}, file)
+    message()
+    save(weights | {"image_encoder.neck.0.weight": torch.zeros(())}, file)
+    message()
+    with pytest.raises(FileNotFoundError):
+        sam.load(tmp_path / "none.pth")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the other files ask for
+
+
+def test_segmenter(toy, monkeypatch):
+    _, ours, file = toy
+    encodings, encode = [], SAM.encode
+    monkeypatch.setattr(SAM, "encode", lambda self, image: encodings.append(1) or encode(self, image))
+    segment_at, image = sam.segmenter(file), picture(75, 101)
+    masks, iou, _ = ours.predict(encode(ours, image), points=[[[30.0, 20.0]]])
+    mask = segment_at(image, (30.5, 20.5))
+    assert mask.dtype == bool and np.array_equal(mask, masks[0, iou[0].argmax()].numpy())
+    segment_at(image, (60, 50))
+    assert len(encodings) == 1
+    image[:9] = 0  # the same array, another picture
+    segment_at(image, (60, 50))
+    assert len(encodings) == 2
+
+
+def test_segments(sharp, tmp_path):
+    theirs, ours = sharp
+    image = picture(96, 128)
+    labels = sam.segments(save(theirs.state_dict(), tmp_path / "sam.pth"), **COMMON)(image)
+    assert labels.dtype == np.int32 and labels.shape == (96, 128)
+    assert set(np.unique(labels)) - {0} == set(range(1, labels.max() + 1)) and labels.max() > 1
+    records = automatic_masks(ours, image, **COMMON)
+    assert np.array_equal(labels > 0, np.any([r["segmentation"] for r in records], 0))
+    smallest = min(records, key=lambda r: r["area"])["segmentation"]
+    assert len(np.unique(labels[smallest])) == 1
