@@ -303,7 +303,7 @@ def one_line(argv, capsys):
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(stable, tmp_path, capsys, monkeypatch):
     loss = mfx.MagicFixup.loss
-    monkeypatch.setattr(mfx.MagicFixup, "loss", lambda self, batch: loss(self, batch) * float("nan"))
+    monkeypatch.setattr(mfx.MagicFixup, "loss", lambda self, *batch, **more: loss(self, *batch, **more) * float("nan"))
     for preset in ("toy", "a100"):
         said = one_line(words(stable, tmp_path, "--preset", preset, "--steps", 2, "--held-out", 0), capsys)
         assert "not finite at step 0: resume with a lower --lr" in said
