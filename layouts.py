@@ -73,6 +73,17 @@ def read(path):
     return tensors
 
 
+def misfits(model, shapes):
+    """What keeps tensors of these {name: shape} from being the model's, in words with a few names; "" if nothing."""
+    want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = {
+        "missing": [n for n in want if n not in shapes],
+        "unexpected": [n for n in shapes if n not in want],
+        "misshapen": [f"{n} {shapes[n]} instead of {s}" for n, s in want.items() if shapes.get(n, s) != s],
+    }
+    return "; ".join(f"{len(n)} {kind} tensors, e.g. {', '.join(n[:3])}" for kind, n in problems.items() if n)
+
+
 def read_folder(folder):
     """The weights in one part's folder, whole or in shards, full or half precision -> {name: tensor}, as `read`."""
     folder = Path(folder)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from automask import automatic_masks
-from layouts import read
+from layouts import misfits, read
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet's pixels, 0 .. 255
 MASKS = 4  # that the decoder draws for a prompt: one for a prompt that is clear, three for one that may mean several
@@ -437,15 +437,8 @@ def load(path, dtype=None, device="cpu"):
             model = SAM(config_from_shapes(shapes))
     except (LookupError, ValueError, RuntimeError, ZeroDivisionError) as e:
         raise ValueError(f"{path} is not a SAM (at {e}; it begins with {next(iter(shapes))}); {EXPECTED}") from None
-    want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = {
-        "missing": [n for n in want if n not in shapes],
-        "unexpected": [n for n in shapes if n not in want],
-        "misshapen": [f"{n} {shapes[n]} instead of {s}" for n, s in want.items() if shapes.get(n, s) != s],
-    }
-    problems = [f"{len(n)} {kind} tensors, e.g. {', '.join(n[:3])}" for kind, n in problems.items() if n]
-    if problems:
-        raise ValueError(f"{path} is not a whole SAM: {'; '.join(problems)}; {EXPECTED}")
+    if problems := misfits(model, shapes):
+        raise ValueError(f"{path} is not a whole SAM: {problems}; {EXPECTED}")
     # The frequencies of the positional encoding stay as they are: with 8 bits, distant places would be confused.
     model.load_state_dict({n: t.to(device, None if n.endswith("gaussian_matrix") else dtype)
                            for n, t in tensors.items()}, assign=True)

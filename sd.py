@@ -24,7 +24,7 @@ import clip
 import unet
 import vae
 from diffusion import BETAS, Schedule, T
-from layouts import IGNORED, read, read_folder, read_json, split_parts, translate, whole, write_json
+from layouts import IGNORED, misfits, read, read_folder, read_json, split_parts, translate, whole, write_json
 
 
 @dataclass
@@ -144,15 +144,8 @@ def build(part, tensors, where, config=None, dtype=None, device="cpu"):
         raise ValueError(f"{where}: these tensors do not make a {part} (at {e})") from None
     with torch.device("meta"), Bare():
         model = network(config)
-    want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = {
-        "missing": [n for n in want if n not in shapes],
-        "unexpected": [n for n in shapes if n not in want],
-        "misshapen": [f"{n} {shapes[n]} instead of {s}" for n, s in want.items() if shapes.get(n, s) != s],
-    }
-    problems = [f"{len(n)} {kind} tensors, e.g. {', '.join(n[:3])}" for kind, n in problems.items() if n]
-    if problems:
-        raise ValueError(f"{where}, the {part}: {'; '.join(problems)}")
+    if problems := misfits(model, shapes):
+        raise ValueError(f"{where}, the {part}: {problems}")
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
     return model.requires_grad_(False).eval()
 

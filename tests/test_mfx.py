@@ -613,15 +613,15 @@ def test_a_released_file_saved_anew(tmp_path, released):
 
 
 def test_the_schedule_is_the_file_s_own(tmp_path, released):
-    tensors = torch.load(released[1])
+    tensors = torch.load(released[1], weights_only=True)
     for name in ("scaled_linear", "zero_snr"):
         torch.save(tensors | {"alphas_cumprod": diffusion.Schedule(name).alphas_cumprod.half()}, tmp_path / "own.pt")
         assert mfx.load(tmp_path / "own.pt").schedule.name == name
     torch.save(tensors | {"alphas_cumprod": torch.linspace(1, 0, 1000)}, tmp_path / "own.pt")
-    refuses(tmp_path / "own.pt", "noise schedule")
+    assert_refused(tmp_path / "own.pt", "noise schedule")
 
 
-def refuses(path, *words, error=ValueError):
+def assert_refused(path, *words, error=ValueError):
     with pytest.raises(error) as caught:
         mfx.load(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
@@ -630,34 +630,35 @@ def refuses(path, *words, error=ValueError):
 
 
 def test_files_that_are_no_magic_fixup(tmp_path, released):
-    refuses(tmp_path / "nowhere", "no checkpoint", error=FileNotFoundError)
+    assert_refused(tmp_path / "nowhere", "no checkpoint", error=FileNotFoundError)
     sd.save(test_sd.small(), tmp_path / "sd")
-    refuses(tmp_path / "sd", "not a Magic Fixup", "synthesizer/", error=FileNotFoundError)
+    assert_refused(tmp_path / "sd", "not a Magic Fixup", "synthesizer/", error=FileNotFoundError)
     torch.save(test_sd.to_original(test_sd.small()), tmp_path / "sd.ckpt")
-    refuses(tmp_path / "sd.ckpt", "not a whole Magic Fixup", "model.reference_model.")
+    assert_refused(tmp_path / "sd.ckpt", "not a whole Magic Fixup", "model.reference_model.")
     (tmp_path / "text.pt").write_text("weights")
-    refuses(tmp_path / "text.pt", "damaged")
+    assert_refused(tmp_path / "text.pt", "damaged")
 
     def write(name, change):
-        tensors = torch.load(released[1])
+        tensors = torch.load(released[1], weights_only=True)
         change(tensors)
         torch.save(tensors, tmp_path / name)
         return tmp_path / name
 
-    query = "output_blocks.5.1.transformer_blocks.0.attn3.to_q.weight"
-    refuses(write("a.pt", lambda s: s.pop(f"model.diffusion_model.{query}")), "missing", "attn2.to_q.weight")
-    refuses(write("b.pt", lambda s: s.update({"model.reference_model.x": s.pop("betas")})), "unexpected", "x")
-    refuses(write("c.pt", lambda s: s.update({"ghost": torch.zeros(1)})), "unexpected", "ghost")
-    refuses(write("d.pt", lambda s: s.update({f"model.diffusion_model.{query}": torch.zeros(3, 3)})), "misshapen")
-    refuses(write("e.pt", lambda s: [s.pop(k) for k in list(s) if k.startswith("first_stage")]), "first_stage_model.")
+    query = "model.diffusion_model.output_blocks.5.1.transformer_blocks.0.attn3.to_q.weight"
+    assert_refused(write("a.pt", lambda s: s.pop(query)), "missing", "attn2.to_q.weight")
+    assert_refused(write("b.pt", lambda s: s.update({"model.reference_model.x": s.pop("betas")})), "unexpected", "x")
+    assert_refused(write("c.pt", lambda s: s.update({"ghost": torch.zeros(1)})), "unexpected", "ghost")
+    assert_refused(write("d.pt", lambda s: s.update({query: torch.zeros(3, 3)})), "misshapen")
+    no_vae = write("e.pt", lambda s: [s.pop(k) for k in list(s) if k.startswith("first_stage")])
+    assert_refused(no_vae, "first_stage_model.")
 
 
 def test_folders_that_do_not_fit_together(tmp_path, model):
     folder = tmp_path / "mixed"
     mfx.save(model, folder)
     sd.save_part(unet.UNet(replace(model.extractor.config, heads=8)), folder / "extractor")
-    refuses(folder, "extractor")
+    assert_refused(folder, "extractor")
     sd.save_part(stable_diffusion().unet, folder / "synthesizer")
-    refuses(folder, "25 channels in")
+    assert_refused(folder, "25 channels in")
     Path(folder / "scheduler" / "scheduler_config.json").unlink()
-    refuses(folder, "scheduler_config.json", error=FileNotFoundError)
+    assert_refused(folder, "scheduler_config.json", error=FileNotFoundError)

@@ -50,7 +50,7 @@ def test_prompts_are_followed(toy, tmp_path):
     with torch.inference_mode():
         result = reproduce.adherence(toy, True, tmp_path)
     assert result["true renders"]["all three"] >= 0.97  # the probes themselves
-    assert result["text to image"]["all three"] >= 0.85  # 32 pictures; the README's figure is of 288
+    assert result["text to image"]["all three"] >= 0.85  # of 32 pictures
 
 
 def test_change_follows_a_gradient(toy, tmp_path):
