@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,16 +35,26 @@ from torch import Tensor
 
 T = 1000  # training timesteps, in every model that this project reads
 
+
+
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """betas (T,) -> betas whose last step leaves nothing of the picture. Lin et al. 2023, 2305.08891, algorithm 1."""
+    alpha = (1 - betas).cumprod(dim=0).sqrt()
+    abar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2  # ends at 0, begins where it began
+    return 1 - abar / F.pad(abar[:-1], (1, 0), value=1.0)
+
+
 BETAS = {  # beta_t, t = 0 .. T-1 (the papers' t = 1 .. T)
     "scaled_linear": torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2,  # Stable Diffusion
     "linear": torch.linspace(1e-4, 0.02, T, dtype=torch.float64),  # DDPM, and the text of Magic Fixup: alpha_T = 0.98
 }
+BETAS["zero_snr"] = zero_terminal_snr(BETAS["scaled_linear"])  # what Magic Fixup's release trains and samples with
 
 
 class Schedule:
     """How much noise there is at each timestep, and what the network was trained to say about it.
 
-    name        'scaled_linear' (Stable Diffusion) or 'linear' (DDPM)
+    name        'scaled_linear' (Stable Diffusion), 'linear' (DDPM) or 'zero_snr' (the former, to no signal at all)
     prediction  'epsilon' (the noise) or 'v_prediction' (alpha eps - sigma x0, from Progressive Distillation 2202.00512)
 
     .alphas_cumprod  (T,) float32, abar at t = 0 .. T-1.  ValueError for an unknown name or prediction.

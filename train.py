@@ -80,7 +80,7 @@ class Recipe:
     # Stage mfx
     motion: str = "both"  # how the first frame is warped to the second, 'flow', 'affine' or half of each
     cross_reference: bool = True  # False is the paper's ablation, without the detail extractor
-    most: float = 1.0  # how much more noisy levels weigh, at most; 1 = the paper's loss, mfx.py says why more
+    prediction: str | None = None  # 'epsilon', 'v_prediction'; None: that of the weights to start from
     held_out: int = 64  # pairs, never trained on, for the validation loss and the sheet; 0 = neither of them
     data: str = "toy"  # or a folder of shards
     init: str | None = None  # the weights to start from
@@ -99,7 +99,7 @@ RECIPES = {
     "toy": {
         "vae": Recipe(steps=3600, batch=16, lr=1.2e-3, warmup=200, ema=0.998),
         "base": Recipe(steps=6300, batch=32, lr=1e-3, warmup=300, ema=0.9995),
-        "mfx": Recipe(steps=8000, batch=16, lr=7e-4, warmup=300, ema=0.9995, scenes=12_000, most=50),
+        "mfx": Recipe(steps=5000, batch=16, lr=8e-4, warmup=300, ema=0.9995, scenes=12_000, prediction="v_prediction"),
     },
     "a100": {  # section 3.6, with the release's warm-up. Neither has weight decay, clipping, or an average of weights
         "mfx": Recipe(
@@ -330,7 +330,8 @@ def train_mfx(recipe, out, resume, device):
     """Both UNets together, from a Stable Diffusion, on pairs of frames: section 3.6 -> OUT/model, as fp16"""
     loop.micro_batches(recipe)  # what does not fit is told before the weights are read
     stable = sd.load(recipe.init or TOY)  # as stored: it stays in its file, of which the model is a copy in fp32
-    model = mfx.from_stable_diffusion(stable, cross_reference=recipe.cross_reference)
+    schedule = diffusion.Schedule(stable.schedule.name, recipe.prediction or stable.schedule.prediction)
+    model = mfx.from_stable_diffusion(stable, recipe.cross_reference, schedule)
     model = model.float().to(device, memory_format=torch.channels_last)
     model.unfreeze()
     latents = recipe.scenes and pair_latents(recipe, out / "pairs.safetensors", model.vae, model.size, device)
@@ -348,7 +349,7 @@ def train_mfx(recipe, out, resume, device):
             batch = encode_pairs(next(stream), model.vae, device)
         drawn = mfx.draws((recipe.batch, *batch["target"].shape[1:]), g) | {"t": stratified(recipe.batch, g)}
         batch |= {name: t[part] for name, t in drawn.items()}
-        return model.loss({name: channels_last(t.to(device)) for name, t in batch.items()}, most=recipe.most)
+        return model.loss({name: channels_last(t.to(device)) for name, t in batch.items()})
 
     validate = sheet = None
     if recipe.held_out and loop.rank() == 0:
@@ -422,7 +423,7 @@ def saved_recipe(out, stage):
         raise ValueError(f"{path} is the state of another version of this program ({e})") from None
 
 
-MFX_ALONE = ("data", "motion", "cross_reference", "most", "held_out", "micro_batch", "checkpointing", "compile")
+MFX_ALONE = ("data", "motion", "cross_reference", "prediction", "held_out", "micro_batch", "checkpointing", "compile")
 
 
 def choose_recipe(args):
@@ -460,7 +461,7 @@ def main(argv=None):
     parser.add_argument("--offset", type=number(float, 0, 1))
     parser.add_argument("--seed", type=number(int, 0, 900))  # the seeds above belong to reproduce.py's held-out scenes
     parser.add_argument("--motion", choices=MODELS, help="stage mfx: of the coarse edits (default: both)")
-    parser.add_argument("--most", type=number(float, 1, 1e6), help="stage mfx: largest weight of a noise level")
+    parser.add_argument("--prediction", choices=["epsilon", "v_prediction"], help="stage mfx: what to learn")
     parser.add_argument("--held-out", type=number(int, 0, 4096), help="stage mfx: pairs to validate on; 0: don't")
     parser.add_argument("--micro-batch", type=number(int, 1, 4096), help="samples in memory at once, per process")
     for name, what in (
