@@ -63,6 +63,22 @@ def automatic_masks(
              "stability_score": c["stability_score"], "crop_box": xywh(c["crop"])} for c in found]
 
 
+def segments(sam, image, smallest=0, **options):
+    """A picture's segments, for data.py: image (H, W, 3) uint8 -> (H, W) int32, 0 = in none.
+
+    The automatic masks, numbered and painted from the largest to the smallest, so that a part is seen on the whole.
+    smallest: pixels; masks of fewer are left out. options: those of automatic_masks.
+    """
+    records = [record for record in automatic_masks(sam, image, **options) if record["area"] >= smallest]
+    records.sort(key=lambda record: -record["area"])
+    labels = np.zeros(image.shape[:2], np.int32)
+    for n, record in enumerate(records, 1):
+        labels[record["segmentation"]] = n
+    seen = np.bincount(labels.ravel(), minlength=len(records) + 1) > 0  # a mask can be covered by smaller ones
+    seen[0] = False
+    return (np.cumsum(seen) * seen)[labels].astype(np.int32)
+
+
 def crop_masks(sam, image, crop, n, batch, iou_thresh, stability_thresh, offset):
     """What a grid of n x n clicks in a crop (x0, y0, x1, y1) gives -> candidates, their coordinates the picture's"""
     (H, W), (x0, y0, x1, y1) = image.shape[:2], crop

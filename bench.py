@@ -5,6 +5,7 @@
     python bench.py toyworld           pictures of the toy world per second
     python bench.py splat              softmax splatting, beside the usual index_add_
     python bench.py pairs              training pairs made and read per second
+    python bench.py networks           RAFT, Segment Anything, DPT-Large, LPIPS: at full size, and beside their peers
 
 The weights are random, so nothing is downloaded. Every figure is taken in a process of its own.
 """
@@ -24,6 +25,8 @@ import torch
 
 ROOT = Path(__file__).parent
 TOPICS = {}
+sys.path.append(str(ROOT / "tests"))  # what the tests know about peers serves here as well
+import conftest  # noqa: E402, F401, makes torchvision importable, and so transformers and diffusers
 
 
 def topic(f):
@@ -74,7 +77,6 @@ def table(header, rows):
 
 def make_checkpoints(folder, dtype):
     """A random Stable Diffusion 1.4 in three layouts -> {layout: path}"""
-    sys.path.insert(0, str(ROOT / "tests"))
     from test_sd import CAPTIONS, to_original  # the original layout, written independently of sd.py
 
     import clip
@@ -266,10 +268,109 @@ def pairs(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The networks that the papers lean on
+
+
+def network_once(kind, path, dtype):
+    """Load a published file, then one picture of 1280x720 (RAFT: a pair of them). Prints a line of JSON."""
+    import midas
+    import networks
+    import raft
+
+    first, second = torch.randint(0, 256, (2, 720, 1280, 3), dtype=torch.uint8).numpy()
+    with Watch() as loading:
+        model = networks.load(kind, path, getattr(torch, dtype))
+    run = {"raft": lambda: raft.clip_flows(model, [first, second]), "sam": lambda: model.encode(first),
+           "midas": lambda: midas.depth(model, first)}[kind]
+    with torch.inference_mode(), Watch() as running:
+        run()
+        start = time.perf_counter()  # the second time the weights have been read from the disk
+        run()
+        seconds = time.perf_counter() - start
+    total = running.total + running.start - loading.start
+    print(json.dumps({"loading": loading.seconds, "seconds": seconds, "total": total}))
+
+
+def full_size(folder):
+    import midas
+    import raft
+    import sam
+
+    sizes = {"raft": ("RAFT-Large", raft.RAFT), "sam": ("SAM ViT-H", lambda: sam.SAM(sam.CONFIGS["vit_h"])),
+             "midas": ("DPT-Large", lambda: midas.DPT(midas.DPTConfig()))}
+    rows = []
+    for kind, (name, build) in sizes.items():
+        path = folder / f"{kind}.pth"
+        torch.save(build().state_dict(), path)
+        for dtype in ("float32", "bfloat16"):
+            child = [sys.executable, __file__, "--network", kind, str(path), dtype]
+            result = subprocess.run(child, capture_output=True, text=True, check=True)
+            r = json.loads(result.stdout.splitlines()[-1])
+            rows.append([name, f"{path.stat().st_size / 1e9:.2f}", dtype, f"{r['loading']:.2f}",
+                         f"{r['total'] / 1024:.1f}", f"{r['seconds']:.2f}"])
+        path.unlink()
+    table(["network", "file GB", "precision", "load s", "peak GiB", "s per picture"], rows)
+
+
+def network_peers(folder):
+    """-> {what: {"ours": function, the peer's name: function}}, on the same random weights"""
+    import test_lpips
+    import test_midas
+    import test_sam
+    from torchvision.models.optical_flow import raft_large
+
+    import automask
+    import networks
+    import sam
+
+    flow = raft_large(weights=None).eval().requires_grad_(False)
+    torch.save(flow.state_dict(), folder / "raft.pth")
+    our_flow, (first, second) = networks.load("raft", folder / "raft.pth"), torch.rand(2, 1, 3, 520, 960) * 2 - 1
+    yield "RAFT-Large, 960x520, 12 updates", {"ours": lambda: our_flow(first, second), "torchvision":
+                                              lambda: flow(first, second, num_flow_updates=12)}
+    authors = test_sam.authors()
+    theirs, ours = test_sam.sharp_models(authors, sam.CONFIGS["vit_b"])
+    picture, predictor = test_sam.picture(720, 1280), authors.Predictor(theirs)
+    yield "SAM ViT-B, encoder, 1280x720", {"ours": lambda: ours.encode(picture), "segment-anything":
+                                           lambda: predictor.set_image(picture)}
+    options = test_sam.COMMON | {"points_per_side": 32}
+    generator = authors.Generator(theirs, **options)
+    yield "SAM ViT-B, automatic masks of 32x32 points", {
+        "ours": lambda: automask.automatic_masks(ours, picture, **options), "segment-anything":
+        lambda: generator.generate(picture)}
+    tensors = test_midas.random_tensors(test_midas.published(**test_midas.LARGE))
+    torch.save(tensors, folder / "dpt.pt")
+    our_depth, depth = networks.load("midas", folder / "dpt.pt"), test_midas.peer_of(tensors, test_midas.LARGE)
+    photo = torch.rand(1, 3, 384, 384) * 2 - 1
+    yield "DPT-Large, 384x384", {"ours": lambda: our_depth(photo), "transformers": lambda: depth(photo)}
+    package = test_lpips.authors()
+    x, y = test_lpips.pictures(512, 512)
+    for name in test_lpips.NAMES:
+        metric, peer = test_lpips.models(name, package, folder)
+        yield f"LPIPS, {name}, 2 pairs of 512x512", {"ours": lambda m=metric: m(x, y), "lpips":
+                                                     lambda p=peer: p(x, y)}
+
+
+@topic
+def networks(args):
+    rows = []
+    with tempfile.TemporaryDirectory(dir=args.tmp) as folder:
+        print(f"Random weights; {torch.get_num_threads()} threads\n")
+        with torch.inference_mode():
+            for what, runs in network_peers(Path(folder)):
+                s = alternate(runs, args.rounds)
+                peer = [name for name in runs if name != "ours"][0]
+                rows.append([what, f"{s['ours']:.2f}", peer, f"{s[peer]:.2f}", f"{s[peer] / s['ours']:.2f}"])
+        table(["what", "ours s", "peer", "peer s", "times as fast"], rows)
+        print()
+        full_size(Path(folder))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--once"]:
-        load_once(*sys.argv[2:])
+    if sys.argv[1:2] in (["--once"], ["--network"]):
+        {"--once": load_once, "--network": network_once}[sys.argv[1]](*sys.argv[2:])
         sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("topic", choices=TOPICS)

@@ -2,6 +2,8 @@
 
     python data.py VIDEO_OR_FOLDER ... --out pairs/      any video that OpenCV opens, or a folder of frames
     python data.py clips/ --out pairs/ --workers 16 --shard 3/40        machine 3 of 0 .. 39; torchrun works as well
+    python data.py clips/ --out pairs/ --flow raft --segments sam --depth midas     by the networks that the paper used,
+                                                                        whose files networks.py looks for in weights/
 
 Folders are searched for videos; one that holds pictures is one clip. An interrupted run goes on when it is started
 again with the same words. The list of work is a function of the arguments alone: clip after clip, so many pairs of
@@ -14,7 +16,8 @@ it lies `pairs-000012.tar`, with these files for the pair that has the number 12
                                             in holes; the colours below it are the model's input, with holes painted in
     000123.json                             where it comes from and how much moves
 
-pairs.py reads them. `manifest.json` holds the recipe, and once every shard is there, the totals.
+pairs.py reads them. `manifest.json` holds the recipe, with the digests of the networks' files, and once every shard is
+there, the totals.
 """
 
 import argparse
@@ -43,12 +46,14 @@ from PIL import Image
 from tqdm import tqdm
 
 import collage
+import estimators
 import layouts
+import networks
 import warp
 from estimators import DEPTH, FLOW, SEGMENTS, dis_flow
 from pairs import ShardPairs, ToyPairs, affine_edit, flow_edit, toy_pairs
 from pictures import labelled
-from sample import Parser, number
+from sample import Parser, choose_device, number
 
 __all__ = ["ShardPairs", "ToyPairs", "toy_pairs"]  # the other half of this idea: reading pairs, from here and elsewhere
 
@@ -201,14 +206,30 @@ def motion_of(flow):
     return reason, dict(moved_90=round(p90, 2), moved_95=round(p95, 2))
 
 
+def flows_between(estimate, frames, i, j, known):
+    """The flows from frame i to i + 1, ..., j - 1 to j. Those not in known, {i: flow}, are estimated, and added to it:
+    neighbours together, because a network then sees each frame once."""
+    for begin in range(i, j):
+        if begin not in known:
+            end = next((k for k in range(begin, j) if k in known), j)
+            known.update(zip(range(begin, end), estimate(frames[begin : end + 1])))
+    return [known[k] for k in range(i, j)]
+
+
+def covered(edits, model):
+    """Whether the edit by this motion model shows enough of the reference."""
+    return 1 - edits[model][1].float().mean() >= COVERED[model]
+
+
 def encoded(image, extension, *options):
     return cv2.imencode(extension, image[..., [2, 1, 0, 3][: image.shape[2]]], options)[1].tobytes()
 
 
-def make_pair(recipe, clip, index, preview=False):
+def make_pair(recipe, clip, index, preview=False, weights=None, device="cpu"):
     """Pair `index` of the clip (name, path). -> reason of rejection (None: kept), message, {extension: bytes}, picture
 
-    The picture is a row of the preview: I, I_gt, both coarse edits with grey holes, the flow's colours.
+    weights, {name: path}, are the files of the recipe's networks, which run on the device. The picture is a row of the
+    preview: I, I_gt, both coarse edits with grey holes, the flow's colours.
     """
     name, path = clip
     seed = hashlib.sha256(f"{recipe.seed} {index} {name}".encode()).digest()
@@ -218,29 +239,33 @@ def make_pair(recipe, clip, index, preview=False):
     except (ValueError, cv2.error) as e:
         return "broken", f"{path} {str(e).splitlines()[0]}", None, None
     cuts = [is_cut(*two) for two in zip(frames, frames[1:])]
-    flows = functools.cache(lambda i: FLOW[recipe.flow](frames[i], frames[i + 1]))
+    estimate_flows, segment, estimate_depth = (
+        estimators.estimator(table, name, weights, device)
+        for table, name in ((FLOW, recipe.flow), (SEGMENTS, recipe.segments), (DEPTH, recipe.depth)))
+    known = {}
     for _ in range(TRIES):
         if (ends := choose_pair(times, cuts, rng)) is None:
             return "too short", None, None, None
-        flow = flows(ends[0])
-        for i in range(ends[0] + 1, ends[1]):
+        flow, *others = flows_between(estimate_flows, frames, *ends, known)
+        for other in others:
             # warp.compose_flow, but out of frame a pixel goes on as the nearest edge does: little errors would wear the
             # borders away, and what left with the camera may come back with it.
-            flow = flow + warp.backwarp(flows(i)[None], flow[None], "border")[0]
+            flow = flow + warp.backwarp(other[None], flow[None], "border")[0]
         flow = smoothed(flow)
         reason, statistics = motion_of(flow)
         if reason:
             continue
         I, I_gt = frames[ends[0]], frames[ends[1]]
         x, x_gt = (torch.from_numpy(f).permute(2, 0, 1)[None] / 255 for f in (I, I_gt))
-        edits = {"flow": flow_edit(x, x_gt, flow[None])}
-        segments = torch.as_tensor(SEGMENTS[recipe.segments](I))
-        depth = torch.as_tensor(DEPTH[recipe.depth](I, flow.numpy()))
+        edits, reason = {"flow": flow_edit(x, x_gt, flow[None])}, "holes"
+        if not covered(edits, "flow"):
+            continue
+        segments = torch.as_tensor(segment(I))
+        depth = torch.as_tensor(estimate_depth(I, flow.numpy()))
         edits["affine"] = affine_edit(x, x_gt, flow[None], segments[None], depth[None])
-        if all(1 - holes.float().mean() >= COVERED[model] for model, (_, holes) in edits.items()):
+        if covered(edits, "affine"):
             break
-        reason = "holes"
-    if reason:
+    else:
         return reason, None, None, None
 
     files, row = {}, [I, I_gt]
@@ -334,8 +359,8 @@ def in_order(make, numbers, workers):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def make_numbered(recipe, clips, preview, k):
-    return make_pair(recipe, clips[k // recipe.pairs], k % recipe.pairs, preview)
+def make_numbered(recipe, clips, preview, weights, device, k):
+    return make_pair(recipe, clips[k // recipe.pairs], k % recipe.pairs, preview, weights, device)
 
 
 def totals_of(out, shards):
@@ -360,17 +385,25 @@ def summary(counts):
 def run(args):
     recipe = Recipe(args.size, args.pairs, args.seed, args.fps, args.flow, args.segments, args.depth)
     clips = find_clips(args.videos)
+    weights = estimators.find((recipe.flow, recipe.segments, recipe.depth), args.networks or networks.FOLDER)
+    if not weights and (args.networks or args.device):
+        raise ValueError("--networks and --device are for --flow raft, --segments sam and --depth midas")
+    device = choose_device(args.device or "auto") if weights else "cpu"
+    estimators.model.cache_clear()  # of an earlier run in this process: another file may have the same path by now
     shards = work(recipe, clips)
     names = hashlib.sha256("\n".join(name for name, _ in clips).encode()).hexdigest()
     manifest = {"recipe": asdict(recipe), "clips": len(clips), "clips_sha256": names, "shards": len(shards)}
+    if weights:  # where they lie does not matter
+        manifest["networks"] = {n: {"file": path.name, "sha256": networks.digest(path)} for n, path in weights.items()}
     begun = args.out / "manifest.json"
     if begun.exists():
         try:
-            other = [key for key, value in manifest.items() if json.loads(begun.read_bytes())[key] != value]
+            there = json.loads(begun.read_bytes())
+            other = next((key for key, value in manifest.items() if there[key] != value), None)
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{begun} is damaged: choose another --out") from None
         if other:
-            raise ValueError(f"{args.out} was begun with other {other[0].replace('_sha256', '')}: choose another --out")
+            raise ValueError(f"{args.out} was begun with other {other.replace('_sha256', '')}: choose another --out")
     elif args.out.is_dir() and any(args.out.glob("*.tar")):
         raise ValueError(f"{args.out} holds shards, but no manifest.json: choose another --out")
     else:
@@ -379,7 +412,8 @@ def run(args):
     part, parts = args.shard
     todo = [s for s in range(part, len(shards), parts) if not (args.out / f"pairs-{s:06d}.json").exists()]
     numbers, counts, begin = [k for s in todo for k in shards[s]], Counter(), time.perf_counter()
-    results = in_order(functools.partial(make_numbered, recipe, clips, args.preview), numbers, args.workers)
+    make = functools.partial(make_numbered, recipe, clips, args.preview, weights, device)
+    results = in_order(make, numbers, args.workers)
     with tqdm(total=len(numbers), unit="clip" if recipe.pairs == 1 else "pair", disable=None) as bar:
         for s in todo:
             samples, rows, rejected = [], [], Counter()
@@ -439,6 +473,9 @@ def parse(argv):
     p.add_argument("--flow", choices=FLOW, default=Recipe.flow)
     p.add_argument("--segments", choices=SEGMENTS, default=Recipe.segments)
     p.add_argument("--depth", choices=DEPTH, default=Recipe.depth)
+    p.add_argument("--networks", type=Path, metavar="DIR",
+                   help="where the files of raft, sam, midas lie (default: weights)")
+    p.add_argument("--device", help="of raft, sam, midas: auto, cpu, cuda, mps (default: auto); they round differently")
     p.add_argument("--preview", action="store_true", help="also a sheet per shard, pairs-000012.png")
     p.add_argument("--workers", type=number(int, 1, 1024), default=1, help="processes, one thread each")
     p.add_argument("--shard", type=part_of, metavar="I/N", help="only this part of the work (default: torchrun's rank)")
@@ -457,6 +494,8 @@ def main(argv=None):
         run(args)
     except (ValueError, OSError) as e:
         parser.error(e)
+    except torch.OutOfMemoryError:
+        parser.error("too little memory on the device: fewer --workers, or --device cpu. What is done is kept")
     except BrokenProcessPool:
         parser.error("a worker died: too little memory, or a video that crashes the decoder. What is done is kept")
     except KeyboardInterrupt:

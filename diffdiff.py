@@ -81,18 +81,22 @@ def differential_diffusion(
     L = steps_to_run(mu_s, k) if skip else k  # Algorithm 2, line 4
     first = k - L
 
-    # All z'_t and masks do not depend on the process (section 6): make them ahead. A hundred steps at 64x64: 6.5 MB.
+    # All masks are known ahead. So are all z'_t (section 6), but a z'_t costs one pass over a latent when it is needed,
+    # and a hundred of them at 64x64 would hold 6.5 MB, twice what the paper's whole method adds (section 5.4).
     fresh = noise if callable(noise) else lambda i: noise
-    z_prime = [sampler.noise_to(i, z_init, fresh(i)) for i in range(first, k)] + [z_init]  # lines 4, 7: add_noise
+
+    def z_prime(i):  # lines 4, 7: add_noise
+        return sampler.noise_to(i, z_init, fresh(i)) if i < k else z_init
+
     last = last_override(mu_s, k).to(z_init.device)
     # Line 8: mu_s < (k - t) / k. Without nesting, section 3.3: only pixels between this threshold and the next.
     mask = [(last < i) if nested else (last != i) for i in range(first, k + 1)]
     starts = set(last.unique().tolist())  # steps at which some pixel is overwritten for the last time
 
-    z, state = z_prime[0], None
+    z, state = z_prime(first), None
     for i in range(first, k):  # t = k - i
         if i > first:
-            z = torch.where(mask[i - first], z, z_prime[i - first])  # line 9: z_mix
+            z = torch.where(mask[i - first], z, z_prime(i))  # line 9: z_mix
         # A pixel whose own chain starts here has no past that a multi-step sampler could extrapolate from: tell it what
         # was overwritten. Where no chain starts, what was overwritten will be so again, and its past does not matter.
         restarted = ~mask[i - first] if i > first and i in starts else None
@@ -100,7 +104,7 @@ def differential_diffusion(
         z, state = sampler.step(denoise, z, i, state, draw, restarted)  # lines 5 and 10: denoise
         if callback:
             callback(i, z)
-    return torch.where(mask[-1], z, z_prime[-1])  # t = 0: lines 7 to 9, and line 10 has no noise left to take
+    return torch.where(mask[-1], z, z_prime(k))  # t = 0: lines 7 to 9, and line 10 has no noise left to take
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,15 +202,69 @@ def five_tiles(edit, image, change_map):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How well an edit follows its map: section 5.2.2
+# How strong an edit is, where, and how well that follows its map: section 5.2. For anyone's pictures:
+#
+#     metric = networks.load_lpips(*networks.find_lpips())
+#     E_M = edit_strength_map(metric(x, edited, spatial=True), metric(x, edited_under_a_black_map, spatial=True))
+#     cam(M, E_M), dam(M, E_M)
+
+
+def edit_strength_map(distance, distance_black):
+    """E_M of section 5.2.1: the biased measurement under a map, less that under a black one (all changes), (H, W).
+
+    distance, distance_black  (N, H, W) or (N, 1, H, W): how far each of N edits is from its original, at every pixel;
+                              of the same N originals, under the map and under the black map. The more, the less noise
+
+    It is 0 where all changes and lower where less does. So it falls as the map rises, and Pearson's correlation of the
+    two is negative where an edit obeys; the paper's figures and Table 1 show it the other way round, and so does `cam`.
+    """
+    if distance.shape != distance_black.shape:
+        raise ValueError(f"the same pairs are measured under both maps, not {tuple(distance.shape)} and "
+                         f"{tuple(distance_black.shape)}")
+    return (distance.double() - distance_black.double()).mean(0).squeeze(0)
 
 
 def cam(change_map, change):
     """Correlation Adherence Metric: Pearson's correlation of the map with how much each pixel was *kept*.
 
-    change_map, change: of one shape. A higher map value means less change, so the sign of `change` is turned to make
-    1 the best score, as in the paper's Table 1.
+    change_map, change: of one shape, E_M or any other measure of change. A higher map value means less change, so the
+    sign of `change` is turned to make 1 the best score, as in the paper's Table 1. Of a map or a change that is the
+    same everywhere there is no correlation: NaN.
     """
     a, b = change_map.double().flatten(), -change.double().flatten()
     a, b = a - a.mean(), b - b.mean()
     return (a @ b / (a.norm() * b.norm())).item()
+
+
+def dam(change_map, change):
+    """Distance Adherence Metric: what is left of the map once the change, scaled and shifted to fit, is taken off.
+
+        min over a, b of || M - a E_M + b ||_F                          0 is best; in map values, over all pixels
+
+    The least squares have a closed form, ||M - mean(M)||_F sqrt(1 - CAM^2). For one map it is therefore a function of
+    |CAM|: an edit that does the opposite of its map has the best score as well (Figure 26).
+    """
+    a, b = change_map.double().flatten(), change.double().flatten()
+    a, b = a - a.mean(), b - b.mean()  # the best shift makes both means equal
+    slope = a @ b / (b @ b) if b.any() else 0.0  # the best scale; of no change at all, none
+    return (a - slope * b).norm().item()
+
+
+def soft_edges(image, where=None):
+    """How soft a picture's edges are, whatever their contrast: the share of its steps from pixel to pixel that another
+    blur leaves as they are. Sharp edges lose most of theirs to it, soft ones little (Crete et al. 2007).
+
+    image (B, C, H, W); where (B or 1, 1, H, W), 1 = look here; None: everywhere  ->  (B,) in 0 .. 1, 1 = soft
+    A picture without any edge there has 1.
+    """
+    grey = image.double().mean(1, keepdim=True)
+    where = torch.ones_like(grey) if where is None else where.to(grey)
+    softest = torch.zeros(len(image), dtype=torch.double, device=image.device)
+    for axis in (2, 3):
+        x, w = (y.transpose(axis, 3) for y in (grey, where.expand_as(grey)))  # along the last axis
+        blurred = F.avg_pool2d(F.pad(x, (4, 4, 0, 0), mode="replicate"), (1, 9), stride=1)
+        steps, left = x.diff(dim=3).abs(), blurred.diff(dim=3).abs()
+        w = torch.minimum(w[..., 1:], w[..., :-1])
+        total, lost = (steps * w).sum((1, 2, 3)), ((steps - left).clamp(min=0) * w).sum((1, 2, 3))
+        softest = torch.maximum(softest, torch.where(total > 0, 1 - lost / total.clamp(min=1e-12), 1.0))
+    return softest

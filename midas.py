@@ -1,4 +1,4 @@
-"""MiDaS DPT-Large: inverse depth from one photo, and change maps made of it. Ranftl et al. 2021, arXiv 2103.13413.
+"""MiDaS DPT-Large: inverse depth from one photo. Ranftl et al. 2021, arXiv 2103.13413.
 
 A vision transformer cuts the picture into patches of 16x16 pixels. What it knows of them after each quarter of its
 blocks is *reassembled* into a feature map, the earlier the finer, and *fused* from coarse to fine:
@@ -6,9 +6,8 @@ blocks is *reassembled* into a feature map, the earlier the finer, and *fused* f
     blocks 6, 12, 18, 24  ->  tokens (B, 1 + hw, D)  --reassemble-->  (B, C_s, H/s, W/s), s = 4, 8, 16, 32
     refinenet 4, 3, 2, 1  ->  (B, F, H/2, W/2)       --output_conv-->  inverse depth (B, H, W)
 
-    model = load("dpt_large_384.pt")               as published in the releases of github.com/isl-org/MiDaS
+    model = networks.load("midas", "dpt_large_384.pt")
     d = depth(model, image)                        (H, W), larger = nearer, up to an unknown scale and shift
-    mu = quantize(equalize(change_map(d)), 4)      Differential Diffusion's Figure 14
 
 Attribute names are the published file's key names, so that loading is `load_state_dict`.
 """
@@ -22,8 +21,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from layouts import read
 
 PATCH = 16  # pixels along a patch's side
 HEAD_WIDTH = 64  # channels of one attention head, as in every ViT of Dosovitskiy et al. 2021 but the smallest
@@ -164,7 +161,7 @@ def twice(x):
 
 
 class DPT(nn.Module):
-    """The whole network, from a DPTConfig. `load` makes one with weights."""
+    """The whole network, from a DPTConfig. networks.load makes one with weights."""
 
     def __init__(self, config):
         super().__init__()
@@ -207,7 +204,7 @@ class DPT(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Load
+# What a file's names and shapes say
 
 
 # What the file holds, and no depth is computed with: the end of the classifier that the transformer once was, and the
@@ -227,27 +224,9 @@ def config_from_shapes(shapes):
     return DPTConfig(width, len(blocks), grid, channels, shapes["scratch.layer1_rn.weight"][0])
 
 
-def load(path, dtype=None, device="cpu"):
-    """The published dpt_large_384.pt -> DPT, frozen, in eval mode.
-
-    dtype  None: as stored, and the weights stay in the file, mapped. Otherwise cast, tensor by tensor.
-
-    FileNotFoundError or ValueError, of one line, for a file that is not there, damaged, refused (see `layouts.read`),
-    not whole, or another network's, the other MiDaS models' included.
-    """
-    tensors = {k: v for k, v in read(path).items() if not UNUSED.fullmatch(k)}
-    try:
-        config = config_from_shapes({k: tuple(v.shape) for k, v in tensors.items()})
-        with torch.device("meta"):
-            model = DPT(config)
-        model.load_state_dict(tensors, assign=True)
-    except KeyError as missing:
-        raise ValueError(f"{path}: expected MiDaS's dpt_large_384.pt, and there is no tensor {missing}") from None
-    except (ValueError, IndexError, RuntimeError) as e:  # PyTorch heads its list, then has a line for each kind
-        *_, problems = str(e).split("\n\t", 1)
-        problems = "; ".join(line.strip()[:200] for line in problems.splitlines()[:3])
-        raise ValueError(f"{path}: expected MiDaS's whole dpt_large_384.pt: {problems}") from None
-    return model.to(device, dtype).requires_grad_(False).eval()
+def our_name(name):
+    """A tensor's name in the file -> its name here, which is the same; None for one that is not used"""
+    return None if UNUSED.fullmatch(name) else name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,70 +252,5 @@ def depth(model, image):
     size = fitted_size(W, H, PATCH * model.config.grid)
     x = cv2.resize(image.astype(np.float32) / 255, size, interpolation=cv2.INTER_CUBIC)
     x = torch.from_numpy((x - 0.5) / 0.5).permute(2, 0, 1)[None].to(weight)
-    d = model(x).float()[:, None]
-    return F.interpolate(d, (H, W), mode="bicubic", align_corners=False)[0, 0].cpu()
-
-
-def estimator(path, dtype=None, device="cpu"):
-    """What the table DEPTH of estimators.py holds: (image, flow) -> (H, W) array, larger = farther; flow is not read.
-
-    It is the inverse depth negated, not 1 / x: with an unknown shift, only the order means anything.
-    """
-    model = load(path, dtype, device)
-    return lambda image, flow: -depth(model, image).numpy()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Change maps from a depth map: Differential Diffusion, section 3.3.2 and Figure 14
-#
-# The paper says "simple histogram transformations", and not which. These take a map of any shape within [0, 1], 0 =
-# change and 1 = keep, to another, pixel by pixel, so that they can be applied one after another; none but invert
-# changes the order of two pixels.
-
-
-def change_map(inverse_depth):
-    """Stretched to [0, 1]: the nearest stays, the farthest changes. All at one distance: all stays."""
-    low, high = inverse_depth.min(), inverse_depth.max()
-    return (inverse_depth - low) / (high - low) if high > low else torch.ones_like(inverse_depth)
-
-
-def invert(mu):
-    """The nearest changes, the farthest stays."""
-    return 1 - mu
-
-
-def gamma(mu, exponent):
-    """Above 1 more of the picture changes, below 1 less; the ends stay where they are."""
-    if not exponent > 0:
-        raise ValueError(f"gamma's exponent is above 0, not {exponent:g}")
-    return mu**exponent
-
-
-def window(mu, low, high):
-    """Below `low` all changes, above `high` nothing does, and the whole scale lies between them."""
-    if not low < high:
-        raise ValueError(f"a window goes from a lower value to a higher one, not from {low:g} to {high:g}")
-    return ((mu - low) / (high - low)).clamp(0, 1)
-
-
-def equalize(mu):
-    """Histogram equalization: a value becomes the share of the picture that is below it, stretched to [0, 1].
-
-    Every strength gets the same area, however the distances are spread. Equal values stay equal; a map of one value
-    stays as it is.
-    """
-    values, which, count = mu.unique(return_inverse=True, return_counts=True)
-    if len(values) == 1:
-        return mu
-    below = count.cumsum(0) - count  # pixels; from 0 for the lowest value
-    return (below / below[-1]).to(mu.dtype)[which]
-
-
-def quantize(mu, levels):
-    """`levels` strengths, 0 and 1 among them, each for an equal range of values: strata of distance."""
-    if levels < 2:
-        raise ValueError(f"a change map has two levels or more, not {levels}")
-    return (mu * levels).floor().clamp(max=levels - 1) / (levels - 1)
-
-
-TRANSFORMS = {"invert": invert, "gamma": gamma, "window": window, "equalize": equalize, "quantize": quantize}
+    d = model(x).float().cpu()[:, None]
+    return F.interpolate(d, (H, W), mode="bicubic", align_corners=False)[0, 0]

@@ -71,12 +71,17 @@ def check_aspect(picture, original, what):
         raise ValueError(f"{sizes}: it must show the whole picture, in the same aspect ratio")
 
 
-def map_to_tensor(picture, original, size, white_is_change=False):
-    """A change map or mask, drawn over `original` -> (1, 1, H, W) in [0, 1], 0 = change, fitted as the picture is."""
+def map_over(picture, original, white_is_change=False):
+    """A change map or mask, drawn over `original` -> (H, W) in [0, 1], 0 = change: a value for each of its pixels."""
     check_aspect(picture, original, "map")
     over = to_rgb(picture).convert("L").resize(original.size, Image.Resampling.BOX)
-    grey = np.asarray(ImageOps.fit(over, size, Image.Resampling.BOX), np.float32) / 255
-    return torch.from_numpy(1 - grey if white_is_change else grey)[None, None]
+    grey = torch.from_numpy(np.asarray(over, np.float32) / 255)
+    return 1 - grey if white_is_change else grey
+
+
+def map_to_tensor(mu, size):
+    """A map (H, W) over a picture's pixels -> (1, 1, h, w) at `size` (width, height), fitted as the picture is."""
+    return torch.from_numpy(np.array(ImageOps.fit(Image.fromarray(mu.numpy()), size, Image.Resampling.BOX)))[None, None]
 
 
 def fit_edit(picture, original, size):
@@ -119,6 +124,13 @@ def labelled(pictures, labels, gap=2):
         draw.text((x + picture.width / 2, bar / 2), label, "black", font, anchor="mm")
         x += picture.width + gap
     return sheet
+
+
+def labelled_columns(picture, labels):
+    """The picture under a bar with a label over each of as many columns of equal width."""
+    edges = np.arange(len(labels) + 1) * picture.width // len(labels)
+    columns = [picture.crop((a, 0, b, picture.height)) for a, b in zip(edges[:-1], edges[1:])]
+    return labelled(columns, labels, gap=0)
 
 
 def on_checkerboard(picture):

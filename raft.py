@@ -1,10 +1,9 @@
 """RAFT-Large: dense optical flow. Teed & Deng 2020, *RAFT: Recurrent All-Pairs Field Transforms for Optical Flow*.
 
-    model = load("raft_large_C_T_SKHT_V2-ff5fadd5.pth")      torchvision's file
-    model = load("raft-things.pth")                          the authors' file
+    model = networks.load("raft", "raft-things.pth")         from torchvision's file or the authors'
     model(first, second)                                     (B, 3, H, W) twice, in [-1, 1] -> flow (B, 2, H, W)
     model.flows(frames)                                      a clip (N, 3, H, W) -> (N - 1, 2, H, W)
-    estimator("raft-things.pth")                             uint8 pictures -> flow, as Magic Fixup makes its pairs
+    clip_flows(model, pictures)                              the same of uint8 pictures, as Magic Fixup makes its pairs
 
     first, second --g--> features at 1/8 size --> all-pairs correlation, a pyramid of 4 levels     (3.1, 3.2)
     first         --h--> hidden state, context                                                     (3.1)
@@ -25,8 +24,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from layouts import read
 
 LEVELS, RADIUS = 4, 4  # of the correlation pyramid, and of the look-up on each of its levels
 FEATURES, HIDDEN, CONTEXT, MOTION = 256, 128, 128, 128  # channels
@@ -269,9 +266,9 @@ class RAFT(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Load
+# Names in the authors' files
 
-ORIGINAL = {  # names in the authors' files -> ours; each row is a pattern, and applies after those above it
+ORIGINAL = {  # theirs -> torchvision's, which are ours; each row is a pattern, and applies after those above it
     r"^module\.": "",  # files were saved from nn.DataParallel
     r"^fnet\.": "feature_encoder.",
     r"^cnet\.": "context_encoder.",
@@ -289,44 +286,16 @@ ORIGINAL = {  # names in the authors' files -> ours; each row is a pattern, and 
     r"^update_block\.mask\.0\.": "mask_predictor.convrelu.0.",
     r"^update_block\.mask\.2\.": "mask_predictor.conv.",
 }
-EXPECTED = "expected RAFT-Large as torchvision (raft_large_*.pth) or its authors (raft-things.pth) publish it"
 
 
-def load(path, dtype=None, device="cpu"):
-    """Read RAFT-Large from a .pth or .safetensors file in torchvision's or the authors' layout.
-
-    dtype  None: as stored, and on the CPU the weights stay in the file, mapped into memory
-      ->   RAFT, frozen and in eval mode
-
-    FileNotFoundError or ValueError, of one line, for a file that is not there, damaged, or of another network.
-    """
-    try:
-        stored = read(path)
-    except ValueError as e:
-        raise ValueError(f"{e}; {EXPECTED}") from None
-    tensors = {}
-    for name, tensor in stored.items():
-        for old, new in ORIGINAL.items():
-            name = re.sub(old, new, name)
-        tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
-    with torch.device("meta"):
-        model = RAFT()
-    want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    problems = {
-        "missing": [n for n in want if n not in shapes],
-        "unexpected": [n for n in shapes if n not in want],
-        "misshapen": [f"{n} {shapes[n]} instead of {s}" for n, s in want.items() if shapes.get(n, s) != s],
-    }
-    if any(problems.values()):
-        problems = "; ".join(f"{len(n)} {kind} tensors, e.g. {n[0]}" for kind, n in problems.items() if n)
-        raise ValueError(f"{path}: {EXPECTED}, but there are {problems}")
-    model.load_state_dict(tensors, assign=True)
-    return model.requires_grad_(False).eval()
+def our_name(name):
+    for old, new in ORIGINAL.items():
+        name = re.sub(old, new, name)
+    return name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# As an estimator
+# The flows of a clip of pictures
 
 
 def clip_flows(model, frames, size=(520, 960), iterations=12, memory=MEMORY):
@@ -336,15 +305,9 @@ def clip_flows(model, frames, size=(520, 960), iterations=12, memory=MEMORY):
     is stretched back. Pictures are rounded to whole numbers after being resized, as it does.
     """
     H, W = frames[0].shape[:2]
-    resized = [
+    resized = torch.cat([
         F.interpolate(torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float(), size,
-                      mode="bilinear").round() for frame in frames
-    ]
-    flow = model.flows(torch.cat(resized) / 127.5 - 1, iterations, memory).cpu()
+                      mode="bilinear").round_().div_(127.5).sub_(1) for frame in frames
+    ])
+    flow = model.flows(resized, iterations, memory).cpu()
     return F.interpolate(flow, (H, W), mode="bilinear") * torch.tensor([W / size[1], H / size[0]]).view(2, 1, 1)
-
-
-def estimator(path, size=(520, 960), iterations=12, dtype=None, device="cpu"):
-    """A RAFT file -> a function for estimators.FLOW: (first, second) -> flow (2, H, W). See `clip_flows` and `load`."""
-    model = load(path, dtype, device)
-    return lambda first, second: clip_flows(model, [first, second], size, iterations)[0]

@@ -3,11 +3,11 @@
 Kirillov et al. 2023, *Segment Anything*, section 3 and appendix A. Attribute names are the published checkpoints' key
 names (sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth), so that loading is `load_state_dict`.
 
-    sam = load("sam_vit_b_01ec64.pth")
+    sam = networks.load("sam", "sam_vit_b_01ec64.pth")
     encoded = sam.encode(image)                                    # (H, W, 3) uint8; once per picture, the slow part
     masks, iou, low_res = sam.predict(encoded, points=[[[x, y]]])  # then as many prompts as you like
+    segmenter(sam)(image, (x, y))                                  # the mask at one click, as collage.py asks for it
     automask.automatic_masks(sam, image)                           # everything in the picture, without a prompt
-    segmenter(path), segments(path)                                # what collage.py and data.py ask for
 
     image (H, W, 3) --resize, pad--> (1, 3, 1024, 1024) --encoder--> embedding (1, 256, 64, 64)
     points, boxes --prompt encoder--> tokens (B, N, 256) --decoder, with the embedding--> masks (B, 3, 256, 256), IoU
@@ -23,9 +23,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-
-from automask import automatic_masks
-from layouts import misfits, read
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet's pixels, 0 .. 255
 MASKS = 4  # that the decoder draws for a prompt: one for a prompt that is clear, three for one that may mean several
@@ -160,7 +157,8 @@ class PositionalEncoding(nn.Module):
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, dim // 2))
 
     def forward(self, xy):
-        phase = 2 * math.pi * ((2 * xy.float() - 1) @ self.positional_encoding_gaussian_matrix)
+        frequencies = self.positional_encoding_gaussian_matrix
+        phase = 2 * math.pi * ((2 * xy.to(frequencies) - 1) @ frequencies)
         return torch.cat([phase.sin(), phase.cos()], -1)
 
 
@@ -356,16 +354,16 @@ class SAM(nn.Module):
 
     def attend(self, encoded, points=None, labels=None, boxes=None, masks=None):
         """The first half of `predict`, with its prompts -> what `MaskDecoder.attend` returns."""
-        device = encoded.embedding.device
-        scale = torch.tensor([encoded.inner[i] / encoded.size[i] for i in (1, 0)], dtype=torch.float64, device=device)
+        device = encoded.embedding.device  # MPS has no float64: positions stay on the CPU until they are encoded
+        scale = torch.tensor([encoded.inner[i] / encoded.size[i] for i in (1, 0)], dtype=torch.float64)
         if points is not None:
-            points = torch.as_tensor(points, dtype=torch.float64, device=device) * scale
+            points = torch.as_tensor(points, dtype=torch.float64, device="cpu") * scale
             labels = torch.ones(points.shape[:2]) if labels is None else torch.as_tensor(labels)
             labels = labels.to(device, torch.long)
             if not ((labels >= -1) & (labels <= 1)).all():
                 raise ValueError("a point's label is 1 (object), 0 (background) or -1 (no point)")
         if boxes is not None:
-            boxes = torch.as_tensor(boxes, dtype=torch.float64, device=device) * scale.repeat(2)
+            boxes = torch.as_tensor(boxes, dtype=torch.float64, device="cpu") * scale.repeat(2)
         if masks is not None:
             masks = torch.as_tensor(masks, device=device)
         prompts = self.prompt_encoder(points, labels, boxes, masks)
@@ -396,10 +394,7 @@ class SAM(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files, and what the other files ask for
-
-
-EXPECTED = "expected Segment Anything as published: sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth or sam_vit_h_4b8939.pth"
+# What a file's shapes say, and what is at a click
 
 
 def config_from_shapes(shapes):
@@ -421,37 +416,13 @@ def config_from_shapes(shapes):
         hidden=shapes["mask_decoder.transformer.layers.0.mlp.lin1.weight"][0])
 
 
-def load(path, dtype=None, device="cpu"):
-    """A published sam_vit_{b,l,h} file, or one of the same layout at any width -> SAM, frozen and in eval mode.
-
-    dtype: None: as stored, and the weights stay in the file, mapped. FileNotFoundError, or ValueError of one line, for
-    a path that is not there, damaged, refused (see layouts.read), or another network's.
-    """
-    try:
-        tensors = read(path)
-    except ValueError as e:
-        raise ValueError(f"{e}; {EXPECTED}") from None
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    try:
-        with torch.device("meta"):
-            model = SAM(config_from_shapes(shapes))
-    except (LookupError, ValueError, RuntimeError, ZeroDivisionError) as e:
-        raise ValueError(f"{path} is not a SAM (at {e}; it begins with {next(iter(shapes))}); {EXPECTED}") from None
-    if problems := misfits(model, shapes):
-        raise ValueError(f"{path} is not a whole SAM: {problems}; {EXPECTED}")
-    # The frequencies of the positional encoding stay as they are: with 8 bits, distant places would be confused.
-    model.load_state_dict({n: t.to(device, None if n.endswith("gaussian_matrix") else dtype)
-                           for n, t in tensors.items()}, assign=True)
-    return model.requires_grad_(False).eval()
-
-
-def segmenter(path, dtype=None, device="cpu"):
+def segmenter(sam):
     """What is at a click, for collage.read_edits: (image (H, W, 3) uint8, (x, y)) -> (H, W) bool
 
     Of the three masks that a click may mean, the one that the model thinks best. x, y as in collage.py, where the first
-    pixel's centre is at (0.5, 0.5). The last picture stays encoded for the next click. Errors as `load`.
+    pixel's centre is at (0.5, 0.5). The last picture stays encoded for the next click.
     """
-    sam, last, encoded = load(path, dtype, device), None, None
+    last, encoded = None, None
 
     def segment_at(image, at):
         nonlocal last, encoded
@@ -461,23 +432,3 @@ def segmenter(path, dtype=None, device="cpu"):
         return masks[0, iou[0].argmax()].cpu().numpy()
 
     return segment_at
-
-
-def segments(path, dtype=None, device="cpu", **options):
-    """A picture's segments, for data.py: (image (H, W, 3) uint8) -> (H, W) int32, 0 = in none. Errors as `load`.
-
-    The automatic masks, numbered and painted from the largest to the smallest, so that a part is seen on the whole.
-    options: those of automask.automatic_masks.
-    """
-    sam = load(path, dtype, device)
-
-    def sam_segments(image):
-        records = sorted(automatic_masks(sam, image, **options), key=lambda record: -record["area"])
-        labels = np.zeros(image.shape[:2], np.int32)
-        for n, record in enumerate(records, 1):
-            labels[record["segmentation"]] = n
-        seen = np.bincount(labels.ravel(), minlength=len(records) + 1) > 0  # a mask can be covered by smaller ones
-        seen[0] = False
-        return (np.cumsum(seen) * seen)[labels].astype(np.int32)
-
-    return sam_segments

@@ -1,6 +1,7 @@
 """Edit a picture from the command line, each pixel by as much as you say.
 
     python sample.py --image P.png --change-map M.png --prompt "snow at night"    black changes fully, white stays
+    python sample.py --image P.png --change-map depth --prompt "..."              computed (maps.py); also of segments
     python sample.py --image P.png --mask M.png --softness 8 --prompt "..."       soft-inpainting: black is repainted
     python sample.py --image P.png --strength-fan 5 --prompt "..."                columns of growing strength
     python sample.py --image P.png --strength 0.6 --prompt "..."                  one strength everywhere (SDEdit)
@@ -10,12 +11,13 @@
     python sample.py --image P.png --edit E.png --change-map M.png        both papers: white stays as it is in the edit
 
 Maps and masks are black where the picture changes and white where it is kept, as in the Differential Diffusion paper;
---white-is-change takes them the other way round, as many other tools draw them. Without --weights the toy models run
-that this project trained and ships; --weights takes any Stable Diffusion 1.x or 2.x: a folder, .safetensors or .ckpt,
-or for --edit and --collage a Magic Fixup: a folder, or the released file.
+computed ones, 0 and 1. --white-is-change takes them the other way round, as many other tools do. Without --weights the
+toy models run that this project trained and ships; --weights takes any Stable Diffusion 1.x or 2.x: a folder,
+.safetensors or .ckpt, or for --edit and --collage a Magic Fixup: a folder, or the released file.
 """
 
 import argparse
+import functools
 import os
 import sys
 import warnings
@@ -29,17 +31,21 @@ from tqdm import tqdm
 import collage
 import diffdiff
 import diffusion
+import maps
 import mfx
+import networks
+import sam
 import sd
 from pictures import (
     fit_edit,
     fitted_size,
     labelled,
+    labelled_columns,
+    map_over,
     map_to_tensor,
     on_checkerboard,
     open_picture,
     picture_to_tensor,
-    save_picture,  # noqa: F401, for who imports this module
     save_pictures,
     tensor_to_picture,
     to_rgb,
@@ -168,19 +174,6 @@ def predictions_strip(model, predictions, columns=8):
     return labelled(pictures, [f"t = {predictions[i][0]}" for i in picked])
 
 
-def strengths_of(text):
-    """'5' -> five strengths from 0.2 to 1; '0.2,0.5,0.8' -> those."""
-    try:
-        values = [float(s) for s in text.split(",")]
-        if text.isdecimal() and 1 <= values[0] <= 100:
-            return [(i + 1) / int(text) for i in range(int(text))]
-        if not text.isdecimal() and all(0 <= s <= 1 for s in values):
-            return values
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of columns, nor strengths in 0 .. 1 like 0.2,0.5,0.8")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -203,14 +196,18 @@ def number(kind, low, high):
     return read
 
 
+def strengths_of(text):
+    """'5' -> five strengths from 0.2 to 1; '0.2,0.5,0.8' -> those."""
+    if text.isdecimal():
+        n = number(int, 1, 100)(text)
+        return [(i + 1) / n for i in range(n)]
+    return [number(float, 0, 1)(s) for s in text.split(",")]
+
+
 def size_of(text):
-    try:
-        sides = [int(s) for s in text.lower().split("x")]
-        if not 1 <= len(sides) <= 2 or not all(8 <= s <= 8192 for s in sides):
-            raise ValueError
-        return sides[0] if len(sides) == 1 else tuple(sides)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size in pixels like 512 or 640x384") from None
+    """'512' -> 512; '640x384' -> (640, 384)"""
+    sides = [number(int, 8, 8192)(s) for s in text.lower().split("x", 1)]
+    return tuple(sides) if len(sides) > 1 else sides[0]
 
 
 def parse(argv):
@@ -221,12 +218,15 @@ def parse(argv):
     coarse.add_argument("--collage", metavar="JSON", help="such an edit, written down, of its own picture or --image")
     p.add_argument("--prompt", help="what the edited parts should show")
     how = p.add_mutually_exclusive_group()
-    how.add_argument("--change-map", metavar="MAP", help="grey picture: black = change fully, white = keep")
+    how.add_argument("--change-map", metavar="MAP", help="grey picture: black = change fully, white = keep. Or "
+                     f"{maps.RIGHT['depth']}. Or {maps.RIGHT['sam']}")
     how.add_argument("--mask", help="black = repaint, white = keep; blurred by --softness into a change map")
     how.add_argument("--strength-fan", type=strengths_of, metavar="N|LIST", help="columns, or a list: 0.2,0.5,0.8")
     how.add_argument("--strength", type=number(float, 0, 1), help="0 = keep everything, 1 = keep nothing")
     p.add_argument("--softness", type=number(float, 0, 1000), help="blur of --mask, in pixels of --image (default: 40)")
-    p.add_argument("--white-is-change", action="store_true", help="the map or mask is white where it changes")
+    p.add_argument("--white-is-change", action="store_true", help="the map or mask is white, or 1, where it changes")
+    p.add_argument("--segments", choices=["classical", "sam"], help="who resolves a collage's clicks (classical)")
+    p.add_argument("--networks", metavar="DIR", help="where the files of SAM and MiDaS are (default: weights)")
     p.add_argument("--samples", type=number(int, 1, 100), metavar="N",
                    help="results of an edit, from seeds SEED .. SEED+N-1, saved as out-SEED.png and so on (default: 1)")
     p.add_argument("--negative", help="what it should not show")
@@ -272,6 +272,10 @@ def check(args):
         raise ValueError("--softness blurs a --mask, and there is none")
     if args.white_is_change and not (args.change_map or args.mask):
         raise ValueError("--white-is-change turns a --change-map or --mask round, and there is none")
+    if args.segments and not args.collage:
+        raise ValueError("--segments says who resolves the clicks of a --collage, and there is none")
+    if not (maps.parse(args.change_map or "") or args.segments == "sam") and args.networks:
+        raise ValueError("--networks is where --change-map depth or sam:... and --segments sam look, and there is none")
     if args.negative and args.guidance == 1:
         raise ValueError("--negative is what --guidance leads away from: with a guidance of 1 it has no effect")
     outputs = [Path(path) for path in (*names(args), args.sheet, args.steps_strip) if path]
@@ -291,40 +295,47 @@ def names(args):
     return [out.with_stem(f"{out.stem}-{seed}") for seed in seeds] if len(seeds) > 1 else [out]
 
 
-def read_pictures(args):
-    """-> the picture, RGB, and the coarse edit of it, RGBA; None where the options name none"""
+def read_inputs(args, dtype, device):
+    """-> the picture, RGB; the coarse edit of it, RGBA; the change map or mask over it, (H, W) in [0, 1], 0 = change.
+    None where the options name none. The networks that find depth and segments are gone when this returns."""
     original = to_rgb(open_picture(args.image)) if args.image else None
+    spec, by_sam = maps.parse(args.change_map or ""), args.segments == "sam"
+    kinds = {spec and spec.network, by_sam and "sam"} - {None, False}
+    files = {kind: networks.find(kind, args.networks or networks.FOLDER) for kind in kinds}  # all, before one is run
+    load = functools.cache(lambda kind: networks.load(kind, files[kind], dtype, device))
+    segment_at = sam.segmenter(load("sam")) if by_sam else None
+    coarse = mu = None
     if args.edit:
         coarse = open_picture(args.edit)
         if fit_edit(coarse, original, original.size).getchannel("A").getextrema()[0] == 255:
             warnings.warn(f"no holes are marked in {args.edit} (by alpha 0): all of it counts as kept", stacklevel=2)
-        return original, coarse
-    if not args.collage:
-        return original, None
-    made = collage.read_edits(args.collage)
-    size = made.image.shape[1::-1]
-    if original and original.size != size:
-        sizes = f"{original.width}x{original.height} and the picture in {args.collage} {size[0]}x{size[1]}"
-        raise ValueError(f"{args.image} is {sizes}: its points are in pixels, so both must be of one size")
-    if original:
+    elif args.collage:
+        made = collage.read_edits(args.collage, segment_at)
+        own = Image.fromarray(made.image)
+        if original and original.size != own.size:
+            sizes = f"{original.width}x{original.height} and the picture in {args.collage} {own.width}x{own.height}"
+            raise ValueError(f"{args.image} is {sizes}: its points are in pixels, so both must be of one size")
+        original = original or own
         made.image = np.array(original)
-    coarse = Image.fromarray(made.coarse())
-    original = Image.fromarray(made.image)
-    fit_edit(coarse, original, size)  # raises if nothing is left
-    return original, coarse
+        coarse = Image.fromarray(made.coarse())
+        fit_edit(coarse, original, own.size)  # raises if nothing is left
+    if spec:
+        mu = maps.compute(spec, np.asarray(original), load(spec.network), args.white_is_change, segment_at)
+    elif (drawn := args.mask if args.change_map is None else args.change_map) is not None:
+        mu = map_over(open_picture(drawn), original, args.white_is_change)
+    return original, coarse, mu
 
 
-def read_map(args, original, size):
-    """The change map that the options ask for, over `original`, at `size` (width, height) -> (1, 1, H, W) or None"""
-    if args.strength_fan or args.strength is not None:
-        return diffdiff.strength_fan_map(args.strength_fan or [args.strength], size[1], size[0])
-    if not (args.change_map or args.mask):
-        return None
-    drawn = map_to_tensor(open_picture(args.change_map or args.mask), original, size, args.white_is_change)
+def map_at(args, mu, original, size):
+    """The map or mask over `original`, or a strength's, at `size` (width, height) -> (1, 1, H, W) or None"""
+    if mu is None:
+        strengths = args.strength_fan or [args.strength]
+        return None if strengths == [None] else diffdiff.strength_fan_map(strengths, size[1], size[0])
+    mu = map_to_tensor(mu, size)
     if args.change_map:
-        return drawn
+        return mu
     scale = (size[0] * size[1] / (original.width * original.height)) ** 0.5  # softness is in the original's pixels
-    return diffdiff.soft_inpainting_map(drawn.round(), (40 if args.softness is None else args.softness) * scale)
+    return diffdiff.soft_inpainting_map(mu.round(), (40 if args.softness is None else args.softness) * scale)
 
 
 def read_model(args, fixing, dtype, device):
@@ -343,16 +354,14 @@ def run(args):
     for name, value in (WITH_EDIT if args.edit or args.collage else WITH_PROMPT).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    original, coarse = read_pictures(args)
-    if original:
-        read_map(args, original, original.size)  # a map that does not fit is told before the weights are read
     device = choose_device(args.device)
     dtype = choose_precision(args.precision, device)
+    original, coarse, mu = read_inputs(args, dtype, device)  # mistakes in them are told before weights are read
     model = read_model(args, coarse, dtype, device)
 
     size = fitted_size(original or Image.new("L", (8, 8)), args.size or model.size, model.vae.config.factor)
     picture = picture_to_tensor(original, size) if original else None
-    change_map = read_map(args, original, size) if original else None
+    change_map = map_at(args, mu, original, size) if original else None
     predictions = [] if args.steps_strip else None
     options = dict(sampler=args.sampler, steps=args.steps, skip=not args.no_skip, predictions=predictions)
     shown = {}  # on the sheet
@@ -377,18 +386,15 @@ def run(args):
     if change_map is not None:
         shown["change map"] = tensor_to_picture(change_map[0])
 
-    results = outputs = [tensor_to_picture(one) for one in x]
-    if args.strength_fan:
-        edges = np.arange(len(args.strength_fan) + 1) * size[0] // len(args.strength_fan)
-        columns = [results[0].crop((a, 0, b, size[1])) for a, b in zip(edges[:-1], edges[1:])]
-        outputs = [labelled(columns, [f"{s:.2g}" for s in args.strength_fan], gap=0)]
+    results = [tensor_to_picture(one) for one in x]
+    fan = [f"{s:.2g}" for s in args.strength_fan or []]
+    outputs = [labelled_columns(results[0], fan)] if fan else results
     parameters = {k: v for k, v in vars(args).items() if v is not None}
     parameters |= {"weights": str(args.weights), "device": device.type, "precision": str(dtype).removeprefix("torch.")}
     files = [(output, path, parameters | {"seed": s}) for output, path, s in zip(outputs, names(args), seeds)]
     if args.sheet:
         labels = [f"seed {s}" for s in seeds] if coarse else [args.prompt]
-        sheet = labelled([*shown.values(), *results], [*shown, *labels])
-        files.append((sheet, args.sheet, parameters))
+        files.append((labelled([*shown.values(), *results], [*shown, *labels]), args.sheet, parameters))
     if predictions:
         files.append((predictions_strip(model, predictions), args.steps_strip, parameters))
     elif predictions is not None:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import networks
 import raft
-from estimators import FLOW
+from estimators import dis_flow
 
 SIZES = [(128, 128), (136, 152), (131, 141)]
 
@@ -84,7 +85,7 @@ def error(a, b):
 @pytest.mark.parametrize("H, W", SIZES)
 def test_every_iteration_is_torchvisions(peer, tmp_path, H, W):
     torch.save(peer.state_dict(), tmp_path / "raft_large.pth")
-    model, (first, second) = raft.load(tmp_path / "raft_large.pth"), pictures(4, H, W).chunk(2)
+    model, (first, second) = networks.load("raft", tmp_path / "raft_large.pth"), pictures(4, H, W).chunk(2)
     (first_, crop), (second_, _) = padded(first), padded(second)
     theirs = torch.stack(peer(first_, second_))[crop]
     ours = model(first, second, every=True)
@@ -128,7 +129,7 @@ def test_original_layout(model, tmp_path, prefix, extension):
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
     else:  # raft-things.pth itself is older than today's format
         torch.save(tensors, path, _use_new_zipfile_serialization=extension == "pth")
-    loaded = raft.load(path)
+    loaded = networks.load("raft", path)
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
     first, second = pictures(2, 128, 136).split(1)
     assert torch.equal(loaded(first, second, 2), model(first, second, 2))
@@ -152,30 +153,30 @@ def test_the_authors_code(tmp_path, monkeypatch, H, W):
 
     theirs = randomise(nn.DataParallel(Theirs(Arguments(small=False, mixed_precision=False))))
     torch.save(theirs.state_dict(), tmp_path / "raft-things.pth", _use_new_zipfile_serialization=False)
-    model, (first, second) = raft.load(tmp_path / "raft-things.pth"), ((pictures(2, H, W) + 1) * 127.5).round().split(1)
+    model = networks.load("raft", tmp_path / "raft-things.pth")
+    first, second = ((pictures(2, H, W) + 1) * 127.5).round().split(1)
     padder = InputPadder(first.shape)
     flows = theirs(*padder.pad(first, second))
     ours = model(2 * (first / 255) - 1, 2 * (second / 255) - 1, every=True)
     assert max(error(a, padder.unpad(b)) for a, b in zip(ours, flows)) < 1e-4
 
 
-def test_estimator_is_the_releases(peer, tmp_path):
+def test_flows_of_a_clip_are_the_releases(peer, model):
     """Magic Fixup, data_processing/processing_utils.py, compute_flow; its torchvision calls, at a smaller size."""
     from torchvision.transforms.functional import resize
 
-    torch.save(peer.state_dict(), tmp_path / "raft_large.pth")
     frames = ((pictures(2, 150, 190) + 1) * 127.5).round().byte()
     size = (136, 200)
     first, second = (resize(x[None], size, antialias=False) / 255 * 2 - 1 for x in frames)
     flow = peer(first, second, num_flow_updates=4)[-1]
     theirs = resize(flow, (150, 190), antialias=False) * torch.tensor([190 / 200, 150 / 136]).view(2, 1, 1)
-    estimate = raft.estimator(tmp_path / "raft_large.pth", size, iterations=4)
     first, second = frames.permute(0, 2, 3, 1).numpy()
-    ours = estimate(first, second)
+    (ours,) = raft.clip_flows(model, [first, second], size, 4)
     assert error(ours, theirs[0]) < 1e-4
-    same_as = FLOW["dis"](first, second)
+    same_as = dis_flow(first, second)
     assert (ours.shape, ours.dtype, ours.is_contiguous()) == (same_as.shape, same_as.dtype, True)
-    assert torch.equal(estimate(np.flip(np.flip(first, 1).copy(), 1), second), ours)  # a view with negative steps
+    reversed_twice = np.flip(np.flip(first, 1).copy(), 1)  # a view with negative steps
+    assert torch.equal(raft.clip_flows(model, [reversed_twice, second], size, 4)[0], ours)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,36 +252,10 @@ def test_any_size(model, H, W):
 
 def test_half_precision_on_request(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "raft.pth")
-    half, (first, second) = raft.load(tmp_path / "raft.pth", torch.bfloat16), pictures(2, 128, 128).split(1)
+    half, (first, second) = networks.load("raft", tmp_path / "raft.pth", torch.bfloat16), pictures(2, 128, 128).split(1)
     assert half.mask_predictor.conv.weight.dtype == torch.bfloat16
     ours, theirs = half(first, second, 2), model(first, second, 2)
     assert ours.dtype == torch.float32 and error(ours, theirs) < 0.1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors
-
-
-def test_wrong_files(model, tmp_path):
-    path, tensors = tmp_path / "raft.pth", model.state_dict()
-    cases = {
-        "missing": ({n: t for n, t in tensors.items() if "flow_head" not in n}, "4 missing tensors"),
-        "unexpected": (tensors | {"extra.weight": torch.zeros(3)}, "1 unexpected tensors, e.g. extra.weight"),
-        "misshapen": (tensors | {"mask_predictor.conv.bias": torch.zeros(3)}, r"\(3,\) instead of \(576,\)"),
-        "another network": ({"conv_in.weight": torch.zeros(4, 3, 3, 3)}, "raft-things.pth"),
-        "unknown layout": ({f"model.{n}": t for n, t in tensors.items()}, "missing"),
-    }
-    for file, message in cases.values():
-        torch.save(file, path)
-        with pytest.raises(ValueError, match=message) as e:
-            raft.load(path)
-        assert "expected RAFT-Large" in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 400
-    torch.save(tensors, path)
-    path.write_bytes(path.read_bytes()[:1_000_000])
-    with pytest.raises(ValueError, match="damaged.*expected RAFT-Large"):
-        raft.load(path)
-    with pytest.raises(FileNotFoundError, match="there is no file"):
-        raft.load(tmp_path / "no.pth")
 
 
 def test_wrong_pictures(model):

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
+import networks
 import sam
-from automask import automatic_masks, cut_off, point_grid, suppress, without_small_regions
+from automask import automatic_masks, cut_off, point_grid, segments, suppress, without_small_regions
 from sam import CONFIGS, SAM, SAMConfig, config_from_shapes
 
 TOY = CONFIGS["toy"]  # 8 x 8 patches, and windows of 5 x 5: the last are filled up
@@ -36,6 +37,10 @@ def plain_nms(boxes, scores, iou_threshold):
 
 @pytest.fixture(scope="session")
 def peer():
+    return authors()
+
+
+def authors():
     """The `segment-anything` package: its modeling, predictor and automatic mask generator."""
     found = importlib.util.find_spec("torchvision"), importlib.util.find_spec("segment_anything")
     if None in found:
@@ -82,7 +87,7 @@ def toy(peer, tmp_path_factory):
     """(the authors' model, ours loaded from its file, the file)"""
     model, file = peer_model(peer, TOY), tmp_path_factory.mktemp("sam") / "sam_toy.pth"
     torch.save(model.state_dict(), file)
-    return model, sam.load(file), file
+    return model, networks.load("sam", file), file
 
 
 def sharp_models(peer, c):
@@ -317,7 +322,7 @@ def test_published_sizes_load(peer, tmp_path, name):
         shapes = {k: v.shape for k, v in peer.sizes[name]().state_dict().items()}
     one = torch.zeros(1)  # of which the file holds one copy
     torch.save({k: one.expand(shape) for k, shape in shapes.items()}, tmp_path / "sam.pth")
-    model = sam.load(tmp_path / "sam.pth")  # it raises for missing and unexpected ones
+    model = networks.load("sam", tmp_path / "sam.pth")  # it raises for missing and unexpected ones
     assert model.config == CONFIGS[name]
     assert {k: v.shape for k, v in model.state_dict().items()} == shapes
     assert not any(p.requires_grad or p.is_meta for p in model.parameters())
@@ -337,7 +342,7 @@ def test_toy_configuration_is_read_off_the_tensors(toy):
 
 def test_bf16(toy):
     _, ours, file = toy
-    half, image = sam.load(file, torch.bfloat16), picture(96, 128)
+    half, image = networks.load("sam", file, torch.bfloat16), picture(96, 128)
     assert half.image_encoder.pos_embed.dtype == torch.bfloat16
     assert torch.equal(half.prompt_encoder.grid(), ours.prompt_encoder.grid())  # the frequencies keep their digits
     a, b = half.encode(image), ours.encode(image)
@@ -346,49 +351,15 @@ def test_bf16(toy):
     assert low_res.isfinite().all() and iou.dtype == low_res.dtype == torch.float32
 
 
-def save(tensors, file):
-    torch.save(tensors, file)
-    return file
-
-
-def test_wrong_files(toy, tmp_path):
-    file, weights = tmp_path / "sam.pth", toy[0].state_dict()
-
-    def message():
-        with pytest.raises(ValueError) as e:
-            sam.load(file)
-        assert "\n" not in str(e.value) and "sam_vit_b_01ec64.pth" in str(e.value) and str(file) in str(e.value)
-        return str(e.value)
-
-    file.write_bytes(toy[2].read_bytes()[:50_000])
-    assert "damaged" in message()
-    file.write_bytes(b"")
-    assert "empty" in message()
-    save({"conv1.weight": torch.zeros(3, 3)}, file)
-    assert "it begins with conv1.weight" in message()
-    save({k: v for k, v in weights.items() if "norm4" not in k}, file)
-    assert "4 missing" in message()
-    save(weights | {"image_encoder.blocks.0.attn.bias": torch.zeros(3)}, file)
-    assert "1 unexpected" in message()
-    save(weights | {"mask_decoder.iou_token.weight": torch.zeros(1, 7)}, file)
-    assert "iou_token.weight (1, 7) instead of (1, 32)" in message()
-    save(weights | {"image_encoder.blocks.0.attn.rel_pos_h": torch.zeros(9, 0)}, file)
-    message()
-    save(weights | {"image_encoder.neck.0.weight": torch.zeros(())}, file)
-    message()
-    with pytest.raises(FileNotFoundError):
-        sam.load(tmp_path / "none.pth")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What the other files ask for
 
 
 def test_segmenter(toy, monkeypatch):
-    _, ours, file = toy
+    ours = toy[1]
     encodings, encode = [], SAM.encode
     monkeypatch.setattr(SAM, "encode", lambda self, image: encodings.append(1) or encode(self, image))
-    segment_at, image = sam.segmenter(file), picture(75, 101)
+    segment_at, image = sam.segmenter(ours), picture(75, 101)
     masks, iou, _ = ours.predict(encode(ours, image), points=[[[30.0, 20.0]]])
     mask = segment_at(image, (30.5, 20.5))
     assert mask.dtype == bool and np.array_equal(mask, masks[0, iou[0].argmax()].numpy())
@@ -399,13 +370,16 @@ def test_segmenter(toy, monkeypatch):
     assert len(encodings) == 2
 
 
-def test_segments(sharp, tmp_path):
-    theirs, ours = sharp
-    image = picture(96, 128)
-    labels = sam.segments(save(theirs.state_dict(), tmp_path / "sam.pth"), **COMMON)(image)
+def test_segments(sharp):
+    ours, image = sharp[1], picture(96, 128)
+    labels = segments(ours, image, **COMMON)
     assert labels.dtype == np.int32 and labels.shape == (96, 128)
     assert set(np.unique(labels)) - {0} == set(range(1, labels.max() + 1)) and labels.max() > 1
     records = automatic_masks(ours, image, **COMMON)
     assert np.array_equal(labels > 0, np.any([r["segmentation"] for r in records], 0))
     smallest = min(records, key=lambda r: r["area"])["segmentation"]
     assert len(np.unique(labels[smallest])) == 1
+    median = int(np.median([r["area"] for r in records]))
+    labels = segments(ours, image, smallest=median, **COMMON)
+    large = [r["segmentation"] for r in records if r["area"] >= median]
+    assert np.array_equal(labels > 0, np.any(large, 0)) and len(large) < len(records)

@@ -169,7 +169,7 @@ def test_map_follows_the_picture_when_it_is_cut():
     half = Image.fromarray(np.repeat([[0, 255]], 100, 0).repeat(100, 1).astype(np.uint8))
     size = (64, 128)
     x = sample.picture_to_tensor(half.convert("RGB"), size)
-    mu = sample.map_to_tensor(half, half, size)
+    mu = sample.map_to_tensor(sample.map_over(half, half), size)
     assert np.abs((x[0, 0] / 2 + 0.5 - mu[0, 0]).numpy()).mean() < 0.02
 
 

@@ -1,0 +1,161 @@
+"""The published weight files of the networks that the papers lean on: their names, where they lie, reading them.
+
+    model = load("sam", find("sam"))          sam.SAM; "raft" gives a raft.RAFT, "midas" a midas.DPT
+    metric = load_lpips(*find_lpips())        lpips.LPIPS
+
+They are too large to be shipped here: whoever wants a network puts its file, under its published name, into FOLDER or
+names another folder. raft.py, sam.py, midas.py and lpips.py know what is in the files, and nothing of files.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+
+import torch
+
+import lpips
+import midas
+import raft
+import sam
+from layouts import misfits, read
+
+FOLDER = Path(__file__).parent / "weights"
+PUBLISHED = {  # kind: what it is, its files from the first choice to the last, and where they come from
+    "raft": ("RAFT-Large", ("raft_large_C_T_SKHT_V2-ff5fadd5.pth", "raft-things.pth"),
+             "torchvision's Raft_Large_Weights.C_T_SKHT_V2, or the models of github.com/princeton-vl/RAFT"),
+    "sam": ("Segment Anything", ("sam_vit_h_4b8939.pth", "sam_vit_l_0b3195.pth", "sam_vit_b_01ec64.pth"),
+            "the model checkpoints of github.com/facebookresearch/segment-anything"),
+    "midas": ("MiDaS's DPT-Large", ("dpt_large_384.pt",), "the releases of github.com/isl-org/MiDaS"),
+}
+LPIPS = {  # the backbone's file, and the heads' file that goes with it
+    "alexnet": ("alexnet-owt-7be5be79.pth", "alex.pth"),
+    "vgg16": ("vgg16-397923af.pth", "vgg.pth"),
+    "squeezenet1_1": ("squeezenet1_1-b8a52dc0.pth", "squeeze.pth"),
+}
+LPIPS_SOURCE = ("torchvision's IMAGENET1K_V1 weights of that network, and lpips/weights/v0.1 of "
+                "github.com/richzhang/PerceptualSimilarity")
+NETWORKS = {  # kind: a stored name -> the model's, or None for what it has no use of; {name: shape} -> model
+    "raft": (raft.our_name, lambda shapes: raft.RAFT()),
+    "sam": (lambda name: name, lambda shapes: sam.SAM(sam.config_from_shapes(shapes))),
+    "midas": (midas.our_name, lambda shapes: midas.DPT(midas.config_from_shapes(shapes))),
+}
+SIGNS = {  # how the names of tensors begin in files that may be mistaken for each other
+    "raft": (r"(module\.)?(fnet|feature_encoder)\.", "RAFT"),
+    "sam": (r"image_encoder\.(patch_embed|blocks)\.", "Segment Anything"),
+    "midas": (r"pretrained\.", "a MiDaS"),
+    "backbone": (r"features\.\d+\.", "a classifier of torchvision, as LPIPS looks into"),
+    "heads": (r"lin\d\.model\.", "the heads of LPIPS"),
+    "sd": (r"model\.diffusion_model\.", "Stable Diffusion"),
+}
+
+
+def find(kind, folder=FOLDER):
+    """The first of the files of 'raft', 'sam' or 'midas' that is in the folder -> Path. FileNotFoundError: none is."""
+    what, files, source = PUBLISHED[kind]
+    for name in files:
+        if (path := Path(folder) / name).is_file():
+            return path
+    raise FileNotFoundError(f"{what} needs {either(files)}, from {source}, and none is in {folder}: put it there, or "
+                            "name another folder by --networks DIR")
+
+
+def find_lpips(network="alexnet", folder=FOLDER):
+    """The two files of a network in LPIPS, whose numbers cannot be compared with another's -> (Path, Path)"""
+    paths = [Path(folder) / name for name in LPIPS[network]]
+    if absent := [path.name for path in paths if not path.is_file()]:
+        raise FileNotFoundError(f"LPIPS ({network}) needs {' and '.join(LPIPS[network])}, from {LPIPS_SOURCE}, and "
+                                f"there is no {' and no '.join(absent)} in {folder}: put it there, or name another "
+                                "folder by --networks DIR")
+    return tuple(paths)
+
+
+def digest(path):
+    """SHA-256 of a file, as hexadecimal digits."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+def load(kind, path, dtype=None, device="cpu"):
+    """A published file, or one of the same layout at another width -> raft.RAFT, sam.SAM, midas.DPT: frozen, in eval.
+
+    kind   'raft', 'sam' or 'midas'
+    path   .pth, .pt or .safetensors; RAFT in torchvision's or in its authors' layout
+    dtype  None: as stored, and on the CPU the weights stay in the file, mapped: processes share its pages
+
+    FileNotFoundError or ValueError, of one line, for a file that is not there, damaged, refused (see `layouts.read`),
+    not whole, or another network's.
+    """
+    what, files, _ = PUBLISHED[kind]
+    expected = f"expected {what} as published ({either(files)})"
+    stored = contents(path, expected)
+    our_name, build = NETWORKS[kind]
+    tensors = {name: tensor for n, tensor in stored.items() if (name := our_name(n))}
+    try:
+        with torch.device("meta"):
+            model = build(shapes(tensors))
+        problems = misfits(model, shapes(tensors))
+    except KeyError as name:
+        problems = f"there is no tensor {name.args[0]}; the first is {next(iter(stored))}"
+    except (LookupError, ValueError, RuntimeError, ZeroDivisionError) as e:
+        problems = f"its shapes make no sense: {str(e).splitlines()[0]}"
+    if problems:
+        raise ValueError(f"{path}: {expected}, and {recognised(stored, kind) or problems}")
+    # The frequencies of SAM's positional encoding stay as they are: with 8 bits, distant places would be confused.
+    model.load_state_dict({
+        name: tensor.to(device, dtype if tensor.is_floating_point() and not name.endswith("gaussian_matrix") else None)
+        for name, tensor in tensors.items()}, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def load_lpips(backbone, heads):
+    """Two files -> lpips.LPIPS, frozen, in eval mode, on the CPU. The network is recognised from the tensors.
+
+    backbone  torchvision's file of AlexNet, VGG-16 or SqueezeNet 1.1, e.g. vgg16-397923af.pth
+    heads     the same network's file in the `lpips` package's weights/v0.1, e.g. vgg.pth
+
+    Errors as `load`.
+    """
+    expected = f"expected the whole {either(lpips.NETWORKS)} of torchvision"
+    stored = contents(backbone, expected)
+    features = {name: tensor for name, tensor in stored.items() if name.startswith("features.")}
+    with torch.device("meta"):
+        models = {name: lpips.LPIPS(name) for name in lpips.NETWORKS}
+    wanted = {name: shapes(model.state_dict()) for name, model in models.items()}
+    name = min(models, key=lambda n: len(set(shapes(features).items()) ^ set(wanted[n].items())))
+    rest = {k: shape for k, shape in wanted[name].items() if not k.startswith("features.")}
+    if problems := misfits(models[name], rest | shapes(features)):
+        raise ValueError(f"{backbone}: {expected}, and "
+                         f"{recognised(stored, 'backbone') or f'it is closest to {name}, but for {problems}'}")
+    expected = f"expected the heads of {name} ({LPIPS[name][1]}), as {backbone} is one"
+    found = contents(heads, expected)
+    if problems := misfits(models[name], shapes(features) | shapes(found)):
+        raise ValueError(f"{heads}: {expected}, and {recognised(found, 'heads') or problems}")
+    models[name].load_state_dict(features | found, assign=True)
+    return models[name].requires_grad_(False).eval()
+
+
+def contents(path, expected):
+    try:
+        return read(path)
+    except ValueError as e:
+        raise ValueError(f"{e}; {expected}") from None
+
+
+def recognised(stored, kind):
+    """What tensors of these names are instead of the kind, in words; None if they are of that kind, or unknown."""
+    for other, (sign, words) in SIGNS.items():
+        if any(re.match(sign, name) for name in stored):
+            return None if other == kind else f"this is {words}"
+    return None
+
+
+def shapes(tensors):
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def either(names):
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
