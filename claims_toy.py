@@ -260,8 +260,8 @@ def distances_by_depth(lab, x, y):
 @item(
     "distance", "The perceptual distance", chapter=CHAPTER, cost=60,
     claim="LPIPS's weights are not shipped. Without them edits are measured by a toy perceptual distance: LPIPS's "
-          "construction, with unit weights, on the features of our own autoencoder's encoder, at the depths that do best "
-          "below (a Table 1 measured with all depths had been seen before). It is not LPIPS.",
+          "construction, with unit weights, on the features of our own autoencoder's encoder, at the depths that do "
+          "best below (a Table 1 measured with all depths had been seen before). It is not LPIPS.",
     done="{n} true renders with known changes. Order: how often one that hardly matters (a pixel's shift, a little "
          "blur, noise, ..) measures less than one that does (another colour, kind, place, ground, time). Place: after "
          "a change of the object's colour, the share of all distance that lies on the object, which covers {covers} of "
