@@ -299,7 +299,7 @@ def toy_distance(vae, x, y, depths=DEPTHS):
     """
     features = list(encoder_depths(vae, torch.cat([x, y])))
     heads = [lambda d: d.sum(1, keepdim=True)] * len(depths)
-    return lpips.distance([features[i] for i in depths], heads, x.shape[2:])
+    return lpips.distance([features[i].chunk(2) for i in depths], heads, x.shape[2:])
 
 
 def encoder_depths(vae, x):

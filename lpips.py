@@ -39,18 +39,18 @@ class Fire(nn.Module):
         self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
 
     def forward(self, x):
-        x = self.squeeze(x).relu()
-        return torch.cat([self.expand1x1(x).relu(), self.expand3x3(x).relu()], 1)
+        x = self.squeeze(x).relu_()
+        return torch.cat([self.expand1x1(x), self.expand3x3(x)], 1).relu_()
 
 
 def alexnet():
     """Krizhevsky 2014, in one column."""
     return [
-        nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
-        nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
-        nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2),
+        nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2),
+        nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(inplace=True),
+        nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(inplace=True),
+        nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(inplace=True),
     ]
 
 
@@ -60,7 +60,7 @@ def vgg16():
     for c, n in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
         layers += [nn.MaxPool2d(2)] if layers else []
         for _ in range(n):
-            layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU()]
+            layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU(inplace=True)]
             c_in = c
     return layers
 
@@ -71,7 +71,7 @@ def squeezenet1_1():
         return nn.MaxPool2d(3, 2, ceil_mode=True)
 
     return [
-        nn.Conv2d(3, 64, 3, stride=2), nn.ReLU(), pool(),
+        nn.Conv2d(3, 64, 3, stride=2), nn.ReLU(inplace=True), pool(),
         Fire(64, 16, 64), Fire(128, 16, 64), pool(),
         Fire(128, 32, 128), Fire(256, 32, 128), pool(),
         Fire(256, 48, 192), Fire(384, 48, 192), Fire(384, 64, 256), Fire(512, 64, 256),
@@ -103,7 +103,8 @@ class Head(nn.Module):
         self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
 
     def forward(self, x):
-        return self.model(x)
+        w = self.model[1].weight.flatten(1)  # (1, C): as a product of matrices it needs no other layout of x
+        return (w @ x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 class LPIPS(nn.Module):
@@ -126,7 +127,7 @@ class LPIPS(nn.Module):
             raise ValueError(f"two batches of pictures (B, 3, H, W) of one size, 31 pixels or more, are compared, not "
                              f"{tuple(x.shape)} and {tuple(y.shape)}")
         heads = [getattr(self, f"lin{l}") for l in range(len(self.network.taps))]
-        return distance(self.depths(torch.cat([x, y])), heads, x.shape[2:] if spatial else None)
+        return distance(zip(self.depths(x), self.depths(y)), heads, x.shape[2:] if spatial else None)
 
     def depths(self, x):
         """The features that are compared, (B, C_l, h_l, w_l), from the shallowest down."""
@@ -141,16 +142,15 @@ class LPIPS(nn.Module):
 def distance(depths, heads, size=None):
     """Equation 1 on any network's features.
 
-    depths  of each depth l the features (2B, C_l, h_l, w_l): B pictures x, and behind them the B pictures y
+    depths  of each depth l the features of x and those of y, (B, C_l, h_l, w_l) each
     heads   of each depth (B, C_l, h_l, w_l) -> (B, 1, h_l, w_l), the weighted sum over the channels
     size    None, or (H, W)
       ->    (B,), or at a size where they differ, (B, 1, H, W)
     """
     d = 0
-    for features, head in zip(depths, heads):
-        norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)  # its gradient at 0 is 0, not NaN
-        y_x, y_y = (features / (norm + 1e-10)).chunk(2)
-        d_l = head((y_x - y_y) ** 2)
+    for (f_x, f_y), head in zip(depths, heads):
+        one_x, one_y = (1 / (torch.linalg.vector_norm(f, dim=1, keepdim=True) + 1e-10) for f in (f_x, f_y))
+        d_l = head((f_x * one_x - f_y * one_y).square())  # the norm's gradient at 0 is 0, not NaN
         if size:
             d = d + F.interpolate(d_l, size=size, mode="bilinear", align_corners=False)
         else:
