@@ -62,7 +62,7 @@ def test_change_follows_a_gradient(toy, tmp_path):
 def test_shadows_and_reflections_follow_an_edit(tmp_path):
     with torch.inference_mode():
         result = reproduce.magic_fixup(mfx.load(sample.TOY_MFX, torch.float32), True, tmp_path)
-    assert result["shadows and reflections"]["squared"]["removed"] >= 0.45  # of 24 edits; 0.50 of the 240
+    assert result["shadows and reflections"]["squared"]["removed"] >= 0.6  # of 24 edits; 0.59 of the 240
 
 
 def test_a_batch_gives_each_picture_what_it_gives_alone(toy):
