@@ -111,7 +111,7 @@ ONE = {  # of each kind, a tensor of those that every size has
 
 @pytest.mark.parametrize("kind", FILES)
 def test_wrong_files(folder, tmp_path, kind):
-    one, file, tensors = ONE[kind], tmp_path / FILES[kind], torch.load(folder / FILES[kind])
+    one, file, tensors = ONE[kind], tmp_path / FILES[kind], torch.load(folder / FILES[kind], weights_only=True)
 
     def message(tensors):
         torch.save(tensors, file)
@@ -138,12 +138,12 @@ def test_wrong_files(folder, tmp_path, kind):
 ])
 def test_shapes_that_make_no_network(folder, tmp_path, kind, one, shape):
     file = tmp_path / FILES[kind]
-    torch.save(torch.load(folder / FILES[kind]) | {one: torch.zeros(shape)}, file)
+    torch.save(torch.load(folder / FILES[kind], weights_only=True) | {one: torch.zeros(shape)}, file)
     assert f"{file}: expected" in refused(networks.load, kind, file)
 
 
 def test_other_models_of_midas(folder, tmp_path):
-    tensors, file = torch.load(folder / FILES["midas"]), tmp_path / "dpt_large_384.pt"
+    tensors, file = torch.load(folder / FILES["midas"], weights_only=True), tmp_path / "dpt_large_384.pt"
     hybrid = {k: t for k, t in tensors.items() if k != "pretrained.act_postprocess1.3.weight"}
     seven = {k: t for k, t in tensors.items() if ".blocks.3." not in k}
     v21 = {"pretrained.layer1.0.weight": torch.zeros(1)}
@@ -176,10 +176,10 @@ def test_lpips_network_is_recognised(folder):
 
 def test_lpips_wrong_files(folder, tmp_path):
     (alexnet, alex), (vgg16, vgg) = (networks.find_lpips(name, folder) for name in ("alexnet", "vgg16"))
-    content = torch.load(vgg16)
+    content = torch.load(vgg16, weights_only=True)
     torch.save({k: t for k, t in content.items() if not k.startswith("features.28.")}, tmp_path / "short.pth")
     torch.save({"layer1.0.conv1.weight": torch.zeros(3)}, tmp_path / "resnet.pth")
-    torch.save({k: t for k, t in torch.load(vgg).items() if "lin4" not in k}, tmp_path / "few.pth")
+    torch.save({k: t for k, t in torch.load(vgg, weights_only=True).items() if "lin4" not in k}, tmp_path / "few.pth")
     (tmp_path / "cut.pth").write_bytes(vgg.read_bytes()[:200])
     short, resnet, few, cut = (tmp_path / f"{name}.pth" for name in ("short", "resnet", "few", "cut"))
     for backbone, heads, told in (
