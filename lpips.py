@@ -103,8 +103,7 @@ class Head(nn.Module):
         self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
 
     def forward(self, x):
-        w = self.model[1].weight.flatten(1)  # (1, C): as a product of matrices it needs no other layout of x
-        return (w @ x.flatten(2)).unflatten(2, x.shape[2:])
+        return self.model(x)
 
 
 class LPIPS(nn.Module):
@@ -132,7 +131,7 @@ class LPIPS(nn.Module):
     def depths(self, x):
         """The features that are compared, (B, C_l, h_l, w_l), from the shallowest down."""
         shift, scale = (x.new_tensor(c)[:, None, None] for c in (SHIFT, SCALE))
-        x = (x - shift) / scale
+        x = ((x - shift) / scale).contiguous(memory_format=torch.channels_last)  # poolings are faster so
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.network.taps:
