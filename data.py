@@ -21,12 +21,11 @@ there, the totals.
 """
 
 import argparse
-import functools
 import hashlib
 import io
+import itertools
 import json
 import os
-import re
 import signal
 import sys
 import tarfile
@@ -50,10 +49,11 @@ import estimators
 import layouts
 import networks
 import warp
-from estimators import DEPTH, FLOW, SEGMENTS, dis_flow
+from estimators import DEPTH, FLOW, SEGMENTS
 from pairs import ShardPairs, ToyPairs, affine_edit, flow_edit, toy_pairs
 from pictures import labelled
 from sample import Parser, choose_device, number
+from videos import LONGEST, find_clips, is_cut, read_window
 
 __all__ = ["ShardPairs", "ToyPairs", "toy_pairs"]  # the other half of this idea: reading pairs, from here and elsewhere
 
@@ -71,103 +71,12 @@ class Recipe:
     depth: str = "flow"
 
 
-SHORTEST, LONGEST = 1.0, 10.0  # seconds between the two frames, uniformly; shorter clips as far as they go
-STEP = 0.15  # seconds between the frames that flow is estimated for; the release: 20 in each 3-second clip
+SHORTEST = 1.0  # seconds between the two frames, up to videos.LONGEST, uniformly; shorter clips as far as they go
 TRIES = 5  # a pair that is rejected is drawn again
 # Rejected, in pixels of a 512x512 picture
 TOO_FAR = 350  # the paper: at least 10 % of the picture move so far
 TOO_STILL = 50  # the release: 95 % of the picture move less
 COVERED = {"flow": 0.6, "affine": 0.4}  # the release: a smaller share of the target has a pixel of the reference
-VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp", ".ogv"}
-PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From a video to frames
-
-
-def find_clips(paths):
-    """[(name, path)] of every clip under the paths, in a fixed order. The name does not depend on where it is mounted.
-
-    FileNotFoundError where there is nothing, ValueError where there are no videos.
-    """
-    clips = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"there is no file or folder {path}")
-        found = [(path.name, path)]
-        if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
-            found = [p for p in inside if p.suffix.lower() in VIDEOS]
-            mixed = {p.parent for p in found}  # pictures among videos are no clip
-            found += {p.parent for p in inside if p.suffix.lower() in PICTURES} - mixed
-            found = sorted((f"{path.resolve().name}/{p.relative_to(path).as_posix()}", p) for p in found)
-        if not found:
-            raise ValueError(f"{path} holds no video and no frames")
-        clips += found
-    return clips
-
-
-def fitted(frame, size):
-    """(h, w, 3) -> (size, size, 3): the middle square, resized"""
-    h, w = frame.shape[:2]
-    side = min(h, w)
-    frame = frame[(h - side) // 2 : (h + side) // 2, (w - side) // 2 : (w + side) // 2]
-    return cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC)
-
-
-def read_window(path, size, fps, rng):
-    """A stretch of at most LONGEST seconds from somewhere in a clip, with a frame for about every STEP seconds.
-
-      ->  frames [(size, size, 3) uint8 RGB], times [seconds from the clip's beginning]
-    ValueError if it cannot be read, or not to its end.
-    """
-    path, video = Path(path), None
-    if path.is_dir():  # in natural order: 2 before 10
-        order = sorted((p for p in path.iterdir() if p.suffix.lower() in PICTURES),
-                       key=lambda p: [(int(n), s) for s, n in re.findall(r"(\D*)(\d+)", p.stem)] + [(0, p.stem)])
-        count = len(order)
-    else:
-        video = cv2.VideoCapture(str(path))
-        if not video.isOpened():
-            raise ValueError("is no video that OpenCV can open")
-        count, fps = int(video.get(cv2.CAP_PROP_FRAME_COUNT)), video.get(cv2.CAP_PROP_FPS)
-        if not 1 <= fps <= 1000 or not 0 < count < 1e8:
-            raise ValueError(f"says that it has {count} frames at {fps:.6g} per second")
-    length = min(count, round(LONGEST * fps) + 1)
-    stride = min(max(1, round(STEP * fps)), max(1, length - 1))
-    start = int(rng.integers(count - length + 1))
-    phase = int(rng.integers(max(1, min(stride, length - 2 * stride))))
-    frames, numbers = [], range(start + phase, start + length, stride)
-    if video and start:
-        video.set(cv2.CAP_PROP_POS_FRAMES, start)
-    for i in range(start, numbers[-1] + 1):
-        if video is None:
-            frame = cv2.imread(str(order[i]), cv2.IMREAD_COLOR) if i in numbers else None
-        elif not video.grab():
-            break
-        elif i in numbers:
-            frame = video.retrieve()[1]
-        if i in numbers:
-            if frame is None:
-                raise ValueError(f"frame {i} cannot be read")
-            frames.append(cv2.cvtColor(fitted(frame, size), cv2.COLOR_BGR2RGB))
-    if len(frames) < len(numbers) - 1:  # containers promise a frame or two too many
-        raise ValueError(f"breaks off: {len(frames)} of {len(numbers)} frames could be read")
-    return frames, [i / fps for i in numbers[: len(frames)]]
-
-
-def is_cut(first, second):
-    """Whether a shot ends between two frames: flow explains less than 3 pixels in 10.
-
-    Explained is a pixel whose flow leads to its own colour and back home. Also where motion is too quick for that, a
-    pair had better not cross. Judged at 128 pixels, where it costs 3 ms.
-    """
-    small = [cv2.resize(frame, (128, 128), interpolation=cv2.INTER_AREA) for frame in (first, second)]
-    there, back = (dis_flow(*pair, cv2.DISOPTICAL_FLOW_PRESET_FAST)[None] for pair in (small, small[::-1]))
-    a, b = (torch.from_numpy(s).permute(2, 0, 1)[None].float() for s in small)
-    same = (a - warp.backwarp(b, there)).abs().mean(1, keepdim=True) < 30
-    return (same & warp.forward_backward_consistency(there, back)).float().mean().item() < 0.3
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From frames to a pair
@@ -340,27 +249,23 @@ def quiet():
     os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"
 
 
-def in_order(make, numbers, workers):
-    """make(k) for every number, in order, in `workers` processes, which run no further ahead than a few each."""
+def in_order(make, tasks, workers):
+    """make(*task) for every task, in order, in `workers` processes, which run no further ahead than a few each."""
     if workers == 1:
         quiet()
-        yield from map(make, numbers)
+        yield from itertools.starmap(make, tasks)
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
         try:
             ahead = deque()
-            for k in numbers:
-                ahead.append(pool.submit(make, k))
+            for task in tasks:
+                ahead.append(pool.submit(make, *task))
                 if len(ahead) > 4 * workers:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def make_numbered(recipe, clips, preview, weights, device, k):
-    return make_pair(recipe, clips[k // recipe.pairs], k % recipe.pairs, preview, weights, device)
 
 
 def totals_of(out, shards):
@@ -412,8 +317,8 @@ def run(args):
     part, parts = args.shard
     todo = [s for s in range(part, len(shards), parts) if not (args.out / f"pairs-{s:06d}.json").exists()]
     numbers, counts, begin = [k for s in todo for k in shards[s]], Counter(), time.perf_counter()
-    make = functools.partial(make_numbered, recipe, clips, args.preview, weights, device)
-    results = in_order(make, numbers, args.workers)
+    tasks = ((recipe, clips[k // recipe.pairs], k % recipe.pairs, args.preview, weights, device) for k in numbers)
+    results = in_order(make_pair, tasks, args.workers)
     with tqdm(total=len(numbers), unit="clip" if recipe.pairs == 1 else "pair", disable=None) as bar:
         for s in todo:
             samples, rows, rejected = [], [], Counter()

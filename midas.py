@@ -153,7 +153,8 @@ class FeatureFusionBlock(nn.Module):
 
     def forward(self, x, own=None):
         x = x if own is None else x + self.resConfUnit1(own)
-        return self.out_conv(twice(self.resConfUnit2(x)))
+        # The paper enlarges first. A 1x1 convolution and an interpolation may trade places; so it has a quarter to do
+        return twice(self.out_conv(self.resConfUnit2(x)))
 
 
 def twice(x):
