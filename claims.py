@@ -242,7 +242,7 @@ class Lab:
             batch = image[i : i + self.at_once].to(self.device)
             seen = model.encode_image(batch * mask.to(self.device))
             noise = self.noise(seen, i)
-            M = 1 - diffdiff.down_sample(mask, seen.shape[-2:]).round().to(seen)  # 1 = repaint, as it has learned
+            M = diffdiff.down_sample(1 - mask, seen.shape[-2:]).round().to(seen)  # 1 = repaint, as it has learned
             known = torch.cat([M.expand(len(seen), -1, -1, -1), seen], 1)
             denoise = model.denoiser(prompts[i : i + len(batch)], guidance=guidance, channels=known)
             step_noise = diffusion.step_noise(seen.shape[1:], list(range(i, i + len(seen))))

@@ -13,6 +13,7 @@ STAGE-samples.png. Files appear whole or not at all: they are written beside the
 import contextlib
 import copy
 import functools
+import hashlib
 import json
 import math
 import os
@@ -27,11 +28,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import diffusion
 import layouts
 import unet
 from sample import choose_precision
@@ -85,9 +88,58 @@ class Loss(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What the stages make their batches of
+
+
+def at(seed, step):
+    """The random generator of one step: exact resume without saving any random state."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def stratified(batch, generator):
+    """One timestep from each of `batch` equal parts of 0 .. T-1: uniform, with less variance than free draws."""
+    return ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * diffusion.T).long()
+
+
+def made_once(path, made_from, make):
+    """The tensors {name: tensor} in the file at `path`, if it was made from that (a text, e.g. a `digest`); otherwise
+    those of make(), which are kept there. One process makes them, the others wait."""
+    made_from = {"made_from": made_from}
+    if rank() == 0 and not fresh(path, made_from):
+        tensors = make()
+        with layouts.whole(path) as tmp:
+            save_file(tensors, tmp, made_from)
+    if world() > 1:
+        dist.barrier()
+    return load_file(path)
+
+
+def digest(autoencoder, *data):
+    """Tells cached latents of this autoencoder and data from others."""
+    h = hashlib.sha256(repr(data).encode())
+    for p in autoencoder.parameters():
+        h.update(p.detach().cpu().numpy().tobytes())
+    return h.hexdigest()
+
+
+def fresh(path, made_from):
+    """Is there a file of tensors, made from that?"""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() == made_from
+    except (OSError, SafetensorError):
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Less memory, more speed
 
 BLOCKS = unet.ResnetBlock, unet.Attention, unet.FeedForward  # nearly all of a UNet's work; no side effects to repeat
+
+
+def channels_last(x):
+    """The memory format that convolutions are fastest in."""
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def checkpointing(model):

@@ -283,6 +283,7 @@ def save(sd, folder, dtype=None):
     inpainting = sd.unet.config.in_channels > sd.unet.config.out_channels
     write_json(folder / "model_index.json", {
         "_class_name": "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline",
+        **({"_diffusers_version": "0.6.0"} if inpainting else {}),  # that pipeline asks whether it is newer than 0.5.1
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],

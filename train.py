@@ -1,7 +1,9 @@
-"""Train the autoencoder, the text-conditional base model, and Magic Fixup. At toy size it takes two CPU cores:
+"""Train Magic Fixup, and the toys: autoencoder, text-conditional base model, inpainting model. At toy size it takes two
+CPU cores:
 
     python train.py --stage vae            an hour or two, minutes on a GPU
     python train.py --stage base
+    python train.py --stage inpainting     from weights/toy, which gets more inputs: a mask, and what is left beside it
     python train.py --stage mfx            from weights/toy, on pairs from the toy world
     python train.py --stage mfx --resume   goes on exactly where it stopped, with the recipe that it was started with
 
@@ -11,7 +13,8 @@ and the paper's recipe, from Stable Diffusion 1.4 on pairs that data.py made of 
 
 While it runs, OUT holds the loss curve and a sheet of samples as PNG, and the last three training states. Every batch
 is a function of (seed, step) alone, so a resumed run sees the very same data and noise as one that never stopped, and
---micro-batch and the number of processes change no result. The loop itself is in loop.py.
+--micro-batch and the number of processes change no result. The loop itself is in loop.py, the toys' stages in
+train_toys.py, and that of Magic Fixup here.
 
 Memory of the latter at 512x512, in GiB, as tests/test_train_mfx.py counts it on tensors of shapes without content:
 
@@ -30,7 +33,6 @@ state file has 18.8. One step on a CPU, from any checkpoint of that size, valida
 """
 
 import argparse
-import hashlib
 import itertools
 import math
 import os
@@ -39,24 +41,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import clip
 import diffdiff
 import diffusion
-import layouts
 import loop
 import mfx
 import sd
-import toyworld
-import unet
-import vae
+from loop import at, channels_last, digest, made_once, stratified
 from pairs import MODELS, ShardPairs, ToyPairs, toy_pairs
 from sample import TOY, Parser, choose_device, number
+from train_toys import train_base, train_inpainting, train_vae
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes. What can be changed from the command line is changed by the option of the same name.
@@ -71,11 +67,13 @@ class Recipe:
     ema: float  # decay of the weight average that is shipped; ramped up, so that early weights are soon forgotten
     seed: int = 0
     save_every: int = 500
-    # Stage base: distinct scenes; their captions are worded anew every time. Stage mfx: pairs that are encoded once and
-    # kept, to be seen several times under new noise; 0 = pairs without end, encoded as they come.
+    # Stage base: distinct scenes; their captions are worded anew every time. Stage inpainting: the same, each with a
+    # mask of its own. Stage mfx: pairs that are encoded once and kept, to be seen several times under new noise; 0 =
+    # pairs without end, encoded as they come.
     scenes: int = 24_000
-    # Stage base: noise of one value per channel and picture, beside the white noise. Stable Diffusion's noisiest level
-    # still shows a picture's mean, which a model learns to trust over the words: noon would never turn into night.
+    # Stages base, inpainting: noise of one value per channel and picture, beside the white noise. Stable Diffusion's
+    # noisiest level still shows a picture's mean, which a model learns to trust over the words: noon would never turn
+    # into night.
     offset: float = 0.2
     # Stage mfx
     motion: str = "both"  # how the first frame is warped to the second, 'flow', 'affine' or half of each
@@ -99,6 +97,7 @@ RECIPES = {
     "toy": {
         "vae": Recipe(steps=3600, batch=16, lr=1.2e-3, warmup=200, ema=0.998),
         "base": Recipe(steps=6300, batch=32, lr=1e-3, warmup=300, ema=0.9995),
+        "inpainting": Recipe(steps=1500, batch=16, lr=5e-4, warmup=100, ema=0.995, scenes=8000),
         "mfx": Recipe(steps=5000, batch=16, lr=8e-4, warmup=300, ema=0.9995, scenes=12_000, prediction="v_prediction"),
     },
     "a100": {  # section 3.6, with the release's warm-up. Neither has weight decay, clipping, or an average of weights
@@ -108,150 +107,6 @@ RECIPES = {
         ),
     },
 }
-# Autoencoder
-CROP = 64  # pixels; three quarters of the crops are centred on an object, since the background teaches little
-FULL_FROM = 0.85  # share of the steps after which whole pictures (a quarter as many) replace crops: norms see both
-KL = 2e-4  # weight of KL(q(z|x) || N(0, 1)) per latent number: enough to keep latents near the origin and smooth
-EDGES = 0.5  # weight of the error in neighbouring pixels' differences: crisp edges
-OBJECTS = 3.0  # weight of pixels inside objects
-# Base model
-DROPPED = 0.1  # share of captions left out, so that there is an unconditional model to guide away from
-GAMMA = 5.0  # of Min-SNR: low noise levels, where the weight would grow without bound, count no more than this
-
-
-def at(seed, step):
-    """The random generator of one step: exact resume without saving any random state."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage vae
-
-
-def vae_batch(recipe, step):
-    """-> images (B, 3, S, S) in [-1, 1], weights (B, 1, S, S)"""
-    g = at(recipe.seed, step)
-    if step >= FULL_FROM * recipe.steps:
-        frames = toyworld.render(toyworld.random_scenes(recipe.batch // 4, g))
-        return frames.image * 2 - 1, 1 + (OBJECTS - 1) * (frames.segments[:, None] > 0)
-    frames = toyworld.render(toyworld.random_scenes(recipe.batch, g))
-    n, size = len(frames.image), frames.image.shape[-1]
-    on_object = (frames.segments > 0).flatten(1).float() + 1e-6
-    anywhere = torch.rand(n, 1, generator=g) < 0.25
-    centre = torch.multinomial(torch.where(anywhere, 1.0, on_object), 1, generator=g)[:, 0]
-    jitter = torch.randint(-CROP // 3, CROP // 3, (2, n), generator=g)
-    top, left = (torch.stack([centre // size, centre % size]) + jitter - CROP // 2).clamp(0, size - CROP)
-    crops = [slice(int(t), int(t) + CROP) for t in top], [slice(int(t), int(t) + CROP) for t in left]
-    image = torch.stack([f[:, r, c] for f, r, c in zip(frames.image, *crops)])
-    weight = torch.stack([s[None, r, c] for s, r, c in zip(frames.segments, *crops)]) > 0
-    return image * 2 - 1, 1 + (OBJECTS - 1) * weight
-
-
-def vae_loss(model, x, weight, noise):
-    """x (B, 3, S, S), weight (B, 1, S, S), noise (B, C, s, s) -> scalar"""
-    mean, logvar = (m.float() for m in model.encode(x))
-    error = model.decode(mean + (0.5 * logvar).exp() * noise).float() - x
-    edges = sum((error.diff(dim=d).abs() * weight.narrow(d, 1, weight.shape[d] - 1)).mean() for d in (2, 3))
-    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-    return (error.abs() * weight).mean() + EDGES * edges + KL * kl
-
-
-def train_vae(recipe, out, resume, device):
-    """-> OUT/model/vae, as fp16, with the scaling factor that brings its latents to unit variance"""
-    init = given(recipe, device)
-    model = init.vae.requires_grad_(True) if init else vae.VAE(vae.CONFIGS["toy"])
-    model = model.to(device, memory_format=torch.channels_last)
-
-    def loss(step, _):
-        x, weight = vae_batch(recipe, step)
-        f, c = model.config.factor, model.config.latent_channels
-        noise = torch.randn(len(x), c, x.shape[2] // f, x.shape[3] // f, generator=at(recipe.seed + 1, step))
-        x = x.to(device, memory_format=torch.channels_last)
-        return vae_loss(model, x, weight.to(device), noise.to(device))
-
-    def sheet(average):
-        frames = toyworld.render(toyworld.random_scenes(8, at(recipe.seed + 2, 0)))
-        with torch.no_grad():
-            back = average.decode(average.encode((frames.image * 2 - 1).to(device))[0]).cpu() / 2 + 0.5
-        mse, inside = (back.clamp(0, 1) - frames.image) ** 2, (frames.segments[:, None] > 0).expand_as(back)
-        tqdm.write(f"PSNR {-10 * mse.mean().log10():.2f} dB, inside objects {-10 * mse[inside].mean().log10():.2f} dB")
-        return torch.stack([frames.image, back])
-
-    average = loop.fit("vae", model, loss, sheet, recipe, out, resume)
-    images = toyworld.render(toyworld.random_scenes(256, at(recipe.seed + 3, 0))).image * 2 - 1
-    with torch.no_grad():
-        spread = average.encode(images.to(device))[0].std().item()
-    average.config = replace(average.config, scaling_factor=round(1 / spread, 5))
-    sd.save_part(average, out / "model" / "vae", torch.float16, sample_size=images.shape[-1])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage base
-
-
-def encode_scenes(scenes, path, autoencoder, device):
-    """-> latents (N, C, h, w), unscaled: made once, and kept in a file for these scenes and this autoencoder."""
-    made_from = {"made_from": digest(autoencoder, scenes.x.tolist())}
-    if not fresh(path, made_from):
-        parts = []
-        for i in tqdm(range(0, len(scenes), 64), desc="latents", unit="batch", mininterval=1):
-            image = toyworld.render(scenes[i : i + 64]).image
-            with torch.no_grad():
-                parts.append(autoencoder.encode(channels_last((image * 2 - 1).to(device)))[0].half().cpu())
-        with layouts.whole(path) as tmp:
-            save_file({"latents": torch.cat(parts).contiguous()}, tmp, made_from)
-    return load_file(path)["latents"]
-
-
-def base_loss(model, schedule, z, ids, t, noise):
-    """The simple loss of DDPM, eq. 14, weighted by Min-SNR (Hang et al. 2023): w = min(SNR, gamma) / SNR on epsilon."""
-    output = model["unet"](schedule.add_noise(z, noise, t), t, model["text"](ids))
-    snr = (schedule.alpha / schedule.sigma).to(z.device)[t] ** 2
-    return ((output - noise).square().mean((1, 2, 3)) * snr.clamp(max=GAMMA) / snr).mean()
-
-
-def new_base(out, scenes, device):
-    """The toy Stable Diffusion before its training: the autoencoder of stage vae, and a vocabulary of the captions."""
-    autoencoder = sd.load_part(out / "model" / "vae", "vae", torch.float32, device)
-    tokenizer = clip.Tokenizer(*clip.learn_bpe(toyworld.captions(scenes[:5000], at(0, 0)), 600))
-    text = replace(clip.CONFIGS["toy"], vocab_size=len(tokenizer.vocab), eos=tokenizer.vocab[clip.END])
-    model = unet.UNet(unet.CONFIGS["toy"])
-    nn.init.zeros_(model.conv_out.weight)  # the first guess is no noise: a calm start
-    return sd.StableDiffusion(model, autoencoder, clip.TextEncoder(text), diffusion.Schedule(), tokenizer, size=128)
-
-
-def train_base(recipe, out, resume, device):
-    """Text encoder and UNet together (Stable Diffusion's came trained, ours has to learn) -> OUT/model, as fp16"""
-    scenes = toyworld.random_scenes(recipe.scenes, at(recipe.seed, 0))
-    toy = given(recipe, device) or new_base(out, scenes, device)
-    latents = encode_scenes(scenes, out / "latents.safetensors", toy.vae, device)
-    tokenizer, schedule, factor = toy.tokenizer, toy.schedule, toy.vae.config.scaling_factor
-    model = nn.ModuleDict({"unet": toy.unet, "text": toy.text}).requires_grad_(True)
-    model = model.to(device, memory_format=torch.channels_last)
-
-    def loss(step, _):
-        g = at(recipe.seed + 1, step)
-        index = torch.randint(recipe.scenes, (recipe.batch,), generator=g)
-        told = toyworld.captions(scenes[index], g)
-        dropped = torch.rand(recipe.batch, generator=g) < DROPPED
-        ids = tokenizer(["" if d else c for c, d in zip(told, dropped)])
-        t = stratified(recipe.batch, g)
-        z = latents[index].float() * factor
-        noise = torch.randn(z.shape, generator=g)
-        if recipe.offset:
-            noise = noise + recipe.offset * torch.randn(*z.shape[:2], 1, 1, generator=g)
-        return base_loss(model, schedule, *(channels_last(x.to(device)) for x in (z, ids, t, noise)))
-
-    def sheet(average):
-        shown = replace(toy, unet=average["unet"], text=average["text"])
-        prompts = toyworld.captions(toyworld.random_scenes(16, at(recipe.seed + 2, 0)), at(recipe.seed + 2, 0))
-        noise = torch.randn(16, *latents.shape[1:], generator=at(recipe.seed + 2, 0)).to(device)
-        with torch.no_grad():
-            z = diffusion.sample(shown.denoiser(prompts, guidance=4.0), noise, diffusion.make("ddim", schedule, 25))
-            return shown.decode(z).cpu().unflatten(0, (2, 8)) / 2 + 0.5
-
-    average = loop.fit("base", model, loss, sheet, recipe, out, resume)
-    sd.save(replace(toy, unet=average["unet"], text=average["text"]), out / "model", torch.float16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,9 +153,8 @@ def pair_latents(recipe, path, autoencoder, size, device):
 
     The run shows each of them several times, under new noise; encoding them again would cost as much as the training.
     """
-    of = () if recipe.data == "toy" else (recipe.data,)
-    made_from = {"made_from": digest(autoencoder, recipe.scenes, recipe.seed, recipe.motion, *of)}
-    if loop.rank() == 0 and not fresh(path, made_from):
+
+    def make():
         if recipe.data == "toy":
             batches = (toy_pairs(32, at(recipe.seed + 4, i), recipe.motion, size) for i in range(0, recipe.scenes, 32))
         else:
@@ -308,11 +162,10 @@ def pair_latents(recipe, path, autoencoder, size, device):
         parts, count = [], math.ceil(recipe.scenes / 32)
         for pairs in tqdm(itertools.islice(batches, count), "pairs", count, unit="batch", mininterval=1):
             parts.append({name: t.half().cpu() for name, t in encode_pairs(pairs, autoencoder, device).items()})
-        with layouts.whole(path) as tmp:
-            save_file({name: torch.cat([p[name] for p in parts]).contiguous() for name in parts[0]}, tmp, made_from)
-    if loop.world() > 1:
-        dist.barrier()
-    return load_file(path)
+        return {name: torch.cat([p[name] for p in parts]).contiguous() for name in parts[0]}
+
+    of = () if recipe.data == "toy" else (recipe.data,)
+    return made_once(path, digest(autoencoder, recipe.scenes, recipe.seed, recipe.motion, *of), make)
 
 
 @torch.no_grad()
@@ -376,41 +229,6 @@ def train_mfx(recipe, out, resume, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the stages share
-
-
-def given(recipe, device):
-    """The Stable Diffusion to start from, if one was named."""
-    return sd.load(recipe.init, torch.float32, device) if recipe.init else None
-
-
-def stratified(batch, generator):
-    """One timestep from each of `batch` equal parts of 0 .. T-1: uniform, with less variance than free draws."""
-    return ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * diffusion.T).long()
-
-
-def channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-
-
-def digest(autoencoder, *data):
-    """Tells cached latents of this autoencoder and data from others."""
-    h = hashlib.sha256(repr(data).encode())
-    for p in autoencoder.parameters():
-        h.update(p.detach().cpu().numpy().tobytes())
-    return h.hexdigest()
-
-
-def fresh(path, made_from):
-    """Is there a file of latents, made from that?"""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() == made_from
-    except (OSError, SafetensorError):
-        return False
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -441,8 +259,9 @@ def choose_recipe(args):
     recipe = replace(recipe, **told)
     if args.preset == "a100" and not recipe.init:
         raise ValueError("--preset a100 starts from Stable Diffusion 1.4: say where it is, --init sd-v1-4.ckpt")
-    if args.stage == "base" and not recipe.scenes:
-        raise ValueError("stage base needs scenes to learn from: --scenes 24000")
+    if args.stage in ("base", "inpainting") and not recipe.scenes:
+        default = RECIPES["toy"][args.stage].scenes
+        raise ValueError(f"stage {args.stage} needs scenes to learn from: --scenes {default}")
     return recipe
 
 
@@ -451,8 +270,8 @@ def main(argv=None):
     parser.add_argument("--stage", choices=list(RECIPES["toy"]), default="base")
     parser.add_argument("--preset", choices=list(RECIPES), default="toy", help="a100: the paper's, at full size")
     parser.add_argument("--data", help="toy, or a folder of pairs that data.py wrote (stage mfx)")
-    parser.add_argument("--init", help="start from these weights, e.g. weights/toy, stage mfx's default")
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"))
+    parser.add_argument("--init", help="start from these weights, e.g. weights/toy, the default of inpainting and mfx")
+    parser.add_argument("--out", type=Path, help="default: runs/toy; of stage inpainting, runs/toy-inpainting")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     for name in ("steps", "batch", "save-every", "warmup"):
         parser.add_argument(f"--{name}", type=number(int, 1, 9_999_999))
@@ -471,12 +290,14 @@ def main(argv=None):
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=what)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args(argv)
+    if args.out is None:  # a folder of its own: it would write its model over the one that it was made of
+        args.out = Path("runs/toy-inpainting" if args.stage == "inpainting" else "runs/toy")
     try:
         recipe = choose_recipe(args)
         device = loop.join(choose_device(args.device))
         args.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)
-        stages = {"vae": train_vae, "base": train_base, "mfx": train_mfx}
+        stages = {"vae": train_vae, "base": train_base, "inpainting": train_inpainting, "mfx": train_mfx}
         stages[args.stage](recipe, args.out, args.resume, device)
     except (ValueError, OSError, FloatingPointError) as e:
         parser.error(str(e).strip().splitlines()[-1])  # a DataLoader's error begins with its worker's traceback

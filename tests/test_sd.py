@@ -390,6 +390,28 @@ def test_same_picture_as_the_peer_pipeline(tmp_path, prediction):
     assert relative_error(z, pipe(**options, output_type="latent").images) <= 1e-4
 
 
+@torch.no_grad()
+def test_same_picture_as_the_peer_inpainting_pipeline(tmp_path):
+    """The mask and the masked picture in the right order, and polarity. (The latter's latent the peer would draw.)"""
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    model = small("inpainting")
+    sd.save(model, tmp_path)
+    pipe = diffusers.StableDiffusionInpaintPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    image, noise, k, guidance = torch.rand(1, 3, 16, 16) * 2 - 1, torch.randn(1, 4, 8, 8), 5, 4.0
+    repaint = torch.zeros(1, 1, 16, 16)
+    repaint[..., 2:10, 6:] = 1
+    seen = model.encode_image(image * (1 - repaint))
+    want = pipe(prompt="a red circle", negative_prompt="cats", image=image, mask_image=repaint, height=16, width=16,
+                masked_image_latents=seen, strength=1.0, num_inference_steps=k, guidance_scale=guidance, latents=noise,
+                output_type="np").images
+    known = torch.cat([repaint[..., ::2, ::2], seen], 1)
+    denoise = model.denoiser("a red circle", "cats", guidance, known)
+    got = model.decode(diffusion.sample(denoise, noise, diffusion.make("ddim", model.schedule, k))) / 2 + 0.5
+    assert (got.clamp(0, 1) - torch.from_numpy(want).permute(0, 3, 1, 2)).abs().max() <= 2 / 255
+
+
 def test_the_posterior(tmp_path):
     model = small()
     x, noise = torch.rand(1, 3, 16, 16) * 2 - 1, torch.randn(1, 4, 8, 8)

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loop
-import sd
 import train
+import train_toys
 import vae
 
 RECIPE = train.Recipe(steps=12, batch=2, lr=5e-3, warmup=3, ema=0.9, save_every=4)
@@ -30,7 +30,7 @@ def loss_of(model):
     def loss(step, part):
         g = train.at(0, step)
         x = (torch.rand(2, 3, 1, 1, generator=g) * 2 - 1).expand(2, 3, 8, 8)
-        return train.vae_loss(model, x, torch.ones(2, 1, 8, 8), torch.randn(2, 2, 4, 4, generator=g))
+        return train_toys.vae_loss(model, x, torch.ones(2, 1, 8, 8), torch.randn(2, 2, 4, 4, generator=g))
 
     return loss
 
@@ -113,21 +113,6 @@ def test_the_last_states_are_kept_and_the_newest_whole_one_is_resumed(tmp_path, 
     assert [p.name[11:18] for p in loop.states(tmp_path, "tiny")] == ["0000002"]
 
 
-def test_both_stages_end_to_end(tmp_path, capsys):
-    """Few and small steps, but everything: crops, latents, vocabulary, sheets, the saved folder, and going on."""
-    small = ["--out", str(tmp_path), "--save-every", "1", "--device", "cpu"]
-    train.main(["--stage", "vae", "--steps", "2", "--batch", "4", *small])
-    train.main(["--stage", "base", "--steps", "1", "--batch", "2", "--scenes", "4", *small])
-    before = sd.load(tmp_path / "model").unet.conv_out.weight.clone()
-    train.main(["--stage", "base", "--resume", "--steps", "2", *small])
-    model = sd.load(tmp_path / "model")
-    assert model.unet.conv_out.weight.dtype == torch.float16 and not torch.equal(model.unet.conv_out.weight, before)
-    assert model.encode_prompt(["a red ball"]).shape == (1, 77, 128)
-    assert model.vae.config.scaling_factor != 1
-    assert train.saved_recipe(tmp_path, "base").scenes == 4  # not said again, not forgotten
-    assert (tmp_path / "base-samples.png").exists() and (tmp_path / "vae-loss.png").exists()
-
-
 @pytest.mark.parametrize("argv", [["--steps", "0"], ["--stage", "base"], ["--lr", "x"], ["--init", "nowhere"],
                                   ["--stage", "vae", "--preset", "a100"], ["--stage", "base", "--motion", "flow"]])
 def test_mistakes_get_one_line(tmp_path, argv, capsys):
@@ -152,11 +137,3 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(root)}
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env).returncode == -9
     assert path.read_bytes() == b"old"
-
-
-def test_batches_depend_on_the_step_alone():
-    recipe = train.RECIPES["toy"]["vae"]
-    first, again, other = (train.vae_batch(recipe, s)[0] for s in (5, 5, 6))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert first.shape == (recipe.batch, 3, train.CROP, train.CROP)
-    assert train.vae_batch(recipe, recipe.steps - 1)[0].shape == (recipe.batch // 4, 3, 128, 128)

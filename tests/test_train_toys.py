@@ -1,0 +1,209 @@
+"""What the toys are trained on: crops, captions, masks; every stage from end to end, on few and small steps."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import cv2
+import pytest
+import test_sd
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import claims
+import diffusion
+import loop
+import sample
+import sd
+import toyworld
+import train
+import train_toys
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A tiny Stable Diffusion of 16x16 pictures, its folder."""
+    folder = tmp_path_factory.mktemp("plain")
+    sd.save(test_sd.small(), folder, torch.float16)
+    return folder
+
+
+def words(init, out, *more):
+    return ["--stage", "inpainting", "--init", str(init), "--out", str(out), "--device", "cpu", "--batch", "2",
+            "--scenes", "40", *map(str, more)]
+
+
+def one_line(argv, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    return said[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages vae and base
+
+
+def test_both_stages_end_to_end(tmp_path, capsys):
+    """Few and small steps, but everything: crops, latents, vocabulary, sheets, the saved folder, and going on."""
+    small = ["--out", str(tmp_path), "--save-every", "1", "--device", "cpu"]
+    train.main(["--stage", "vae", "--steps", "2", "--batch", "4", *small])
+    train.main(["--stage", "base", "--steps", "1", "--batch", "2", "--scenes", "4", *small])
+    before = sd.load(tmp_path / "model").unet.conv_out.weight.clone()
+    train.main(["--stage", "base", "--resume", "--steps", "2", *small])
+    model = sd.load(tmp_path / "model")
+    assert model.unet.conv_out.weight.dtype == torch.float16 and not torch.equal(model.unet.conv_out.weight, before)
+    assert model.encode_prompt(["a red ball"]).shape == (1, 77, 128)
+    assert model.vae.config.scaling_factor != 1
+    assert train.saved_recipe(tmp_path, "base").scenes == 4  # not said again, not forgotten
+    assert (tmp_path / "base-samples.png").exists() and (tmp_path / "vae-loss.png").exists()
+
+
+def test_batches_depend_on_the_step_alone():
+    recipe = train.RECIPES["toy"]["vae"]
+    first, again, other = (train_toys.vae_batch(recipe, s)[0] for s in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.shape == (recipe.batch, 3, train_toys.CROP, train_toys.CROP)
+    assert train_toys.vae_batch(recipe, recipe.steps - 1)[0].shape == (recipe.batch // 4, 3, 128, 128)
+    scenes, recipe = toyworld.random_scenes(8, loop.at(0, 0)), replace(recipe, scenes=8, batch=64)
+    index, told, t, noise, _ = train_toys.draws(recipe, scenes, (4, 16, 16), 3)
+    assert torch.equal(noise, train_toys.draws(recipe, scenes, (4, 16, 16), 3)[3])
+    assert 0 < told.count("") < 32 and len(told) == len(t) == 64 and set(index.tolist()) == set(range(8))
+    assert 0.03 < noise.mean((2, 3)).var() < 0.06  # white noise's would be 1 / 256, and the offset adds 0.2 ** 2
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_loss_is_none_for_a_network_that_knows_the_noise(prediction):
+    schedule, g = diffusion.Schedule(prediction=prediction), torch.Generator().manual_seed(0)
+    z, noise = torch.randn(2, 3, 4, 4, 4, generator=g)
+    t = torch.tensor([10, 500, 990])
+    alpha, sigma = schedule.alpha_sigma(t, z)
+    truth = noise if prediction == "epsilon" else alpha * noise - sigma * z
+    loss = train_toys.base_loss(lambda z_t, *_: truth, schedule, z, None, t, noise)
+    assert loss < 1e-9
+    off = train_toys.base_loss(lambda z_t, *_: truth + 1, schedule, z, None, t, noise)
+    snr = (alpha / sigma).flatten().double() ** 2
+    error = 1 if prediction == "epsilon" else alpha.flatten().double() ** 2
+    torch.testing.assert_close(off.double(), (error * snr.clamp(max=train_toys.GAMMA) / snr).mean(), rtol=1e-4, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage inpainting
+
+
+def test_masks():
+    masks = train_toys.random_masks(400, 32, torch.Generator().manual_seed(0))
+    assert torch.equal(masks, train_toys.random_masks(400, 32, torch.Generator().manual_seed(0)))
+    assert masks.shape == (400, 1, 32, 32) and set(masks.unique().tolist()) == {0, 1}
+    share = masks.mean((1, 2, 3))
+    assert 0.35 < share.mean() < 0.65 and share.std() > 0.2
+    assert ((share == 0) | (share == 1)).float().mean() < 0.05  # there is something to paint, and something to go by
+    often = masks.mean((0, 1))
+    assert 0.3 < often.min() and often.max() < 0.7  # no place is always the one or the other
+
+
+@torch.no_grad()
+def test_a_widened_unet_is_the_same_until_it_is_trained():
+    model = test_sd.small()
+    wide = train_toys.widened(model.unet)
+    assert (wide.config.in_channels, wide.config.out_channels) == (9, 4)
+    g = torch.Generator().manual_seed(0)
+    z, one, two = torch.randn(2, 4, 8, 8, generator=g), *torch.randn(2, 2, 5, 8, 8, generator=g)
+    t, context = torch.tensor([3, 800]), model.encode_prompt(["a red circle", ""])
+    seen = wide(torch.cat([z, one], 1), t, context)
+    assert torch.equal(seen, wide(torch.cat([z, two * 100], 1), t, context))
+    torch.testing.assert_close(seen, model.unet(z, t, context), rtol=1e-5, atol=1e-5)
+    wide.conv_in.weight[:] = 0  # it is a copy
+    assert model.unet.conv_in.weight.abs().sum() > 0
+
+
+def test_training_and_sampling_show_the_network_the_same():
+    model, shown = test_sd.small("inpainting"), []
+    model.unet.register_forward_pre_hook(lambda _, args: shown.append(args[0][:, 4:]))
+    g = torch.Generator().manual_seed(0)
+    image = torch.rand(1, 3, 16, 16, generator=g) * 2 - 1
+    pixels = torch.tensor([0, 1, 3, 4])[torch.randint(4, (8, 8), generator=g)]  # of the four under each latent pixel
+    repaint = F.pixel_shuffle((torch.arange(4)[:, None, None] < pixels).float()[None], 2)
+    taught = train_toys.known(model, image, repaint)
+    assert taught.shape == (1, 5, 8, 8) and torch.equal(taught[0, 0], (pixels > 2).float())
+    torch.testing.assert_close(taught[:, 1:], model.encode_image(image * (1 - repaint)))
+    sample.edit(model, "cats", image, 1 - repaint, repaint=repaint, steps=2, guidance=1)
+    lab = claims.Lab(SimpleNamespace(quick=True, out="."))
+    lab.__dict__.update(model=model, inpainting=model)
+    lab.inpaint(image, 1 - repaint[0, 0], "cats", steps=2, guidance=1)
+    assert len(shown) == 4
+    for seen in shown:
+        torch.testing.assert_close(seen, taught)
+
+
+def test_inpainting_resumes_to_the_same_weights_and_leaves_the_rest_alone(plain, tmp_path, monkeypatch, capsys):
+    unbroken, broken = (words(plain, tmp_path / name, "--steps", 2, "--save-every", 1) for name in "ab")
+    train.main(unbroken)
+
+    def stops(seed, step):
+        if (seed, step) == (1, 1):
+            raise KeyboardInterrupt
+        return loop.at(seed, step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_toys, "at", stops)
+        train.main(broken)
+    train.main(["--stage", "inpainting", "--out", str(tmp_path / "b"), "--resume", "--device", "cpu"])
+    a, b = (load_file(tmp_path / name / "inpainting-state-0000002.safetensors") for name in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert not any(k.startswith("model.text") for k in a) and a["model.conv_in.weight"][:, 4:].abs().sum() > 0
+
+    def contents(folder):
+        return {f.relative_to(folder): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+    before, one, two = (contents(folder) for folder in (plain, tmp_path / "a/model", tmp_path / "b/model"))
+    assert one == two and before.keys() == one.keys()
+    changed = {str(name) for name in one if one[name] != before[name]}
+    assert changed == {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    assert sd.load(tmp_path / "a/model").unet.config.in_channels == 9
+    assert cv2.imread(tmp_path / "a/inpainting-samples.png").shape == (3 * 16, 8 * 16, 3)
+    masked = load_file(tmp_path / "a/masked.safetensors")
+    assert masked["z"].shape == (40, 4, 8, 8) and masked["known"].shape == (40, 5, 8, 8)
+    assert set(masked["known"][:, 0].unique().tolist()) == {0, 1} and masked["known"].isfinite().all()
+
+    already = tmp_path / "a/model"
+    for stage in ("inpainting", "base"):
+        said = one_line(["--stage", stage, "--init", str(already), "--out", str(tmp_path / "c")], capsys)
+        assert "is an inpainting model already" in said
+
+
+def test_a_quarter_of_the_masks_cover_everything(plain, tmp_path, monkeypatch):
+    shown = []
+
+    def loss(model, schedule, z, context, t, noise, beside):
+        shown.append(beside)
+        return model(torch.cat([z, beside], 1), t, context).square().mean()
+
+    monkeypatch.setattr(train_toys, "base_loss", loss)
+    train.main(words(plain, tmp_path, "--steps", 1, "--batch", 200))
+    model = sd.load(plain, torch.float32)
+    nothing = train_toys.known(model, torch.zeros(1, 3, 16, 16), torch.ones(1, 1, 16, 16))
+    whole = (shown[0] == nothing).flatten(1).all(1)
+    assert 0.15 < whole.float().mean() < 0.35
+    assert (shown[0][~whole, 0].mean((1, 2)) < 1).float().mean() > 0.9
+
+
+def test_mistakes_get_one_line(plain, tmp_path, capsys):
+    model = test_sd.small()
+    model.tokenizer = None
+    sd.save(model, tmp_path / "mute")
+    out = tmp_path / "out"
+    for argv, what in (
+        (words(tmp_path / "nowhere", out), "no checkpoint"),
+        (words(plain, out, "--scenes", 0), "--scenes 8000"),
+        (words(plain, out, "--preset", "a100"), "is for stage mfx"),
+        (words(plain, out, "--motion", "flow"), "is for stage mfx"),
+        (words(plain, out, "--resume"), "nothing to resume"),
+        (words(tmp_path / "mute", out), "tokenizer"),
+        (words(tmp_path / "mute", out, "--stage", "base"), "tokenizer"),
+    ):
+        assert what in one_line(argv, capsys)
+    assert not out.exists() or not list(out.iterdir())

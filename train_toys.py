@@ -1,0 +1,286 @@
+"""What trains the toys alone, for train.py: the autoencoder, the base model, the inpainting model.
+
+    train_vae          toy scenes                                ->  OUT/model/vae
+    train_base         its latents of toy scenes, and captions   ->  OUT/model, a Stable Diffusion
+    train_inpainting   the same, and masks; from a base model    ->  OUT/model, the same with 2 C + 1 input channels
+
+Real Stable Diffusions come trained. These are made in an hour or two on two CPU cores, of the toy world alone.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import clip
+import diffdiff
+import diffusion
+import loop
+import sd
+import toyworld
+import unet
+import vae
+from loop import at, channels_last, digest, made_once, stratified
+from sample import TOY
+
+# Autoencoder
+CROP = 64  # pixels; three quarters of the crops are centred on an object, since the background teaches little
+FULL_FROM = 0.85  # share of the steps after which whole pictures (a quarter as many) replace crops: norms see both
+KL = 2e-4  # weight of KL(q(z|x) || N(0, 1)) per latent number: enough to keep latents near the origin and smooth
+EDGES = 0.5  # weight of the error in neighbouring pixels' differences: crisp edges
+OBJECTS = 3.0  # weight of pixels inside objects
+# Base and inpainting model
+DROPPED = 0.1  # share of captions left out, so that there is an unconditional model to guide away from
+GAMMA = 5.0  # of Min-SNR: low noise levels, where the weight would grow without bound, count no more than this
+WHOLE = 0.25  # share of the masks that cover the whole picture, as of Stable Diffusion's own inpainting model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage vae
+
+
+def vae_batch(recipe, step):
+    """-> images (B, 3, S, S) in [-1, 1], weights (B, 1, S, S)"""
+    g = at(recipe.seed, step)
+    if step >= FULL_FROM * recipe.steps:
+        frames = toyworld.render(toyworld.random_scenes(recipe.batch // 4, g))
+        return frames.image * 2 - 1, 1 + (OBJECTS - 1) * (frames.segments[:, None] > 0)
+    frames = toyworld.render(toyworld.random_scenes(recipe.batch, g))
+    n, size = len(frames.image), frames.image.shape[-1]
+    on_object = (frames.segments > 0).flatten(1).float() + 1e-6
+    anywhere = torch.rand(n, 1, generator=g) < 0.25
+    centre = torch.multinomial(torch.where(anywhere, 1.0, on_object), 1, generator=g)[:, 0]
+    jitter = torch.randint(-CROP // 3, CROP // 3, (2, n), generator=g)
+    top, left = (torch.stack([centre // size, centre % size]) + jitter - CROP // 2).clamp(0, size - CROP)
+    crops = [slice(int(t), int(t) + CROP) for t in top], [slice(int(t), int(t) + CROP) for t in left]
+    image = torch.stack([f[:, r, c] for f, r, c in zip(frames.image, *crops)])
+    weight = torch.stack([s[None, r, c] for s, r, c in zip(frames.segments, *crops)]) > 0
+    return image * 2 - 1, 1 + (OBJECTS - 1) * weight
+
+
+def vae_loss(model, x, weight, noise):
+    """x (B, 3, S, S), weight (B, 1, S, S), noise (B, C, s, s) -> scalar"""
+    mean, logvar = (m.float() for m in model.encode(x))
+    error = model.decode(mean + (0.5 * logvar).exp() * noise).float() - x
+    edges = sum((error.diff(dim=d).abs() * weight.narrow(d, 1, weight.shape[d] - 1)).mean() for d in (2, 3))
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    return (error.abs() * weight).mean() + EDGES * edges + KL * kl
+
+
+def train_vae(recipe, out, resume, device):
+    """-> OUT/model/vae, as fp16, with the scaling factor that brings its latents to unit variance"""
+    init = sd.load(recipe.init, torch.float32, device) if recipe.init else None
+    model = init.vae.requires_grad_(True) if init else vae.VAE(vae.CONFIGS["toy"])
+    model = model.to(device, memory_format=torch.channels_last)
+
+    def loss(step, _):
+        x, weight = vae_batch(recipe, step)
+        f, c = model.config.factor, model.config.latent_channels
+        noise = torch.randn(len(x), c, x.shape[2] // f, x.shape[3] // f, generator=at(recipe.seed + 1, step))
+        x = x.to(device, memory_format=torch.channels_last)
+        return vae_loss(model, x, weight.to(device), noise.to(device))
+
+    def sheet(average):
+        frames = toyworld.render(toyworld.random_scenes(8, at(recipe.seed + 2, 0)))
+        with torch.no_grad():
+            back = average.decode(average.encode((frames.image * 2 - 1).to(device))[0]).cpu() / 2 + 0.5
+        mse, inside = (back.clamp(0, 1) - frames.image) ** 2, (frames.segments[:, None] > 0).expand_as(back)
+        tqdm.write(f"PSNR {-10 * mse.mean().log10():.2f} dB, inside objects {-10 * mse[inside].mean().log10():.2f} dB")
+        return torch.stack([frames.image, back])
+
+    average = loop.fit("vae", model, loss, sheet, recipe, out, resume)
+    images = toyworld.render(toyworld.random_scenes(256, at(recipe.seed + 3, 0))).image * 2 - 1
+    with torch.no_grad():
+        spread = average.encode(images.to(device))[0].std().item()
+    average.config = replace(average.config, scaling_factor=round(1 / spread, 5))
+    sd.save_part(average, out / "model" / "vae", torch.float16, sample_size=images.shape[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage base
+
+
+def encode_scenes(scenes, path, autoencoder, device):
+    """-> latents (N, C, h, w), unscaled: made once, and kept in a file for these scenes and this autoencoder."""
+
+    def make():
+        parts = []
+        for i in tqdm(range(0, len(scenes), 64), desc="latents", unit="batch", mininterval=1):
+            image = toyworld.render(scenes[i : i + 64]).image
+            with torch.no_grad():
+                parts.append(autoencoder.encode(channels_last((image * 2 - 1).to(device)))[0].half().cpu())
+        return {"latents": torch.cat(parts).contiguous()}
+
+    return made_once(path, digest(autoencoder, scenes.x.tolist()), make)["latents"]
+
+
+def draws(recipe, scenes, shape, step):
+    """What a step is about: which scenes (B,), B captions, timesteps t (B,), noise (B, *shape), and the generator for
+    more."""
+    g = at(recipe.seed + 1, step)
+    index = torch.randint(recipe.scenes, (recipe.batch,), generator=g)
+    told = toyworld.captions(scenes[index], g)
+    dropped = torch.rand(recipe.batch, generator=g) < DROPPED
+    told = ["" if d else c for c, d in zip(told, dropped)]
+    t = stratified(recipe.batch, g)
+    noise = torch.randn(recipe.batch, *shape, generator=g)
+    if recipe.offset:
+        noise = noise + recipe.offset * torch.randn(recipe.batch, shape[0], 1, 1, generator=g)
+    return index, told, t, noise, g
+
+
+def base_loss(model, schedule, z, context, t, noise, beside=None):
+    """The simple loss of DDPM, eq. 14, weighted by Min-SNR (Hang et al. 2023): w = min(SNR, gamma) / SNR on epsilon.
+
+    z, noise (B, C, h, w), context (B, L, D), t (B,), beside (B, 1 + C, h, w) for an inpainting model: of `known`
+    """
+    z_t = schedule.add_noise(z, noise, t)
+    output = model(z_t if beside is None else torch.cat([z_t, beside], 1), t, context)
+    _, eps = schedule.x0_eps(output, z_t, t)
+    snr = (schedule.alpha / schedule.sigma).to(z.device)[t] ** 2
+    return ((eps - noise).square().mean((1, 2, 3)) * (GAMMA / snr).clamp(max=1)).mean()
+
+
+def given(path, device):
+    """The Stable Diffusion to start from. ValueError if its UNet reads more than a latent, or it reads no captions."""
+    model = sd.load(path, torch.float32, device)
+    if model.unet.config.in_channels != model.unet.config.out_channels:
+        raise ValueError(f"{path} is an inpainting model already: start from a plain one, e.g. --init weights/toy")
+    if model.tokenizer is None:
+        raise ValueError(f"captions need a tokenizer, and there is none: {model.tokenizer_help}")
+    return model
+
+
+def new_base(out, scenes, device):
+    """The toy Stable Diffusion before its training: the autoencoder of stage vae, and a vocabulary of the captions."""
+    autoencoder = sd.load_part(out / "model" / "vae", "vae", torch.float32, device)
+    tokenizer = clip.Tokenizer(*clip.learn_bpe(toyworld.captions(scenes[:5000], at(0, 0)), 600))
+    text = replace(clip.CONFIGS["toy"], vocab_size=len(tokenizer.vocab), eos=tokenizer.vocab[clip.END])
+    model = unet.UNet(unet.CONFIGS["toy"])
+    nn.init.zeros_(model.conv_out.weight)  # the first guess is no noise: a calm start
+    return sd.StableDiffusion(model, autoencoder, clip.TextEncoder(text), diffusion.Schedule(), tokenizer, size=128)
+
+
+def train_base(recipe, out, resume, device):
+    """Text encoder and UNet together (Stable Diffusion's came trained, ours has to learn) -> OUT/model, as fp16"""
+    scenes = toyworld.random_scenes(recipe.scenes, at(recipe.seed, 0))
+    toy = given(recipe.init, device) if recipe.init else new_base(out, scenes, device)
+    latents = encode_scenes(scenes, out / "latents.safetensors", toy.vae, device)
+    tokenizer, schedule, factor = toy.tokenizer, toy.schedule, toy.vae.config.scaling_factor
+    model = nn.ModuleDict({"unet": toy.unet, "text": toy.text}).requires_grad_(True)
+    model = model.to(device, memory_format=torch.channels_last)
+
+    def loss(step, _):
+        index, told, t, noise, _ = draws(recipe, scenes, latents.shape[1:], step)
+        z, t, noise = (channels_last(x.to(device)) for x in (latents[index].float() * factor, t, noise))
+        return base_loss(model["unet"], schedule, z, model["text"](tokenizer(told).to(device)), t, noise)
+
+    def sheet(average):
+        shown = replace(toy, unet=average["unet"], text=average["text"])
+        prompts = toyworld.captions(toyworld.random_scenes(16, at(recipe.seed + 2, 0)), at(recipe.seed + 2, 0))
+        noise = torch.randn(16, *latents.shape[1:], generator=at(recipe.seed + 2, 0)).to(device)
+        with torch.no_grad():
+            z = diffusion.sample(shown.denoiser(prompts, guidance=4.0), noise, diffusion.make("ddim", schedule, 25))
+            return shown.decode(z).cpu().unflatten(0, (2, 8)) / 2 + 0.5
+
+    average = loop.fit("base", model, loss, sheet, recipe, out, resume)
+    sd.save(replace(toy, unet=average["unet"], text=average["text"]), out / "model", torch.float16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage inpainting
+
+
+def widened(model):
+    """A copy of a UNet that reads (B, 2 C + 1, h, w): z_t, the mask, the latent of the masked picture. The new columns
+    of its first layer are zero, so that it begins as the very model that it was."""
+    C = model.config.in_channels
+    tensors = {name: w.clone() for name, w in model.state_dict().items()}
+    tensors["conv_in.weight"] = F.pad(tensors["conv_in.weight"], (0, 0, 0, 0, 0, C + 1))
+    return sd.build("unet", tensors, "this Stable Diffusion", replace(model.config, in_channels=2 * C + 1))
+
+
+def random_masks(n, size, generator):
+    """-> (n, 1, size, size), 1 = repaint, 0 = keep: one shape or two, a half plane, rectangle or ellipse each, at any
+    place and angle; a quarter of the masks the other way round."""
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, 2, 1, 1, generator=generator)
+
+    p = (torch.arange(size) + 0.5) / size * 2 - 1  # a pixel's place, in -1 .. 1
+    x, y, angle = p - uniform(-0.8, 0.8), p[:, None] - uniform(-0.8, 0.8), uniform(0, 2 * math.pi)
+    u, v = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()  # (n, 2, S, S), as the shape sees it
+    a, b = uniform(0.2, 0.8), uniform(0.2, 0.8)
+    shapes = torch.stack([u > 0, (u.abs() < a) & (v.abs() < b), (u / a) ** 2 + (v / b) ** 2 < 1])
+    kind = torch.randint(len(shapes), (1, n, 2, 1, 1), generator=generator)
+    one, two = shapes.take_along_dim(kind, 0)[0].unbind(1)
+    second, turned = torch.rand(2, n, 1, 1, generator=generator) < torch.tensor([0.5, 0.25])[:, None, None, None]
+    return ((one | two & second) ^ turned)[:, None].float()
+
+
+@torch.no_grad()
+def known(model, image, repaint):
+    """What an inpainting model sees beside z_t at every step, as sample.py tells it.
+
+    image (B, 3, H, W) in [-1, 1], repaint (B, 1, H, W), 1 = repaint  ->  (B, 1 + C, h, w): the mask, 0 or 1, and the
+    scaled latent of the picture whose masked part is 0, mid-grey
+    """
+    seen = model.encode_image(channels_last(image * (1 - repaint)))
+    return torch.cat([diffdiff.down_sample(repaint, seen.shape[-2:]).round().to(seen), seen], 1)
+
+
+def encode_masked(scenes, path, toy, recipe, device):
+    """Scenes, each with a mask of its own, encoded once: a dict of z (N, C, h, w), scaled, and known (N, 1 + C, h, w),
+    in fp16. (A new mask at every step would need the encoder at every step.)"""
+
+    def make():
+        parts = []
+        for i in tqdm(range(0, len(scenes), 32), desc="masked", unit="batch", mininterval=1):
+            image = (toyworld.render(scenes[i : i + 32], toy.size).image * 2 - 1).to(device)
+            repaint = random_masks(len(image), toy.size, at(recipe.seed + 3, i)).to(device)
+            with torch.no_grad():
+                parts.append((toy.encode_image(channels_last(image)), known(toy, image, repaint)))
+        return {name: torch.cat(x).half().cpu().contiguous() for name, x in zip(("z", "known"), zip(*parts))}
+
+    return made_once(path, digest(toy.vae, scenes.x.tolist(), recipe.seed, toy.size), make)
+
+
+def train_inpainting(recipe, out, resume, device):
+    """A base model's UNet learns to fill in what a mask covers -> OUT/model, as fp16
+
+    The way that Stable Diffusion's own inpainting model was made of its version 1.2 (its model card tells): the first
+    layer is widened with zeros, and training goes on with masks, a quarter of which cover everything. The text encoder
+    and the autoencoder stay as they are.
+    """
+    scenes = toyworld.random_scenes(recipe.scenes, at(recipe.seed, 0))
+    toy = given(recipe.init or TOY, device)
+    model = widened(toy.unet).requires_grad_(True).to(device, memory_format=torch.channels_last)
+    latents, size = encode_masked(scenes, out / "masked.safetensors", toy, recipe, device), toy.size
+    nothing = known(toy, torch.zeros(1, 3, size, size, device=device), torch.ones(1, 1, size, size, device=device))
+
+    def loss(step, _):
+        index, told, t, noise, g = draws(recipe, scenes, latents["z"].shape[1:], step)
+        whole = torch.rand(recipe.batch, 1, 1, 1, generator=g) < WHOLE
+        beside = torch.where(whole.to(device), nothing, latents["known"][index].float().to(device))
+        z, t, noise = (channels_last(x.to(device)) for x in (latents["z"][index].float(), t, noise))
+        return base_loss(model, toy.schedule, z, toy.encode_prompt(told), t, noise, beside)
+
+    g = at(recipe.seed + 2, 0)
+    shown = toyworld.random_scenes(8, g)
+    prompts, image = toyworld.captions(shown, g), toyworld.render(shown, size).image * 2 - 1
+    repaint = random_masks(8, size, g)
+    beside = known(toy, image.to(device), repaint.to(device))
+    start = torch.randn(8, *latents["z"].shape[1:], generator=g).to(device)
+
+    def sheet(average):
+        painter = replace(toy, unet=average)
+        denoise = painter.denoiser(prompts, guidance=4.0, channels=beside)
+        with torch.no_grad():
+            z = diffusion.sample(denoise, start, diffusion.make("ddim", toy.schedule, 25))
+            return torch.stack([image, image * (1 - repaint), painter.decode(z).cpu()]) / 2 + 0.5
+
+    average = loop.fit("inpainting", model, loss, sheet, recipe, out, resume)
+    sd.save(replace(toy, unet=average), out / "model", torch.float16)
