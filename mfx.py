@@ -227,6 +227,41 @@ def draws(shape, generator=None, drop=0.2):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# How much of what an edit leaves wrong is put right, shadows and reflections first of all. Neither paper has it, since
+# it takes the truth: a scene rendered again, or photographed again with its things moved. For anyone's pictures:
+#
+#     region = changed_shadows(reference, truth, objects)
+#     before, after, share = shadow_share(coarse, output, truth, region)
+
+
+def changed_shadows(reference, truth, objects, least=0.02):
+    """Where an edit changes shadows and reflections: what differs, and is no object.
+
+    reference, truth  (B, 3, H, W) in [0, 1], before the edit and truly after it, with the same camera and light
+    objects           (B, H, W) bool: where any object is in either; a pixel more is left out, for their smoothed edges
+    least             the smallest difference that counts: a photograph's noise may ask for more
+      ->              (B, H, W) bool
+    """
+    near = F.max_pool2d(objects[:, None].float(), 3, 1, 1)[:, 0] > 0
+    return ((truth - reference).abs().amax(1) > least) & ~near
+
+
+def shadow_share(coarse, output, truth, region, norm=torch.square):
+    """The coarse edit's mean error in a region, the output's, and the share of the former that is gone.
+
+    coarse, output, truth  (B, 3, H, W)
+    region                 (B, H, W) bool, of `changed_shadows`, or any other
+    norm                   of a difference: torch.square or torch.abs
+      ->                   three floats. The share is 1 where all is right, 0 where as much is wrong as before, negative
+                           where more is. ValueError for an empty region
+    """
+    if not region.any():
+        raise ValueError("the region is empty: nothing changes in it, so that there is nothing to put right")
+    before, after = (norm(x - truth).mean(1)[region].mean() for x in (coarse, output))
+    return before.item(), after.item(), (1 - after / before).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # From Stable Diffusion
 
 SECOND = re.compile(r"(.*transformer_blocks\.\d+)\.(attn2|norm2)\..*")  # attention to the text, and its layer norm

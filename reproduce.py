@@ -43,6 +43,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import ablation_mfx  # noqa: F401, its item
 import applications_dd  # noqa: F401, its items
 import claims
 import claims_dd
@@ -51,6 +52,7 @@ import claims_toy
 import costs_dd  # noqa: F401, likewise
 import diffdiff
 import figures_dd  # noqa: F401, its items
+import figures_mfx  # noqa: F401, likewise
 import layouts
 import lpips
 import mfx
@@ -64,7 +66,8 @@ from claims_toy import adherence, autoencoder, gradient, latent_shape  # noqa: F
 
 HERE = Path(__file__).parent
 CHAPTERS = (claims_dd.CHAPTER, claims_mfx.CHAPTER, claims_toy.CHAPTER)  # of the page, in this order
-INPAINTING = HERE / "weights" / "toy-inpainting"
+INPAINTING, ABLATION = HERE / "weights" / "toy-inpainting", HERE / "weights" / "ablation"
+MFX = {"mfx_weights", "ablation_weights"}  # the options that name Magic Fixups
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is finished already
@@ -82,12 +85,12 @@ def source(f, seen=None):
         for name in code.co_names:
             value = f.__globals__.get(name)
             for thing in value.values() if isinstance(value, dict) else [value]:
+                thing = inspect.unwrap(thing) if callable(thing) else thing  # as functools.lru_cache wraps one
                 if isinstance(thing, types.ModuleType):
                     add_module(thing, seen)
                 elif isinstance(thing, type):
                     add_module(inspect.getmodule(thing), seen)
                 elif isinstance(thing, types.FunctionType):
-                    thing = inspect.unwrap(thing)
                     if ours(thing) and f"{thing.__module__}.{thing.__qualname__}" not in seen:
                         source(thing, seen)
             if isinstance(value, int | float | str | tuple | list | dict) and not any(map(callable, value_of(value))):
@@ -141,12 +144,19 @@ def fingerprint(path):
     return digest.hexdigest()[:16]
 
 
+def fixup_fingerprint(path):
+    """Of a Magic Fixup, and of the autoencoder elsewhere that it may lean on."""
+    index = Path(path or "", mfx.INDEX)
+    elsewhere = layouts.read_json(index).get("vae") if path and index.is_file() else None
+    return fingerprint(path) + (fingerprint(Path(path, str(elsewhere))) if elsewhere else "")
+
+
 def digest_of(item, options):
     """Of all that decides an item's results: code, options, weights. Verdicts and texts are made anew every time."""
     code = source(item.run)
     source(claims.toy_distance, code)
     code["Lab"] = inspect.getsource(claims.Lab)
-    for module in (sd, diffdiff, lpips, toyworld, *([mfx] if "mfx_weights" in item.needs else [])):  # what a Lab uses
+    for module in (sd, diffdiff, lpips, toyworld, *([mfx] if MFX & set(item.needs) else [])):  # what a Lab uses
         add_module(module, code)
     mine = {n: v for n, v in options.items() if n in item.needs or not n.endswith("weights")}
     parts = [item.name, mine, sorted(code.items())]
@@ -207,14 +217,17 @@ def run(args):
     if args.inpainting_weights is None and INPAINTING.is_dir():
         args.inpainting_weights = INPAINTING
     args.out = out
-    for folder in [f for f in (args.images, args.inpainting_weights) if f and not f.exists()]:
+    for folder in [f for f in (args.images, args.inpainting_weights, args.ablation_weights) if f and not f.exists()]:
         raise FileNotFoundError(f"{folder}: there is no such file or folder")
     device = sample.choose_device(args.device)
     dtype = torch.float32 if args.weights == sample.TOY else sample.choose_precision("auto", device)
     bar = tqdm(total=1, bar_format="{l_bar}{bar}| {elapsed} {postfix}", unit_scale=True)
     lab = claims.Lab(args, device, dtype)
 
-    weights = {n: fingerprint(getattr(args, n)) for n in ("weights", "mfx_weights", "inpainting_weights", "images")}
+    weights = {n: fingerprint(getattr(args, n)) for n in ("weights", "inpainting_weights", "images")}
+    weights["mfx_weights"] = fixup_fingerprint(args.mfx_weights)
+    weights["ablation_weights"] = {
+        name: fixup_fingerprint(claims_mfx.place_of(args.ablation_weights, name)) for name in claims_mfx.TRAINED}
     decisive = weights | {"quick": args.quick, "prompt": args.prompt, "device": device.type}
     decisive["distance"] = lab.perceptual[0]
     names = list(dict.fromkeys(args.only)) if args.only else [
@@ -242,7 +255,7 @@ def run(args):
     entries = write(found, options, out, told)
     for entry in entries:
         if entry.item.name in names:
-            print(f"{entry.item.where}: {entry.verdict}. {entry.why}")
+            print(f"{entry.item.chapter}, {entry.item.where}: {entry.verdict}. {entry.why}")
     print(f"{out / 'index.html'}: {len(entries)} items")
 
 
@@ -255,6 +268,8 @@ def main(argv=None):
     parser.add_argument("--again", action="store_true", help="run finished items again")
     parser.add_argument("--weights", type=Path, default=sample.TOY, help="the Stable Diffusion to edit with")
     parser.add_argument("--mfx-weights", type=Path, default=sample.TOY_MFX, help="the Magic Fixup")
+    parser.add_argument("--ablation-weights", type=Path, default=ABLATION, metavar="DIR", help="folder with the four "
+                        "Magic Fixups of the ablation; python ablation_mfx.py trains them")
     parser.add_argument("--inpainting-weights", type=Path, help="an inpainting model, for Table 1's third method; "
                         "default: weights/toy-inpainting where there is one")
     parser.add_argument("--networks", type=Path, default=networks.FOLDER, metavar="DIR", help="folder with LPIPS's two "

@@ -597,6 +597,34 @@ def test_under_a_change_map(model, eta):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The shadow share
+
+
+def test_the_shadow_share_of_made_pictures():
+    truth, region = torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.bool)
+    region[..., :4] = True
+    coarse, output = torch.full_like(truth, 0.4), torch.full_like(truth, 0.2)
+    output[..., 4:] = 1  # which is outside the region
+    assert mfx.shadow_share(coarse, output, truth, region) == pytest.approx((0.16, 0.04, 0.75))
+    assert mfx.shadow_share(coarse, output, truth, region, torch.abs) == pytest.approx((0.4, 0.2, 0.5))
+    assert mfx.shadow_share(coarse, coarse, truth, region)[2] == 0
+    assert mfx.shadow_share(coarse, output, truth, ~region)[2] == pytest.approx(1 - 1 / 0.16)  # worse than it was
+    with pytest.raises(ValueError, match="empty"):
+        mfx.shadow_share(coarse, output, truth, region & ~region)
+
+
+def test_changed_shadows_are_what_changes_off_the_objects():
+    before, after, objects = torch.full((1, 3, 9, 9), 0.5), torch.full((1, 3, 9, 9), 0.5), torch.zeros(1, 9, 9) > 0
+    objects[0, 4, 4] = True
+    after[0, :, 3:6, 3:8] = 0.2  # the object, its smoothed edge, and a shadow on its right
+    after[0, 0, 0, 0] += 0.3  # one channel is enough
+    after[0, :, 8, 8] += 0.01  # and this is too little
+    region = mfx.changed_shadows(before, after, objects)
+    assert region.nonzero()[:, 1:].tolist() == [[0, 0], *([y, x] for y in (3, 4, 5) for x in (6, 7))]
+    assert mfx.changed_shadows(before, after, objects, least=0.005)[0, 8, 8]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
