@@ -12,6 +12,8 @@ import mfx
 import reproduce
 import sample
 import sd
+import toyworld
+import train_toys
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,7 @@ def toy():
     return sd.load(sample.TOY, torch.float32)
 
 
-@pytest.mark.parametrize("folder", [sample.TOY, sample.TOY_MFX])
+@pytest.mark.parametrize("folder", [sample.TOY, sample.TOY_MFX, reproduce.INPAINTING])
 def test_size_on_disk(folder):
     files = [f for f in Path(folder).rglob("*") if f.is_file()]
     assert 1e6 < sum(f.stat().st_size for f in files) < 20e6
@@ -63,6 +65,28 @@ def test_shadows_and_reflections_follow_an_edit(tmp_path):
     with torch.inference_mode():
         result = reproduce.magic_fixup(mfx.load(sample.TOY_MFX, torch.float32), True, tmp_path)
     assert result["shadows and reflections"]["squared"]["removed"] >= 0.6  # of 24 edits; 0.59 of the 240
+
+
+def test_the_inpainting_model_keeps_what_it_is_shown_and_paints_what_it_is_told(toy):
+    """It draws all of the picture anew, from noise: what it was shown comes back as far as the words do not contradict
+    it; where it was shown nothing, the words decide."""
+    model, g = sd.load(reproduce.INPAINTING, torch.float32), torch.Generator().manual_seed(10**9 + 30)
+    scenes = toyworld.random_scenes(6, g)
+    image, half = toyworld.render(scenes).image * 2 - 1, torch.zeros(6, 1, 128, 128)
+    half[..., :80] = 1
+    noise = torch.randn(6, *reproduce.latent_shape(model), generator=g)
+    sampler = diffusion.make("ddim", model.schedule, 15)
+
+    def painted(words, repaint):
+        denoise = model.denoiser(words, guidance=4, channels=train_toys.known(model, image, repaint))
+        return model.decode(diffusion.sample(denoise, noise, sampler)) / 2 + 0.5
+
+    with torch.inference_mode():
+        seen = model.decode(model.encode_image(image)) / 2 + 0.5
+        off = (painted(toyworld.captions(scenes), half) - seen).abs().mean((0, 1, 2))
+        night, noon = (painted([f"a red ball on snow at {t}"] * 6, torch.ones_like(half)) for t in ("night", "noon"))
+    assert off[96:].mean() < 0.065 < off[:64].mean()  # 0.053 and 0.081 measured
+    assert ((noon - night).mean((1, 2, 3)) > 0.3).all()
 
 
 def test_a_batch_gives_each_picture_what_it_gives_alone(toy):
