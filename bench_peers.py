@@ -1,0 +1,187 @@
+"""What one would use instead: diffusers and transformers on our weights, and the two papers' loops around them.
+
+    peer = unet_peer(model)                     diffusers' UNet with the weights of ours, without a copy of them
+    pipe = pipeline(model, torch.float32)       diffusers' image-to-image pipeline for an sd.StableDiffusion
+    x = published_change_map(pipe, ...)         Differential Diffusion as its authors' program computes it
+    x = straightforward_fixup(peer, ...)        Magic Fixup, step by step: one UNet, then the other
+
+Both loops give the pictures that ours give (tests/test_bench.py): what differs is the time. ImportError where a peer is
+not installed.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+import diffusion
+import sd
+import unet
+import vae
+
+sys.path.append(str(Path(__file__).parent / "tests"))  # what the tests know about peers serves here as well
+import conftest  # noqa: E402, F401, makes torchvision importable, and so transformers and diffusers
+
+
+def with_our_weights(build, model):
+    """A peer's model, built by build() without memory of its own, takes our tensors over. Those that we keep in another
+    memory format than PyTorch's usual one are copied into that: how to lay them out is our business alone."""
+    with torch.device("meta"):
+        peer = build()
+    peer.load_state_dict({k: v.detach().contiguous() for k, v in model.state_dict().items()}, assign=True)
+    return peer.eval().requires_grad_(False)
+
+
+def unet_peer(model):
+    """unet.UNet -> diffusers.UNet2DConditionModel. Also one of Magic Fixup's: a second attention as wide as each block
+    (config.context None), or none at all (0)."""
+    import diffusers
+
+    c = model.config
+    options = unet.config_to_json(c) | {"cross_attention_dim": c.context or c.channels, "sample_size": 64}
+
+    def build():
+        peer = diffusers.UNet2DConditionModel.from_config(options)
+        for _, block in blocks(peer) if c.context == 0 else ():
+            block.norm2 = block.attn2 = None
+        return peer
+
+    return with_our_weights(build, model)
+
+
+def blocks(peer):
+    """-> [(name, transformer block)] of a UNet of diffusers"""
+    return [(name, m) for name, m in peer.named_modules() if type(m).__name__ == "BasicTransformerBlock"]
+
+
+def vae_peer(model):
+    """vae.VAE -> diffusers.AutoencoderKL"""
+    import diffusers
+
+    return with_our_weights(lambda: diffusers.AutoencoderKL.from_config(vae.config_to_json(model.config)), model)
+
+
+def text_peer(model):
+    """clip.TextEncoder -> transformers.CLIPTextModel, through a folder: it has other names for its weights inside."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    dtype = next(model.parameters()).dtype
+    with tempfile.TemporaryDirectory() as folder:
+        sd.save_part(model, folder)
+        peer = transformers.CLIPTextModel.from_pretrained(folder, dtype=dtype)
+    return peer.eval().requires_grad_(False).to(next(model.parameters()).device)
+
+
+def scheduler(schedule):
+    import diffusers
+
+    return diffusers.DDIMScheduler.from_config(sd.schedule_to_json(schedule))
+
+
+def pipeline(model, dtype):
+    """sd.StableDiffusion -> diffusers.StableDiffusionImg2ImgPipeline in that precision, where the model is."""
+    import diffusers
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.tokenizer.save(folder)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(
+        vae=vae_peer(model.vae), text_encoder=text_peer(model.text), tokenizer=tokenizer, unet=unet_peer(model.unet),
+        scheduler=scheduler(model.schedule), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe if dtype == pipe.dtype else pipe.to(dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Differential Diffusion
+
+
+@torch.no_grad()
+def published_change_map(pipe, prompt, picture, change_map, noise, steps, guidance=7.5):
+    """Algorithm 1 as github.com/exx8/differential-diffusion runs it (SD2/diff_pipe.py): all noised originals and masks
+    ahead, every step whatever the map, the map brought to the latent's size by bilinear interpolation.
+
+    picture (1, 3, H, W) in [-1, 1], change_map (1, 1, H, W), noise (1, C, h, w) -> (1, 3, H, W) in about [0, 1]
+
+    It draws the latent from the encoder's distribution, here it is the mean; and a pixel of exactly i / k it takes from
+    the edit at step i, where the paper and ours take it from the original still. In half precision it is a little off:
+    diffusers rounds the noise levels as well.
+    """
+    device, dtype = pipe.unet.device, pipe.unet.dtype
+    given, without = pipe.encode_prompt(prompt, device, 1, True)
+    context = torch.cat([without, given])
+    z_init = pipe.vae.encode(picture.to(device, dtype)).latent_dist.mode() * pipe.vae.config.scaling_factor
+    pipe.scheduler.set_timesteps(steps, device=device)
+    times = pipe.scheduler.timesteps
+    originals = pipe.scheduler.add_noise(z_init.expand(steps, -1, -1, -1), noise.to(z_init), times)
+    mu = F.interpolate(change_map.to(device), z_init.shape[-2:], mode="bilinear")
+    kept = (mu > torch.arange(steps, device=device)[:, None, None, None] / steps).to(dtype)  # (k, 1, h, w)
+    z = originals[:1]
+    for i, t in enumerate(times):
+        if i:
+            z = originals[i : i + 1] * kept[i] + z * (1 - kept[i])
+        output = pipe.unet(pipe.scheduler.scale_model_input(torch.cat([z, z]), t), t, encoder_hidden_states=context)
+        unconditional, conditional = output.sample.chunk(2)
+        output = unconditional + guidance * (conditional - unconditional)
+        z = pipe.scheduler.step(output, t, z).prev_sample
+    return pipe.vae.decode(z / pipe.vae.config.scaling_factor).sample / 2 + 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Magic Fixup
+
+
+def fixup_peer(model):
+    """mfx.MagicFixup -> two UNets and the autoencoder of diffusers, joined by hooks: what goes into a block's
+    self-attention in the extractor is what the same block of the synthesizer attends to."""
+    peer = SimpleNamespace(synthesizer=unet_peer(model.synthesizer), extractor=unet_peer(model.extractor),
+                           vae=vae_peer(model.vae), scheduler=scheduler(model.schedule))
+    features = {}
+
+    def keep(name):
+        def hook(module, inputs, output):
+            features[name] = output
+        return hook
+
+    def give(name):
+        def hook(module, args, kwargs):
+            return args, kwargs | {"encoder_hidden_states": features[name]}
+        return hook
+
+    for (name, reads), (_, asks) in zip(blocks(peer.extractor), blocks(peer.synthesizer), strict=True):
+        reads.norm1.register_forward_hook(keep(name))
+        asks.attn2.register_forward_pre_hook(give(name), with_kwargs=True)
+    return peer
+
+
+@torch.no_grad()
+def straightforward_fixup(peer, reference, coarse, mask, steps=50, seed=0):
+    """A whole edit as the method reads: at every step the extractor, all of it, and then the synthesizer.
+
+    reference, coarse (1, 3, H, W) in [-1, 1], mask (1, 1, H, W), 1 = kept -> (1, 3, H, W) in about [0, 1]
+
+    All noise is that of mfx.MagicFixup.sample. Latents stay in fp32 between the steps, as ours do.
+    """
+    like, factor = peer.synthesizer.conv_in.weight, peer.vae.config.scaling_factor
+
+    def encoded(x):
+        return peer.vae.encode(x.to(like)).latent_dist.mode().float() * factor
+
+    I, I_coarse = encoded(reference), encoded(coarse)
+    M = F.interpolate(mask.to(I), I.shape[-2:], mode="area")
+    draw, reference_draw = (diffusion.step_noise(I.shape[1:], [s]) for s in (seed, 0))
+    peer.scheduler.set_timesteps(steps, device=like.device)
+    times = peer.scheduler.timesteps
+    x = torch.randn(I.shape, generator=torch.Generator().manual_seed(seed)).to(I)
+    x = peer.scheduler.add_noise(I_coarse, x, times[:1])  # equation 4
+    for i, (t, number) in enumerate(zip(times, times.tolist())):
+        I_t = peer.scheduler.add_noise(I, reference_draw(diffusion.T + number).to(I), t[None])  # equation 2
+        peer.extractor(torch.cat([I_t, I, M], dim=1).to(like.dtype), t, encoder_hidden_states=None)  # equation 3
+        output = peer.synthesizer(torch.cat([x, I_coarse, M], dim=1).to(like.dtype), t, encoder_hidden_states=None)
+        x = peer.scheduler.step(output.sample.float(), t, x, eta=1.0, variance_noise=draw(i).to(x)).prev_sample
+    return peer.vae.decode((x / factor).to(like.dtype)).sample.float() / 2 + 0.5
