@@ -96,7 +96,7 @@ def adherence(toy, quick, out):
 
     The same probes on true renders of the same scenes say how far the probes themselves can be trusted.
     """
-    scenes = scenes_of(2, 32 if quick else 288, objects=1)
+    scenes = scenes_of(2, 32 if quick else 144, objects=1)
     truth = (scenes.time, scenes.ground, scenes.colour[:, 0])
     prompts = [
         f"a {COLOURS[colour]} {KINDS[kind]} on {GROUNDS[ground]} at {TIMES[time]}"
@@ -312,7 +312,7 @@ def run_autoencoder(lab):
 
 
 @item(
-    "adherence", "Prompts", chapter=CHAPTER, cost=170,
+    "adherence", "Prompts", chapter=CHAPTER, cost=85,
     claim="The base model paints what a prompt names. In at least 85 % of pictures the sky's time, the ground and the "
           "object's colour are all three as asked for.",
     done="Pictures from text alone, 50 steps of DDIM at a guidance of 7.5, judged by colour probes; the same probes on "
