@@ -155,7 +155,8 @@ def by_verb(edits, *columns):
 
 def magic_fixup(model, quick, out, each=iter):
     """Mean absolute and squared error against the true re-render: of the coarse edit and of the output, over the whole
-    picture and where shadows and reflections change. And the share of the coarse edit's error that the model removes.
+    picture and where shadows and reflections change. And the share of the coarse edit's error that the model removes,
+    with its standard error, by bootstrap over the edits.
 
     The truth's own round trip through the autoencoder is the least error that any output can have.
     """
@@ -164,7 +165,7 @@ def magic_fixup(model, quick, out, each=iter):
     output = fixed(model, quick, len(truth), each)
     back = torch.cat([model.decode(model.encode_image(x * 2 - 1)).float().cpu() for x in truth.split(32)])
     back = back.clamp(-1, 1) / 2 + 0.5
-    result = {}
+    result, draws = {}, resampled(len(truth))
     for where, region in (("everywhere", torch.ones_like(edits["changed"])),
                           ("shadows and reflections", edits["changed"])):
         result[where] = {}
@@ -172,7 +173,9 @@ def magic_fixup(model, quick, out, each=iter):
             before, after, removed = mfx.shadow_share(coarse, output, truth, region, norm)
             least = norm(back - truth).mean(1)[region].mean().item()
             errors = {"coarse edit": before, "output": after, "round trip": least}
-            result[where][name] = {who: round(e, 5) for who, e in errors.items()} | {"removed": round(removed, 3)}
+            drawn = [draws @ (norm(x - truth).mean(1) * region).sum((1, 2)) for x in (output, coarse)]
+            result[where][name] = {who: round(e, 5) for who, e in errors.items()} | {
+                "removed": [round(removed, 3), round((drawn[0] / drawn[1]).std().item(), 3)]}
     rows = (edits["reference"], coarse, output, truth)  # of the sheet; a column for each verb
     first = [edits["verb"].index(verb) for verb in toyworld.VERBS]
     columns = [pictures.tensor_to_picture(torch.cat([x[i] for x in rows], 1)) for i in first]
@@ -188,9 +191,9 @@ def magic_fixup(model, quick, out, each=iter):
          "be.",
     table=lambda r, t: [["error", "collage", "output", "round trip", "removed"]] + [
         [f"{norm}, {where}", *[f"{e[who]:.4f}" for who in ("coarse edit", "output", "round trip")],
-         f"{100 * e['removed']:.0f} %"] for where, norms in r.items() for norm, e in norms.items()],
+         percent(e["removed"])] for where, norms in r.items() for norm, e in norms.items()],
     verdict=lambda r, t: judge(*[
-        (e["squared"]["removed"] > 0, f"{where} {100 * e['squared']['removed']:.0f} % of the squared error goes")
+        (surely_above(share := e["squared"]["removed"], 0), f"{where} {percent(share)} of the squared error goes")
         for where, e in r.items()]),
 )
 def run_magic_fixup(lab):
@@ -262,6 +265,11 @@ def cross_reference_verdict(results):
                 f"{objects['collage']:.4f} and {objects['with']:.4f}). Little of them is left to look up in the "
                 "photograph.")
     return verdict, why
+
+
+def percent(share):
+    """[share of 1, standard error] -> text"""
+    return f"{100 * share[0]:.0f} ± {100 * share[1]:.0f} %"
 
 
 def surely_above(ratio, one=1.0):

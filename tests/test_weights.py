@@ -64,7 +64,7 @@ def test_change_follows_a_gradient(toy, tmp_path):
 def test_shadows_and_reflections_follow_an_edit(tmp_path):
     with torch.inference_mode():
         result = reproduce.magic_fixup(mfx.load(sample.TOY_MFX, torch.float32), True, tmp_path)
-    assert result["shadows and reflections"]["squared"]["removed"] >= 0.6  # of 24 edits; 0.59 of the 240
+    assert result["shadows and reflections"]["squared"]["removed"][0] >= 0.6  # of 24 edits; 0.66 of the 120
 
 
 def test_the_inpainting_model_keeps_what_it_is_shown_and_paints_what_it_is_told(toy):
