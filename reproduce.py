@@ -93,8 +93,8 @@ def source(f, seen=None):
                 elif isinstance(thing, types.FunctionType):
                     if ours(thing) and f"{thing.__module__}.{thing.__qualname__}" not in seen:
                         source(thing, seen)
-            if isinstance(value, int | float | str | tuple | list | dict) and not any(map(callable, value_of(value))):
-                seen[f"{f.__module__}.{name}"] = repr(value)
+            if isinstance(value, int | float | str | tuple | list | dict) and " at 0x" not in repr(value):
+                seen[f"{f.__module__}.{name}"] = repr(value)  # and what has an address in it is code, or holds some
     return seen
 
 
@@ -110,10 +110,6 @@ def in_order(item):
     number = next((float(w) for w in words if w[0].isdigit()), 0.0)
     kind = next((i for i, kind in enumerate(kinds) if words[0].startswith(kind)), len(kinds))
     return CHAPTERS.index(item.chapter), kind, number
-
-
-def value_of(constant):
-    return constant.values() if isinstance(constant, dict) else constant if isinstance(constant, list | tuple) else ()
 
 
 def ours(thing):

@@ -1,7 +1,10 @@
 """reproduce.py's own parts: metrics on made-up data, what is kept and what is run again, the page, a run end to end."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,6 +160,14 @@ def test_a_digest_changes_with_options_weights_and_code_that_is_called(monkeypat
     assert first == reproduce.digest_of(an_item(), other)
     monkeypatch.setitem(globals(), "helper", another_helper)
     assert first != reproduce.digest_of(an_item(), {"quick": True, "weights": "a"})
+
+
+def test_digests_are_the_same_in_every_process():
+    """What holds an address, or has no order, would make a run that was stopped begin anew."""
+    told = "import reproduce, claims; print([reproduce.digest_of(i, {}) for i in claims.ITEMS.values()])"
+    done = [subprocess.run([sys.executable, "-c", told], cwd=reproduce.HERE, env=os.environ | {"PYTHONHASHSEED": seed},
+                           capture_output=True, text=True, check=True).stdout for seed in "12"]
+    assert done[0] == done[1] and done[0].count(",") == len(claims.ITEMS) - 1
 
 
 def test_the_source_of_an_item_holds_what_it_calls():
