@@ -50,6 +50,7 @@ from pictures import (
     tensor_to_picture,
     to_rgb,
 )
+from winograd import hold_memory, quicken
 
 TOY = Path(__file__).parent / "weights" / "toy"
 TOY_MFX = Path(__file__).parent / "weights" / "toy-mfx"
@@ -358,6 +359,9 @@ def run(args):
     dtype = choose_precision(args.precision, device)
     original, coarse, mu = read_inputs(args, dtype, device)  # mistakes in them are told before weights are read
     model = read_model(args, coarse, dtype, device)
+    if device.type == "cpu":
+        quicken(model.vae, keep=False)  # it runs once or twice
+        quicken(model if coarse else model.unet)
 
     size = fitted_size(original or Image.new("L", (8, 8)), args.size or model.size, model.vae.config.factor)
     picture = picture_to_tensor(original, size) if original else None
@@ -419,4 +423,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    hold_memory()
     main()

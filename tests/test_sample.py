@@ -16,6 +16,7 @@ import diffusion
 import sample
 import sd
 import unet
+import winograd
 
 ROOT = Path(sample.__file__).parent
 MEADOW, GRADIENT = str(ROOT / "examples/meadow.png"), str(ROOT / "examples/gradient.png")
@@ -39,7 +40,9 @@ def fails(capsys, *argv):
 
 @pytest.fixture(scope="module")
 def toy():
-    return sd.load(sample.TOY, torch.float32)
+    model = sd.load(sample.TOY, torch.float32)
+    winograd.quicken(model.vae)  # as sample.py does on a CPU
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ import pictures
 import sample
 import sd
 import unet
+import winograd
 
 REAL = ROOT / "../shared/real"
 
@@ -35,7 +36,7 @@ def model(tmp_path_factory):
             new.copy_(0.03 * torch.randn(new.shape, generator=g))
     folder = tmp_path_factory.mktemp("weights") / "toy-mfx"
     mfx.save(made, folder, torch.float16, vae=os.path.relpath(sample.TOY / "vae", folder.resolve()))
-    return mfx.load(folder, torch.float32), folder
+    return winograd.quicken(mfx.load(folder, torch.float32)), folder  # as sample.py does on a CPU
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,278 @@
+"""winograd.py against its plain twin, F.conv2d: the algorithm, and whole networks before and after `quicken`."""
+
+import copy
+import pickle
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import unet
+import vae
+import winograd
+from winograd import QuickConv2d, convolve, product, quicken, toom_cook, transform
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def relative_error(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_one_side_is_a_filter_in_exact_numbers(m):
+    At, G, Bt = toom_cook(m)
+    g, d = np.array([3.0, -1.0, 2.0]), np.arange(m + 2) ** 2.0
+    assert np.allclose(At @ ((G @ g) * (Bt @ d)), [g @ d[i : i + 3] for i in range(m)], rtol=1e-13)
+
+
+def test_the_small_one_is_that_of_the_paper():
+    At, G, Bt = toom_cook(2)  # section 4.1, but for the signs of two rows, which cancel
+    assert np.allclose(np.abs(G), [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0, 0, 1]])
+    assert np.allclose(np.abs(Bt), [[1, 0, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 0, 1]])
+    assert np.allclose(np.abs(At), [[1, 1, 1, 0], [0, 1, 1, 1]])
+
+
+SHAPES = [  # batch, channels in and out, height, width
+    (1, 1, 1, 1, 1), (1, 3, 5, 2, 7), (2, 16, 8, 8, 8), (3, 8, 24, 9, 10), (1, 40, 12, 5, 64), (2, 320, 32, 13, 6),
+    (3, 4, 4, 3, 3),
+]
+
+
+@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("tiles", [1, 6, 256])  # at a time: one row of tiles, a few, several pictures
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_numbers_as_the_plain_convolution(m, tiles, shape, monkeypatch):
+    monkeypatch.setattr(winograd, "TILES", tiles)
+    batch, c_in, c_out, h, w = shape
+    x, weight, bias = torch.randn(batch, c_in, h, w), torch.randn(c_out, c_in, 3, 3), torch.randn(c_out)
+    want = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        got = convolve(x.contiguous(memory_format=layout), transform(weight, m), bias, m)
+        assert got.shape == want.shape and got.is_contiguous(memory_format=torch.channels_last)
+        assert relative_error(got, want) <= 1e-5
+    without = convolve(x, transform(weight, m), None, m)
+    assert relative_error(without + bias[:, None, None], want) <= 1e-5
+
+
+def test_the_points_cost_no_more_than_five_times_the_error_of_the_small_one():
+    x, weight = torch.randn(1, 320, 32, 32), torch.randn(64, 320, 3, 3)
+    want = F.conv2d(x.double(), weight.double(), padding=1)
+    errors = {m: (convolve(x, transform(weight, m), None, m) - want).square().mean().sqrt() for m in (2, 4)}
+    assert errors[4] <= 5 * errors[2] and errors[4] <= 3e-6 * want.square().mean().sqrt()
+
+
+@pytest.mark.parametrize(("size", "stride", "padding"), [
+    ((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1)), ((3, 3), (2, 2), (0, 0)), ((1, 1), (1, 1), (0, 0)),
+    ((2, 5), (2, 1), (0, 2)),
+])
+def test_one_matrix_product_is_the_plain_convolution(size, stride, padding):
+    x, weight, bias = torch.randn(2, 20, 9, 8), torch.randn(16, 20, *size), torch.randn(16)
+    want = F.conv2d(x, weight, bias, stride, padding)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        got = product(x.contiguous(memory_format=layout), weight, bias, stride, padding)
+        assert got.shape == want.shape and got.is_contiguous(memory_format=torch.channels_last)
+        assert relative_error(got, want) <= 1e-5
+    assert relative_error(product(x, weight, None, stride, padding) + bias[:, None, None], want) <= 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a network
+
+
+@pytest.fixture(autouse=True)
+def with_mkl(monkeypatch):
+    """The networks are tested with any PyTorch, though only one with MKL is made quicker."""
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+
+
+def layer(c_in, c_out, **more):
+    return nn.Conv2d(c_in, c_out, **{"kernel_size": 3, "padding": 1} | more).requires_grad_(False)
+
+
+def quick_layer(c_in, c_out, **more):
+    return quicken(layer(c_in, c_out, **more))
+
+
+def plain(conv, x):
+    return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
+
+
+def ways(network, run):
+    """{name of a convolution: the way it went}"""
+    found = {}
+    for name, conv in network.named_modules():
+        if isinstance(conv, QuickConv2d):
+            conv.register_forward_hook(lambda conv, x, _, name=name: found.update({name: conv.way(*x[0].shape[2:])}))
+    run()
+    return found
+
+
+def test_the_ways_of_stable_diffusion():
+    with torch.device("meta"):
+        network = quicken(unet.UNet(unet.CONFIGS["sd1"]))
+        z, t, context = torch.zeros(1, 4, 64, 64), torch.zeros(1), torch.zeros(1, 77, 768)
+        found = ways(network, lambda: network(z, t, context))
+    assert len(found) == sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in network.modules())
+    some = {f"down_blocks.{i}.resnets.0.conv2": way for i, way in enumerate([4, 2, 2, "product"])}
+    some |= {f"down_blocks.{i}.downsamplers.0.conv": "product" for i in (1, 2)}
+    some |= {"conv_in": "channels last", "down_blocks.0.downsamplers.0.conv": "channels last"}
+    some |= {"up_blocks.1.resnets.0.conv1": "product", "up_blocks.2.upsamplers.0.conv": 4}
+    assert {name: found[name] for name in some} == some
+    U = {name: 4 * (m + 2) ** 2 * network.get_submodule(name).weight[..., 0, 0].numel()
+         for name, m in found.items() if m in (2, 4)}
+    assert sum(U.values()) < 1.5 * 2**30  # bytes
+
+
+def test_the_toy_unet_stays_as_it_is():
+    torch.manual_seed(0)
+    network = unet.UNet(unet.CONFIGS["toy"]).eval().requires_grad_(False)
+    z, t, context = torch.randn(2, 12, 16, 16), torch.tensor([1, 500]), torch.randn(2, 5, 128)
+    want = network(z, t, context)
+    found = ways(quicken(network), lambda: network(z, t, context))
+    assert set(found.values()) == {"as it is"} and torch.equal(network(z, t, context), want)
+
+
+# Random weights: every norm sees values of about the same size, as in a trained network.
+WIDE = unet.UNetConfig(channels=(96, 256), layers=1, depth=(1, 1), heads=4, context=16)
+
+
+@pytest.mark.parametrize(("size", "keep"), [((32, 32), True), ((33, 35), False)])
+def test_a_quick_unet_gives_the_same_numbers(size, keep):
+    network = unet.UNet(WIDE).eval().requires_grad_(False)
+    z, t, context = torch.randn(2, 4, *size), torch.tensor([1, 500]), torch.randn(2, 5, 16)
+    want, keys = network(z, t, context), list(network.state_dict())
+    found = ways(quicken(network, keep), lambda: network(z, t, context))
+    assert {2, 4, "product", "channels last"} & set(found.values()) >= {2, 4}
+    assert relative_error(network(z, t, context), want) <= 1e-5
+    assert list(network.state_dict()) == keys
+    kept = {name for name, m in network.named_modules() if getattr(m, "kept", None) is not None}
+    assert kept == ({name for name, way in found.items() if way in (2, 4)} if keep else set())
+
+
+def test_a_quick_autoencoder_gives_the_same_numbers():
+    model = vae.VAE(vae.VAEConfig((32, 96), 1)).eval().requires_grad_(False)
+    x = torch.rand(1, 3, 64, 72) * 2 - 1
+    mean, _ = model.encode(x)
+    decoded = model.decode(mean)
+    quicken(model, keep=False)
+    assert relative_error(model.encode(x)[0], mean) <= 1e-5
+    assert relative_error(model.decode(mean), decoded) <= 1e-5
+
+
+def test_changed_weights_are_noticed():
+    conv, x = quick_layer(96, 96), torch.randn(1, 96, 32, 32)
+
+    def check():
+        assert relative_error(conv(x), plain(conv, x)) <= 1e-5
+
+    check()
+    U = conv.kept[2]
+    check()
+    assert conv.kept[2] is U  # made once
+    with torch.inference_mode():
+        conv.weight.mul_(3)
+    check()
+    conv.load_state_dict(layer(96, 96).state_dict())
+    check()
+    conv.load_state_dict(layer(96, 96).state_dict(), assign=True)
+    check()
+    conv.weight = nn.Parameter(torch.randn(96, 96, 3, 3), requires_grad=False)
+    check()
+    conv.double().float()
+    check()
+
+
+def test_inference_tensors_are_not_kept():
+    with torch.inference_mode():
+        conv, x = quick_layer(96, 96), torch.randn(1, 96, 32, 32)
+        conv(x)
+        conv.weight.mul_(3)
+        assert relative_error(conv(x), plain(conv, x)) <= 1e-5 and conv.kept is None
+
+
+def test_copies_do_not_share_what_is_kept():
+    conv, x = quick_layer(96, 96), torch.randn(1, 96, 32, 32)
+    want = conv(x)
+    for other in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
+        assert other.kept is None and conv.kept is not None
+        assert torch.equal(other(x), want)
+        other.weight.zero_()
+        assert torch.equal(other(x), other.bias[:, None, None].expand_as(want)) and torch.equal(conv(x), want)
+
+
+def test_gradients_are_the_plain_ones():
+    conv, x = layer(96, 96), torch.randn(1, 96, 32, 32)
+    other = quicken(copy.deepcopy(conv))
+    other(x)  # something is kept now
+    results = []
+    for c in (conv, other.requires_grad_(True), other.requires_grad_(False)):
+        y = x.clone().requires_grad_()
+        c.requires_grad_(c is other)
+        c(y).square().sum().backward()
+        results.append(y.grad)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("case", ["bfloat16", "autocast", "grouped", "dilated", "reflect", "same", "circular"])
+def test_what_is_not_for_it_stays_plain(case):
+    more = {"grouped": {"groups": 2}, "dilated": {"dilation": 2}, "reflect": {"padding_mode": "reflect"},
+            "circular": {"padding_mode": "circular"}, "same": {"padding": "same"}}.get(case, {})
+    conv, x = layer(96, 96, **more), torch.randn(1, 96, 32, 32)
+    if case == "bfloat16":
+        conv, x = conv.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        want = conv(x)
+        got = quicken(conv)(x)
+    assert got.dtype == want.dtype and torch.equal(got, want) and getattr(conv, "kept", None) is None
+
+
+def test_wrong_input_is_the_plain_error():
+    conv = quick_layer(96, 96)
+    for shape in [(1, 3, 32, 32), (96, 32)]:
+        with pytest.raises(RuntimeError, match="96|3D"):
+            conv(torch.zeros(shape))
+    assert conv(torch.zeros(96, 32, 32)).shape == (96, 32, 32)  # without a batch, as nn.Conv2d takes it
+
+
+def test_without_mkl_nothing_is_done(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert type(quick_layer(96, 96)) is nn.Conv2d
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+FAULTS = """
+import resource, torch, winograd
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.empty(2**26, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+before = faults()
+winograd.hold_memory()
+faults()
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's habit")
+def test_held_memory_is_not_asked_for_again():
+    done = subprocess.run([sys.executable, "-c", FAULTS], cwd=Path(winograd.__file__).parent, capture_output=True,
+                          text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert after < before / 10
