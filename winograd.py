@@ -113,8 +113,10 @@ class QuickConv2d(nn.Conv2d):
     keep, kept = True, None  # U, between calls? What U was made from, and U
 
     def forward(self, x):
-        way = self.way(*x.shape[2:]) if x.ndim == 4 and x.shape[1] == self.in_channels else "as it is"
-        if way == "as it is" or not self.allowed(x):
+        way = self.way(*x.shape[2:]) if x.ndim == 4 and x.shape[1] == self.in_channels else None
+        if way == "channels first":
+            return super().forward(x.contiguous())
+        if way is None or not self.allowed(x):
             return super().forward(x)
         if way == "channels last":
             return super().forward(x.contiguous(memory_format=torch.channels_last))
@@ -123,7 +125,7 @@ class QuickConv2d(nn.Conv2d):
         return convolve(x, self.transformed(way), self.bias, way)
 
     def way(self, H, W):
-        """The fastest way for pictures (H, W): m, "product", or the plain one, which is "channels last" or "as it is".
+        """The fastest way for pictures (H, W): m, "product", or the plain one, "channels last" or "channels first".
 
         One for all batches, so that U is made once. Milliseconds on one core with AVX-512, plain -> quick:
 
@@ -142,7 +144,7 @@ class QuickConv2d(nn.Conv2d):
                     return 2
         if taps * K * C >= MiB and pixels <= 512 * math.prod(self.stride):
             return "product"  # many weights for few pixels: nn.Conv2d spends its time on rearranging weights
-        return "channels last" if pixels >= 32 * 32 else "as it is"
+        return "channels last" if pixels >= 32 * 32 else "channels first"  # small and narrow: GroupNorm prefers it
 
     def allowed(self, x):
         w = self.weight
@@ -160,7 +162,7 @@ class QuickConv2d(nn.Conv2d):
         return self.kept[2]
 
     def __getstate__(self):  # copies and pickles make their own U
-        return {name: value for name, value in super().__getstate__().items() if name != "kept"}
+        return {name: value for name, value in self.__dict__.items() if name != "kept"}
 
 
 def quicken(network, keep=True):
