@@ -265,8 +265,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 before = faults()
 winograd.hold_memory()
-faults()
-print(before, faults())
+print(before, min(faults() for _ in range(4)))
 """
 
 
@@ -275,4 +274,4 @@ def test_held_memory_is_not_asked_for_again():
     done = subprocess.run([sys.executable, "-c", FAULTS], cwd=Path(winograd.__file__).parent, capture_output=True,
                           text=True, check=True)
     before, after = map(int, done.stdout.split())
-    assert after < before / 4  # of eight blocks none comes anew, at times one
+    assert after < before / 10  # the least of several tries: while the heap grows, a block comes anew at times
