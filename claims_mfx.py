@@ -15,7 +15,7 @@ import diffdiff
 import mfx
 import pictures
 import toyworld
-from claims import HELD_OUT, OPEN, TRUE, Outcome, item, judge, mean_error, plus_minus, resampled, to_picture
+from claims import HELD_OUT, OPEN, TRUE, Outcome, item, judge, mean_error, plus_minus, quick, resampled, to_picture
 from claims_toy import scenes_of
 
 CHAPTER = "Magic Fixup"
@@ -38,7 +38,7 @@ def place_of(folder, name):
 
 @functools.lru_cache(maxsize=8)
 def loaded(path, dtype, device):
-    return mfx.load(path, dtype, device)
+    return quick(mfx.load(path, dtype, device))
 
 
 def models(lab, names):

@@ -61,6 +61,7 @@ import page
 import sample
 import sd
 import toyworld
+import winograd
 from claims_mfx import magic_fixup  # noqa: F401, for tests/test_weights.py, as are the next four
 from claims_toy import adherence, autoencoder, gradient, latent_shape  # noqa: F401
 
@@ -151,6 +152,7 @@ def digest_of(item, options):
     """Of all that decides an item's results: code, options, weights. Verdicts and texts are made anew every time."""
     code = source(item.run)
     source(claims.toy_distance, code)
+    source(claims.quick, code)
     code["Lab"] = inspect.getsource(claims.Lab)
     for module in (sd, diffdiff, lpips, toyworld, *([mfx] if MFX & set(item.needs) else [])):  # what a Lab uses
         add_module(module, code)
@@ -282,4 +284,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    winograd.hold_memory()
     main()
