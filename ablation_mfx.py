@@ -30,7 +30,7 @@ from claims_mfx import (
     some,
     with_missing,
 )
-from sample import Parser
+from programs import Parser
 
 TESTS = ("affine", "flow")
 STEPS = 25  # half of the paper's for a toy, to which they make no difference here: the item measures it

@@ -34,14 +34,16 @@ import bench_edits
 import bench_models
 import bench_networks
 import bench_page
+import bench_profile
 import bench_scale
 import bench_training
 import bench_warp
 from bench_clock import HELD
-from sample import Parser, choose_device, number
+from programs import Parser, choose_device, number
 
 TOPICS = {  # name: (title, function)
-    name: topic for module in (bench_models, bench_edits, bench_training, bench_warp, bench_networks, bench_scale)
+    name: topic
+    for module in (bench_models, bench_edits, bench_profile, bench_training, bench_warp, bench_networks, bench_scale)
     for name, topic in module.TOPICS.items()
 }
 CPU_ALONE = ("load", "toyworld", "pairs", "networks")  # their device is the CPU, whatever there is

@@ -16,9 +16,10 @@ import diffdiff
 import mfx
 import pairs
 from bench_clock import compare, held, installed
-from bench_models import NAMES, SIDES, precisions, quick, stable_diffusion, without_text
+from bench_models import NAMES, SIDES, precisions, stable_diffusion, without_text
 from pictures import picture_to_tensor, tensor_to_picture
-from sample import TOY_MFX, choose_precision, edit, fixup
+from programs import choose_precision, make_fast
+from sample import TOY_MFX, edit, fixup
 
 MEADOW = Path(__file__).parent / "examples" / "meadow.png"
 STEPS = {"toy": 50, "full": 4}
@@ -115,8 +116,9 @@ def skipping_row(o, kind, dtype, side, steps, low):
 def magic_fixup(kind, dtype, device):
     """The shipped toy, or random weights at full size."""
     if kind == "toy":
-        return quick(mfx.load(TOY_MFX, dtype, device))
-    return quick(mfx.from_stable_diffusion(without_text(kind)).requires_grad_(False).eval().to(device, dtype))
+        return make_fast(mfx.load(TOY_MFX, dtype, device), device)
+    model = mfx.from_stable_diffusion(without_text(kind)).requires_grad_(False).eval().to(device, dtype)
+    return make_fast(model, device)
 
 
 def fixup_and_peer(kind, dtype, device):

@@ -4,7 +4,6 @@ The weights are random, so nothing is downloaded; `part` and `stable_diffusion` 
 """
 
 import tempfile
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import sd
 import unet
 import vae
 from bench_clock import Watch, compare, held, in_own_process, installed, ratio, summary, turns
-from sample import TOY, choose_precision
+from programs import choose_precision, make_fast
+from sample import TOY
 from winograd import quicken
 
 CONFIGS = {
@@ -53,11 +53,10 @@ def stable_diffusion(kind, dtype, device):
     """The shipped toy, or one of Stable Diffusion 1.4's size with random weights and a small vocabulary. As sample.py
     uses it."""
     if kind == "toy":
-        model = sd.load(TOY, dtype, device)
-        return replace(model, unet=quick(model.unet), vae=quick(model.vae, keep=False))
-    parts = [quick(part(name, kind, dtype, device), keep=name == "unet") for name in sd.PARTS]
+        return make_fast(sd.load(TOY, dtype, device), device)
+    parts = [part(name, kind, dtype, device) for name in sd.PARTS]
     tokenizer = clip.Tokenizer(*clip.learn_bpe(["a photo of snow at night", "a red ball on grass"], 560))
-    return sd.StableDiffusion(*parts, diffusion.Schedule(), tokenizer, SIDES[kind])
+    return make_fast(sd.StableDiffusion(*parts, diffusion.Schedule(), tokenizer, SIDES[kind]), device)
 
 
 def without_text(kind):

@@ -21,7 +21,8 @@ from bench_clock import LIMIT, Watch, in_own_process, summary, synchronize
 from bench_edits import PROMPT, magic_fixup, meadow, ramp
 from bench_models import DTYPES, NAMES, SIDES, stable_diffusion
 from bench_training import PEAK, peak_flops
-from sample import choose_precision, edit, fixup
+from programs import choose_precision
+from sample import edit, fixup
 
 POINTS = {
     "size": {"toy": (128, 192, 256, 384), "full": (256, 512, 768, 1024)},  # pixels along a side of an edited picture

@@ -52,7 +52,7 @@ import warp
 from estimators import DEPTH, FLOW, SEGMENTS
 from pairs import ShardPairs, ToyPairs, affine_edit, flow_edit, toy_pairs
 from pictures import labelled
-from sample import Parser, choose_device, number
+from programs import Parser, choose_device, number
 from videos import LONGEST, find_clips, is_cut, read_window
 
 __all__ = ["ShardPairs", "ToyPairs", "toy_pairs"]  # the other half of this idea: reading pairs, from here and elsewhere

@@ -64,6 +64,7 @@ import toyworld
 import winograd
 from claims_mfx import magic_fixup  # noqa: F401, for tests/test_weights.py, as are the next four
 from claims_toy import adherence, autoencoder, gradient, latent_shape  # noqa: F401
+from programs import Parser, choose_device, choose_precision
 
 HERE = Path(__file__).parent
 CHAPTERS = (claims_dd.CHAPTER, claims_mfx.CHAPTER, claims_toy.CHAPTER)  # of the page, in this order
@@ -217,8 +218,8 @@ def run(args):
     args.out = out
     for folder in [f for f in (args.images, args.inpainting_weights, args.ablation_weights) if f and not f.exists()]:
         raise FileNotFoundError(f"{folder}: there is no such file or folder")
-    device = sample.choose_device(args.device)
-    dtype = torch.float32 if args.weights == sample.TOY else sample.choose_precision("auto", device)
+    device = choose_device(args.device)
+    dtype = torch.float32 if args.weights == sample.TOY else choose_precision("auto", device)
     bar = tqdm(total=1, bar_format="{l_bar}{bar}| {elapsed} {postfix}", unit_scale=True)
     lab = claims.Lab(args, device, dtype)
 
@@ -259,7 +260,7 @@ def run(args):
 
 def main(argv=None):
     listed = "".join(f"\n  {n:16} {i.where}" for n, i in claims.ITEMS.items())
-    parser = sample.Parser(prog="reproduce.py", description=__doc__.split("\n\nTo add")[0], epilog="items:" + listed,
+    parser = Parser(prog="reproduce.py", description=__doc__.split("\n\nTo add")[0], epilog="items:" + listed,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(claims.ITEMS), metavar="NAME", help="these items")
     parser.add_argument("--quick", action="store_true", help="fewer samples and steps")

@@ -50,7 +50,8 @@ from pictures import (
     tensor_to_picture,
     to_rgb,
 )
-from winograd import hold_memory, quicken
+from programs import Parser, choose_device, choose_precision, compile_unets, make_fast, number
+from winograd import hold_memory
 
 TOY = Path(__file__).parent / "weights" / "toy"
 TOY_MFX = Path(__file__).parent / "weights" / "toy-mfx"
@@ -58,34 +59,6 @@ TOY_MFX = Path(__file__).parent / "weights" / "toy-mfx"
 # What an option is that is left out: with a prompt as in the one paper, with a coarse edit as in the other
 WITH_PROMPT = {"prompt": "", "negative": "", "guidance": 7.5, "steps": 100, "weights": TOY}
 WITH_EDIT = {"samples": 1, "steps": 50, "weights": TOY_MFX}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where and how to compute
-
-
-def choose_device(name):
-    if name != "auto":
-        try:
-            if torch.device(name).type not in ("cpu", "cuda", "mps"):
-                raise RuntimeError("choose auto, cpu, cuda or mps")
-            torch.empty(1, device=name)
-        except (RuntimeError, AssertionError) as e:
-            raise ValueError(f"--device {name} cannot be used here ({str(e).splitlines()[0]})") from None
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def choose_precision(name, device):
-    """Half precision where the hardware multiplies matrices in it faster than in single precision."""
-    if name != "auto":
-        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "mps":
-        return torch.float16
-    # bf16 instructions without AMX tiles (AVX512-BF16 alone) are slower than single precision: python bench.py unet
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The edit
@@ -179,24 +152,6 @@ def predictions_strip(model, predictions, columns=8):
 # The command line
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def number(kind, low, high):
-    def read(text):
-        try:
-            if low <= (value := kind(text)) <= high:
-                return value
-        except ValueError:
-            pass
-        what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what} in {low} .. {high}")
-
-    return read
-
-
 def strengths_of(text):
     """'5' -> five strengths from 0.2 to 1; '0.2,0.5,0.8' -> those."""
     if text.isdecimal():
@@ -241,6 +196,7 @@ def parse(argv):
     p.add_argument("--size", type=size_of, help="side of a square of equal area, or WxH (default: native)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto")
+    p.add_argument("--compile", action="store_true", help="compile the UNets first: minutes, for many or large edits")
     p.add_argument("--out", default="out.png")
     p.add_argument("--sheet", metavar="PNG", help="also save input, edit, map and output side by side")
     p.add_argument("--steps-strip", metavar="PNG", help="also save the intermediate predictions")
@@ -359,15 +315,12 @@ def run(args):
     dtype = choose_precision(args.precision, device)
     original, coarse, mu = read_inputs(args, dtype, device)  # mistakes in them are told before weights are read
     model = read_model(args, coarse, dtype, device)
-    if device.type == "cpu":
-        quicken(model.vae, keep=False)  # it runs once or twice
-        quicken(model if coarse else model.unet)
+    make_fast(model, device)
 
     size = fitted_size(original or Image.new("L", (8, 8)), args.size or model.size, model.vae.config.factor)
     picture = picture_to_tensor(original, size) if original else None
     change_map = map_at(args, mu, original, size) if original else None
     predictions = [] if args.steps_strip else None
-    options = dict(sampler=args.sampler, steps=args.steps, skip=not args.no_skip, predictions=predictions)
     shown = {}  # on the sheet
     if original:
         shown["reference" if coarse else "input"] = tensor_to_picture(picture[0] / 2 + 0.5)
@@ -378,15 +331,21 @@ def run(args):
         filled = Image.fromarray(collage.fill_holes(np.asarray(coarse)[..., :3], ~mask))
         mask = torch.from_numpy(mask).float()[None, None]
         seeds = range(args.seed, args.seed + args.samples)
-        x = fixup(model, picture, picture_to_tensor(filled, size), mask, change_map, seeds=seeds, **options)
+        make = functools.partial(fixup, model, picture, picture_to_tensor(filled, size), mask, seeds=seeds)
     else:
         seeds, repaint = [args.seed], None
         if model.unet.config.in_channels > model.unet.config.out_channels:
             if not args.mask:
                 raise ValueError("these weights are an inpainting model, which needs --image and --mask")
             repaint = (change_map < 0.5).float()
-        x = edit(model, args.prompt, picture, change_map, size=size, repaint=repaint, negative=args.negative,
-                 guidance=args.guidance, seed=args.seed, **options)
+        make = functools.partial(edit, model, args.prompt, picture, size=size, repaint=repaint, negative=args.negative,
+                                 guidance=args.guidance, seed=args.seed)
+    if args.compile:  # on a short edit; the sizes of the extractor's batches are those of a whole one
+        short = dict(change_map=torch.zeros(1, 1), steps=args.steps if coarse else min(3, args.steps))
+        seconds = compile_unets(model, functools.partial(make, **short, sampler=args.sampler))
+        print(f"compiled in {seconds:.0f} s, with an edit of {short['steps']} steps")
+    x = make(change_map=change_map, sampler=args.sampler, steps=args.steps, skip=not args.no_skip,
+             predictions=predictions)
     if change_map is not None:
         shown["change map"] = tensor_to_picture(change_map[0])
 

@@ -51,7 +51,8 @@ import mfx
 import sd
 from loop import at, channels_last, digest, made_once, stratified
 from pairs import MODELS, ShardPairs, ToyPairs, toy_pairs
-from sample import TOY, Parser, choose_device, number
+from programs import Parser, choose_device, number
+from sample import TOY
 from train_toys import train_base, train_inpainting, train_vae
 
 # ---------------------------------------------------------------------------------------------------------------------

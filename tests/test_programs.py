@@ -1,0 +1,95 @@
+"""programs.py: what is told of wrong numbers and devices; edits with compiled UNets are the same edits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+import programs
+import sample
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+MAP_EDIT = ("--image", EXAMPLES / "meadow.png", "--change-map", EXAMPLES / "gradient.png", "--prompt", "snow at night")
+
+
+@pytest.mark.parametrize("text", ["0", "11", "2.5", "x", "nan"])
+def test_a_number_out_of_its_range_is_told(text, capsys):
+    parser = programs.Parser(prog="it")
+    parser.add_argument("--n", type=programs.number(int, 1, 10))
+    with pytest.raises(SystemExit) as e:
+        parser.parse_args(["--n", text])
+    assert e.value.code == 2
+    assert capsys.readouterr().err == f"it: error: argument --n: {text!r} is not a whole number in 1 .. 10\n"
+
+
+def test_a_device_that_is_not_there_is_told():
+    with pytest.raises(ValueError, match="--device abacus cannot be used here"):
+        programs.choose_device("abacus")
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without its last stage, which takes minutes: what is compiled is traced, guarded, and run as it
+    is. -> the functions that were compiled, with their options"""
+    compiled, real = [], torch.compile
+
+    def trace(f, mode=None, **options):
+        compiled.append((f.__name__, mode, options))
+        return real(f, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", trace)
+    yield compiled
+    torch._dynamo.reset()
+
+
+def results(tmp_path, *argv):
+    """The picture without and with --compile, of a short edit."""
+    argv = [*map(str, argv), "--steps", "4", "--device", "cpu", "--precision", "fp32"]
+    sample.main([*argv, "--out", str(tmp_path / "plain.png")])
+    sample.main([*argv, "--compile", "--out", str(tmp_path / "compiled.png")])
+    return Image.open(tmp_path / "plain.png"), Image.open(tmp_path / "compiled.png")
+
+
+@pytest.mark.parametrize("more", [(), ("--guidance", "1", "--sampler", "pndm")])  # the latter remembers results
+def test_an_edit_with_a_compiled_unet_is_the_same(tmp_path, traced, capsys, more):
+    plain, compiled = results(tmp_path, *MAP_EDIT, *more)
+    assert not ImageChops.difference(plain, compiled).getbbox()
+    assert traced == [("forward", "reduce-overhead", {"dynamic": False})]
+    assert "s, with an edit of 3 steps" in capsys.readouterr().out
+
+
+def test_so_is_a_magic_fixup_and_nothing_is_compiled_after_the_first_edit(tmp_path, traced, monkeypatch):
+    counts = []
+    generate = sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *a: [generate(*a), counts.append(frames())][0])
+    plain, compiled = results(tmp_path, "--collage", EXAMPLES / "edits.json")
+    assert not ImageChops.difference(plain, compiled).getbbox()
+    assert [name for name, _, _ in traced] == ["forward", "features"]
+    assert counts[1] > counts[0] and counts[2] == counts[1]  # without, compiling, compiled
+
+
+def frames():
+    return sum(torch._dynamo.utils.counters["frames"].values())
+
+
+def test_a_compiled_step_gives_memory_of_its_own():
+    """As with CUDA graphs, which have one memory for all results."""
+    memory = torch.zeros(2)
+    step = programs.fresh(lambda x: memory.copy_(x))
+    first, second = step(torch.ones(2)), step(torch.full((2,), 2.0))
+    assert first.tolist() == [1, 1] and second.tolist() == [2, 2]
+
+
+def test_a_compiler_that_does_not_work_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler\nand a traceback")
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **options: real(f, backend=broken, **options))
+    with pytest.raises(SystemExit) as e:
+        sample.main([*map(str, MAP_EDIT), "--compile", "--out", str(tmp_path / "x.png")])
+    assert e.value.code == 2
+    told = capsys.readouterr().err
+    assert "sample.py: error: --compile does not work here, leave it out: no C++ compiler\n" in told
+    assert "raceback" not in told and not (tmp_path / "x.png").exists()
