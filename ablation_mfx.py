@@ -58,7 +58,7 @@ def held_out(n, test, size):
 
 
 @item(
-    "ablation", "Table in section 4.2", chapter=CHAPTER, cost=300, needs=("weights", "ablation_weights"),
+    "ablation", "Table in section 4.2", chapter=CHAPTER, cost=220, needs=("weights", "ablation_weights"),
     claim="Without cross-reference attention the result is the worst on both tests, and training on flow is the best "
           "where the test is on flow.",
     done="{n} held-out pairs of frames, the same for both tests, warped by flow or piecewise affinely (the two coarse "

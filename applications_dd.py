@@ -76,7 +76,7 @@ def soft_verdict(results, timings):
 
 
 @item(
-    "figure6", "Figures 6 and 12", chapter=CHAPTER, cost=100,
+    "figure6", "Figures 6 and 12", chapter=CHAPTER, cost=105,
     claim="Soft-inpainting by a blurred mask as change map blends more naturally than compositing. No softening, "
           "alpha, Poisson and Laplace compositing and softening as in Stable Diffusion's web UI show artifacts at the "
           "transition.",
@@ -131,7 +131,7 @@ def figure6(lab):
 
 
 @item(
-    "figure7", "Figures 7, 24 and 25", chapter=CHAPTER, cost=70,
+    "figure7", "Figures 7, 24 and 25", chapter=CHAPTER, cost=80,
     claim="A strength fan shows several strengths of an edit side by side, at the cost of one. Its columns are to be "
           "what edits of those strengths would be.",
     done="Fans of five strengths on {n} meadows, and the same strengths as separate edits of the whole picture "
@@ -208,7 +208,7 @@ def depth_maps(lab, image, n):
 
 
 @item(
-    "figure14", "Figure 14", chapter=CHAPTER, cost=50,
+    "figure14", "Figure 14", chapter=CHAPTER, cost=65,
     claim="From one depth map, many change maps come by simple transforms, each giving another edit.",
     done="{n} meadows under {maps} transforms of their depth (of the toy world exact; of --images MiDaS's). From one "
          "edit alone, can one tell which map it was made with? Guessed is the map with the highest CAM with the change "
@@ -250,7 +250,7 @@ def figure14(lab):
 
 
 @item(
-    "figure16", "Figure 16", chapter=CHAPTER, cost=50,
+    "figure16", "Figure 16", chapter=CHAPTER, cost=55,
     claim="The strength of one region can be varied on its own. The others stay as they are.",
     done="A disc in {n} meadows has the values 1, 0.75, 0.5, 0.25, 0 in the map, the rest 0.5: mean {distance} from "
          "the input inside (well within the rim) and outside (well without).",

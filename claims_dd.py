@@ -79,7 +79,7 @@ def distances(lab, pairs, change_map, method=OURS):
 
 
 @item(
-    "table1", "Table 1, Figure 11", cost=400, needs=("weights", "inpainting_weights"),
+    "table1", "Table 1, Figure 11", cost=310, needs=("weights", "inpainting_weights"),
     claim="An edit follows its change map more closely than blended latent diffusion and an inpainting model can with "
           "the best mask made from it. So it is for three patterns, in both metrics; and the measured maps show why, "
           "the others having two strengths only.",
@@ -192,7 +192,7 @@ def table1_verdict(results):
 
 
 @item(
-    "figure19", "Figure 19", cost=45,
+    "figure19", "Figure 19", cost=35,
     claim="One pair of pictures measures a change map very noisily, the mean over many pairs well. And what a "
           "perceptual distance says of one and the same strength differs from place to place.",
     done="The gradient of Table 1 on {pairs} pictures: correlation of the map with the measurement from n of them "
@@ -242,7 +242,7 @@ def figure26_maps(size=256):
 
 
 @item(
-    "figure26", "Figure 26", cost=2,
+    "figure26", "Figure 26", cost=1,
     claim="CAM and DAM are different measures, although they order the methods of Table 1 alike. Compared with a "
           "circle, CAM calls half of it the most similar and the inverse the least of all, DAM the inverse the most; "
           "from the half to another shape CAM drops to almost 0 while DAM stays about where it was.",

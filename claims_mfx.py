@@ -184,7 +184,7 @@ def magic_fixup(model, quick, out, each=iter):
 
 
 @item(
-    "magic_fixup", "Section 4.1", chapter=CHAPTER, cost=75, needs=("mfx_weights",),
+    "magic_fixup", "Section 4.1", chapter=CHAPTER, cost=65, needs=("mfx_weights",),
     claim="What the user's edit leaves wrong, shadows and reflections first of all, the model puts right.",
     done="Held-out scenes with one object moved, scaled, duplicated or deleted, as a collage and through the model, "
          "against the true re-render. The truth's own round trip through the autoencoder is the least error there can "
@@ -207,7 +207,7 @@ def run_magic_fixup(lab):
 
 
 @item(
-    "cross_reference", "Figure 10", chapter=CHAPTER, cost=75, needs=("ablation_weights",),
+    "cross_reference", "Figure 10", chapter=CHAPTER, cost=30, needs=("ablation_weights",),
     claim="Without cross-reference attention to the untouched photograph, edits come out worse. Such a model cannot "
           "see what was changed, and so stays too close to the coarse edit.",
     done="The toy, and one of the same training without its detail extractor, on the same {n} held-out edits: squared "
@@ -295,7 +295,7 @@ def caption(scenes, i):
 
 
 @item(
-    "sdedit", "Section 4.1, user study", chapter=CHAPTER, cost=70, needs=("weights", "mfx_weights"),
+    "sdedit", "Section 4.1, user study", chapter=CHAPTER, cost=45, needs=("weights", "mfx_weights"),
     claim="Magic Fixup's edits are preferred to SDEdit's at a strength of 0.4, by 722 of 810 votes. On one of 30 "
           "edits, a painting, it was about even.",
     done="{n} held-out edits through both; SDEdit with the base model, 50 steps, at a guidance of 7.5 with the edited "

@@ -258,7 +258,7 @@ def distances_by_depth(lab, x, y):
 
 
 @item(
-    "distance", "The perceptual distance", chapter=CHAPTER, cost=60,
+    "distance", "The perceptual distance", chapter=CHAPTER, cost=75,
     claim="LPIPS's weights are not shipped. Without them edits are measured by a toy perceptual distance: LPIPS's "
           "construction, with unit weights, on the features of our own autoencoder's encoder, at the depths that do "
           "best below (a Table 1 measured with all depths had been seen before). It is not LPIPS.",
@@ -295,7 +295,7 @@ def used(results):
 
 
 @item(
-    "autoencoder", "Autoencoder", chapter=CHAPTER, cost=35,
+    "autoencoder", "Autoencoder", chapter=CHAPTER, cost=10,
     claim="Every edit passes through the autoencoder, so it has to keep a scene. At least 32 dB on scenes that it has "
           "not seen, and 27 dB inside objects.",
     done="The round trip of held-out scenes, against themselves.",
@@ -312,7 +312,7 @@ def run_autoencoder(lab):
 
 
 @item(
-    "adherence", "Prompts", chapter=CHAPTER, cost=85,
+    "adherence", "Prompts", chapter=CHAPTER, cost=80,
     claim="The base model paints what a prompt names. In at least 85 % of pictures the sky's time, the ground and the "
           "object's colour are all three as asked for.",
     done="Pictures from text alone, 50 steps of DDIM at a guidance of 7.5, judged by colour probes; the same probes on "
@@ -331,7 +331,7 @@ def run_adherence(lab):
 
 
 @item(
-    "gradient", "A gradient map", chapter=CHAPTER, cost=75,
+    "gradient", "A gradient map", chapter=CHAPTER, cost=65,
     claim="Colours alone, with no network to judge by: under a gradient map the change grows along with the map.",
     done="Noon meadows turned into snow at night under a gradient from left to right: correlation of the mean absolute "
          "change with the map, column by column and pixel by pixel.",

@@ -24,7 +24,7 @@ def by_column(mu, change):
 
 
 @item(
-    "figure3", "Figure 3", chapter=CHAPTER, cost=45,
+    "figure3", "Figure 3", chapter=CHAPTER, cost=30,
     claim="Without nested masks, each region copied from the original only once, edits get worse. With them the result "
           "is more complex, less blurry, and blends better with the scene, whose kept parts the model knows of all "
           "along.",
@@ -62,7 +62,7 @@ def figure3(lab):
 
 
 @item(
-    "figure4", "Figure 4", chapter=CHAPTER, cost=5,
+    "figure4", "Figure 4", chapter=CHAPTER, cost=1,
     claim="At each step what the map keeps longer is copied from the noised original, the rest comes from the step "
           "before. The masks are nested: once a region is free it stays so.",
     done="Algorithm 1 written out line by line here, beside diffdiff.py's, on one meadow with a gradient and {k} "
@@ -113,7 +113,7 @@ def figure4(lab):
 
 
 @item(
-    "baselines", "Figures 8 and 18", chapter=CHAPTER, cost=140,
+    "baselines", "Figures 8 and 18", chapter=CHAPTER, cost=100,
     claim="Four simple ways to many strengths all fail. Composition degrades the picture, masked noise gives a random "
           "single colour, tiling in narrow strips does not show the prompt, five tiles is the best but changes mostly "
           "in its darkest tile; and the first three take up to tens of times longer.",
@@ -204,7 +204,7 @@ PASSES = 10
 
 
 @item(
-    "figure17", "Figure 17", chapter=CHAPTER, cost=30,
+    "figure17", "Figure 17", chapter=CHAPTER, cost=15,
     claim="Each pass through the autoencoder makes the picture worse. After five the majority of fine details is lost, "
           "so that no method can afford more than a few.",
     done="{n} scenes, " + str(PASSES) + " passes: PSNR against the original; and of the fine details (the picture less "
@@ -251,7 +251,7 @@ def figure17_verdict(n, channels, psnr, details):
 
 
 @item(
-    "figure20", "Figure 20", chapter=CHAPTER, cost=85,
+    "figure20", "Figure 20", chapter=CHAPTER, cost=70,
     claim="The method works with any sampler. All that were tried keep to the input, to the change map and to the "
           "prompt.",
     done="{n} meadows under a gradient with each of our samplers, {steps} steps. To the map: correlation of {distance} "

@@ -70,7 +70,7 @@ def digits(what, found):
 
 
 @item(
-    "mfx_figure4", "Figure 4", chapter=CHAPTER, cost=60, needs=("ablation_weights",),
+    "mfx_figure4", "Figure 4", chapter=CHAPTER, cost=40, needs=("ablation_weights",),
     claim="Starting from pure noise, the model struggles with deep blacks and makes up content to keep mean and "
           "standard deviation near the noise's. Starting from the coarse edit under noise makes a drastic difference.",
     done="{n} edits of grass and water at night, both ways, {steps} steps. Off from the truth: brightness, the "
@@ -129,7 +129,7 @@ PINK = torch.tensor([1.0, 0.0, 1.0])[:, None, None]  # which nothing in the toy 
 
 
 @item(
-    "mfx_figure5", "Figure 5", chapter=CHAPTER, cost=15,
+    "mfx_figure5", "Figure 5", chapter=CHAPTER, cost=6,
     claim="Optical flow warps a frame towards the target the most accurately, but not as a user would. Segments moved "
           "by similarity transforms are closer to a user's collage, and align less well.",
     done="{n} held-out pairs, both warps of each, as the model is given them (holes painted in): {distance} and "
@@ -182,7 +182,7 @@ def figure5(lab):
 
 
 @item(
-    "mfx_figure9", "Figure 9", chapter=CHAPTER, cost=75, needs=("ablation_weights",),
+    "mfx_figure9", "Figure 9", chapter=CHAPTER, cost=185, needs=("ablation_weights",),
     claim="Trained on flow alone, the model stays conservative, close to the coarse edit. Trained on piecewise affine "
           "edits alone it hallucinates and loses the identity of objects; trained on both it has the best of each.",
     done="{n} held-out edits of a user's kind through the three models. Squared error against the true re-render, and "
