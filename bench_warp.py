@@ -2,11 +2,11 @@
 
 import functools
 from functools import partial
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
+import native
 import splat
 from bench_clock import alternate, compare
 
@@ -63,9 +63,8 @@ extern "C" __global__ void splat_each(const float* x, const float* flow, float* 
 
 @functools.cache
 def per_element_kernel(device):
-    with mock.patch.object(splat, "KERNEL", PER_ELEMENT):  # whose compiler and launcher serve this one as well
-        code = splat.compile_cuda(torch.cuda.get_device_capability(device))
-    return splat.load_cuda(device.index or 0, code)
+    code = native.compile_cuda("splat_each", PER_ELEMENT, torch.cuda.get_device_capability(device))
+    return native.load_cuda(device.index or 0, code)
 
 
 def per_element_soft(x, flow, metric, launch=None):

@@ -2,26 +2,19 @@
 
 It exists twice. `softsplat_plain` is slow, obvious PyTorch. KERNEL is one thread per source pixel in CUDA C, compiled
 at first use by the NVRTC that torch ships, or by g++ behind a few lines that turn the grid into a loop: that is the
-fast path on the CPU. Without a compiler there is one warning, and the plain version.
+fast path on the CPU. (How, native.py knows.) Without a compiler there is one warning, and the plain version.
 
 A flow is (B, 2, H, W) in pixels, x to the right before y down; pixel centres are whole numbers. A vector that is not
 finite says "no correspondence": it lands nowhere.
 """
 
-import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 import warnings
-from pathlib import Path
 
 import torch
 from torch.autograd.function import once_differentiable
+
+import native
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Splatting, the slow and obvious way
@@ -333,120 +326,17 @@ class Splat(torch.autograd.Function):
         return d_x, d_flow, d_metric, None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Compiling and launching it
-
-
 @functools.cache
 def kernels(device):
     """The compiled kernels, a function of a name and its arguments. None, with one warning, where that cannot be."""
     try:
         if device.type == "cuda":
-            return load_cuda(device.index, compile_cuda(torch.cuda.get_device_capability(device)))
-        return compile_cpu() if device.type == "cpu" else None
+            code = native.compile_cuda("softsplat", KERNEL, torch.cuda.get_device_capability(device))
+            return native.load_cuda(device.index, code)
+        return native.compile_cpu("softsplat", SHIM) if device.type == "cpu" else None
     except (OSError, RuntimeError) as error:
         warnings.warn(f"softsplat on {device} runs in plain PyTorch, several times slower: {error}", stacklevel=3)
 
 
 def cpu_threads():
     return min(torch.get_num_threads(), 8)  # every thread reads the whole flow, so that more stop paying
-
-
-def c_arguments(values):
-    """Numbers as C ints, tensors and None as pointers."""
-    pointers = (ctypes.c_void_p(v.data_ptr() if torch.is_tensor(v) else v) for v in values)
-    return [ctypes.c_int(v) if isinstance(v, int) else pointer for v, pointer in zip(values, pointers)]
-
-
-def check(status, what):
-    """NVRTC and the CUDA driver return 0 if all is well."""
-    if status:
-        raise RuntimeError(f"{what} failed with error {status}")
-
-
-def compile_cpu():
-    """SHIM through g++ into a shared library in the user's cache, named by its content. -> call(name, *arguments)"""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        raise OSError("there is no C++ compiler (g++)")
-    # No -march=native: machines with different processors may share a home directory.
-    command = [compiler, "-O3", "-std=c++14", "-shared", "-fPIC", "-pthread", "-w", "-x", "c++", "-", "-o"]
-    key = hashlib.sha256(" ".join([sys.platform, platform.machine(), *command, SHIM]).encode()).hexdigest()[:16]
-
-    def build(folder):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = folder / f"softsplat-{key}.so"
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as part:  # then renamed: others see all of it or nothing
-                result = subprocess.run([*command, f"{part}/part.so"], input=SHIM, capture_output=True, text=True)
-                if result.returncode:
-                    raise RuntimeError(f"{compiler} failed: {result.stderr.strip()[:500]}")
-                os.replace(f"{part}/part.so", path)
-        return ctypes.CDLL(str(path))
-
-    try:
-        library = build(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "photo-editing")
-    except (OSError, RuntimeError):  # no home, no room, a file system that runs nothing: for this process only, then
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-            library = build(Path(scratch))
-    return lambda name, *args: library[name](*c_arguments(args))
-
-
-def find_nvrtc():
-    """torch is linked to NVRTC through a library of its own, whose symbols, looked up by name, include NVRTC's."""
-    major, folder = (torch.version.cuda or "none").split(".")[0], Path(torch.__file__).parent / "lib"
-    for name in (folder / "libcaffe2_nvrtc.so", f"libnvrtc.so.{major}", f"nvrtc64_{major}0_0.dll"):
-        try:
-            library = ctypes.CDLL(str(name))
-            if hasattr(library, "nvrtcCreateProgram"):
-                return library
-        except OSError:
-            continue
-    raise OSError("this torch comes without NVRTC, the run-time compiler for CUDA")
-
-
-def compile_cuda(capability):
-    """KERNEL through NVRTC -> machine code (bytes) for GPUs of that compute capability, (8, 0) for an A100.
-
-    Not torch.cuda._compile_kernel, which is private, new, and asks for CUDA_HOME.
-    """
-    nvrtc, program, size = find_nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
-    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), KERNEL.encode(), b"softsplat.cu", 0, None, None), "NVRTC")
-    try:
-        option = ctypes.c_char_p("--gpu-architecture=sm_{}{}".format(*capability).encode())
-        if status := nvrtc.nvrtcCompileProgram(program, 1, ctypes.byref(option)):
-            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-            log = ctypes.create_string_buffer(size.value + 1)
-            nvrtc.nvrtcGetProgramLog(program, log)
-            check(status, f"NVRTC ({option.value.decode()}: {log.value.decode(errors='replace').strip()[:500]})")
-        check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "nvrtcGetCUBINSize")
-        code = ctypes.create_string_buffer(size.value)
-        check(nvrtc.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")
-    finally:
-        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    return code.raw
-
-
-def load_cuda(index, code):
-    """Machine code -> launch(name, (B, H, W), *arguments): one thread per pixel, on torch's current stream."""
-    driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    context, module, functions = ctypes.c_void_p(), ctypes.c_void_p(), {}
-    check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), index), "cuDevicePrimaryCtxRetain")  # torch's own
-    with torch.cuda.device(index):
-        check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
-        check(driver.cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
-
-    def launch(name, shape, *args):
-        B, H, W = shape
-        grid, block = ((W + 127) // 128, min(H, 65535), B), (128, 1, 1)
-        if name not in functions:
-            functions[name] = ctypes.c_void_p()
-            check(driver.cuModuleGetFunction(ctypes.byref(functions[name]), module, name.encode()), name)
-        values = c_arguments(args)
-        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        with torch.cuda.device(index):
-            check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")  # autograd's own threads may not have one yet
-            stream = ctypes.c_void_p(torch.cuda.current_stream(index).cuda_stream)
-            check(driver.cuLaunchKernel(functions[name], *grid, *block, 0, stream, pointers, None), f"launching {name}")
-
-    return launch

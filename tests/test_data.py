@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader
 import data
 import estimators
 import pairs
+import shards
 import toyworld
 import warp
 from pairs import ShardPairs, ToyPairs, toy_pairs
 
-data.quiet()  # what FFmpeg may say is settled at its first use in a process
+shards.quiet()  # what FFmpeg may say is settled at its first use in a process
 
 
 def seeded(seed):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import native
 import splat
 import warp
 
@@ -190,7 +191,7 @@ def test_softsplat_says_what_is_wrong():
 def test_without_a_compiler_there_is_one_warning(monkeypatch, tmp_path):
     x, flow, metric = random_case(11)
     expected = warp.softsplat(x, flow, metric)
-    monkeypatch.setattr(splat.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
     splat.kernels.cache_clear()
     try:
         with pytest.warns(UserWarning, match="plain PyTorch.*no C\\+\\+ compiler"):
@@ -205,14 +206,14 @@ def test_without_a_compiler_there_is_one_warning(monkeypatch, tmp_path):
 @compiled
 def test_the_library_is_cached_whole(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    splat.compile_cpu()
+    native.compile_cpu("softsplat", splat.SHIM)
     (library,) = (tmp_path / "photo-editing").iterdir()  # no leftovers
     before = library.stat().st_mtime_ns
-    splat.compile_cpu()
+    native.compile_cpu("softsplat", splat.SHIM)
     assert library.stat().st_mtime_ns == before
     (tmp_path / "file").touch()  # no folder can be made here: compiled all the same
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    splat.compile_cpu()
+    native.compile_cpu("softsplat", splat.SHIM)
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
