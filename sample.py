@@ -36,6 +36,7 @@ import mfx
 import networks
 import sam
 import sd
+import vae
 from pictures import (
     fit_edit,
     fitted_size,
@@ -196,6 +197,8 @@ def parse(argv):
     p.add_argument("--size", type=size_of, help="side of a square of equal area, or WxH (default: native)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto")
+    p.add_argument("--vae-memory", type=number(float, 0.01, 1000), metavar="GIB", help="of the autoencoder: what would "
+                   f"take more goes through it in tiles (default: {vae.MEMORY // 2**30})")
     p.add_argument("--compile", action="store_true", help="compile the UNets first: minutes, for many or large edits")
     p.add_argument("--out", default="out.png")
     p.add_argument("--sheet", metavar="PNG", help="also save input, edit, map and output side by side")
@@ -316,6 +319,8 @@ def run(args):
     original, coarse, mu = read_inputs(args, dtype, device)  # mistakes in them are told before weights are read
     model = read_model(args, coarse, dtype, device)
     make_fast(model, device)
+    if args.vae_memory:
+        model.vae.memory = args.vae_memory * 2**30
 
     size = fitted_size(original or Image.new("L", (8, 8)), args.size or model.size, model.vae.config.factor)
     picture = picture_to_tensor(original, size) if original else None

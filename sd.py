@@ -24,12 +24,26 @@ import clip
 import unet
 import vae
 from diffusion import BETAS, Schedule, T
-from layouts import IGNORED, misfits, read, read_folder, read_json, split_parts, translate, whole, write_json
+from layouts import (
+    IGNORED,
+    misfits,
+    read,
+    read_folder,
+    read_json,
+    split_parts,
+    translate,
+    uncollected,
+    whole,
+    write_json,
+)
 
 
 @dataclass
 class StableDiffusion:
-    """The parts of a latent diffusion model. All weights are frozen (`requires_grad` False) and in eval mode."""
+    """The parts of a latent diffusion model. All weights are frozen (`requires_grad` False) and in eval mode.
+
+    Pictures may be of any size: above `vae.memory` bytes of activations the autoencoder works in tiles.
+    """
 
     unet: unet.UNet
     vae: vae.VAE
@@ -46,14 +60,14 @@ class StableDiffusion:
         mean + std * noise instead. `scaling_factor` is multiplied in here, and divided out in `decode`.
         """
         weight = self.vae.quant_conv.weight
-        mean, logvar = self.vae.encode(x.to(weight.device, weight.dtype))
+        mean, logvar = self.vae.encode_any_size(x.to(weight.device, weight.dtype))
         z = mean if noise is None else mean + (logvar / 2).exp() * noise.to(mean)
         return z.float() * self.vae.config.scaling_factor
 
     def decode(self, z):
         """z (B, C, h, w), scaled -> (B, 3, H, W), float32, about [-1, 1] but not clamped."""
         weight = self.vae.quant_conv.weight
-        return self.vae.decode((z / self.vae.config.scaling_factor).to(weight.device, weight.dtype)).float()
+        return self.vae.decode_any_size((z / self.vae.config.scaling_factor).to(weight.device, weight.dtype)).float()
 
     def encode_prompt(self, prompts):
         """A list of B strings -> context (B, 77, D) for the UNet. ValueError if the model came without a tokenizer."""
@@ -165,6 +179,7 @@ def load_part(folder, part, dtype=None, device="cpu"):
     return build(part, translate(part, tensors), folder, config, dtype, device)
 
 
+@uncollected()
 def load(path, dtype=None, device="cpu", prediction=None):
     """Read a Stable Diffusion 1 or 2 checkpoint, of any width, in any layout.
 

@@ -7,12 +7,17 @@ bottleneck. Attribute names are the Hugging Face checkpoint's key names, so that
 
 Latents here are *unscaled*; the diffusion model sees them times `config.scaling_factor`, which brings them to about
 unit variance. `sd.StableDiffusion.encode_image` and `.decode` do that multiplication, and nothing else does.
+A picture that would take too much memory goes through in overlapping tiles: `encode_any_size`, `decode_any_size`.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+MEMORY = 4 * 2**30  # bytes, a VAE's `memory` if nobody sets it: Stable Diffusion's decodes 1182 x 1182 pixels in fp32
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class VAEConfig:
     latent_channels: int = 4
     groups: int = 32  # of every GroupNorm
     scaling_factor: float = 0.18215  # 1 / the standard deviation of the latents
+    size: int = field(default=512, compare=False)  # pixels along a side of what it was trained on; it takes any
 
     @property
     def factor(self):
@@ -168,7 +174,7 @@ class VAE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.memory = config, MEMORY
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
@@ -189,6 +195,72 @@ class VAE(nn.Module):
         """z (B, C, h, w), unscaled -> (B, 3, 8h, 8w), about [-1, 1] but not clamped."""
         return self.decoder(self.post_quant_conv(z))
 
+    def encode_any_size(self, x):
+        """`encode` in about `memory` bytes: what would take more goes in parts of the batch, or a picture in tiles."""
+        f = self.config.factor
+        return self.in_parts(lambda x: torch.cat(self.encode(x), 1), x, f, 1).chunk(2, dim=1)
+
+    def decode_any_size(self, z):
+        """`decode` in about `memory` bytes, likewise."""
+        return self.in_parts(self.decode, z, 1, self.config.factor)
+
+    def bytes_per_pixel(self):
+        """What `encode` and `decode` have in tensors at one time, estimated, without weights and workspaces. (The
+        largest is attention's where PyTorch has no fused kernel for it: the number of latent pixels, squared.)"""
+        # They are widest in a ResnetBlock at full resolution, when silu has just been made of a norm. In the encoder
+        # there are then what the level began with, x, h, norm and silu of h, all c wide. In the decoder the same, but
+        # what its level began with is as wide as the level below; or, in its first block, that, norm and silu of that.
+        c, below, size = self.config.channels[0], self.config.channels[:2][-1], self.quant_conv.weight.element_size()
+        return 5 * c * size, max(below + 4 * c, 3 * below) * size
+
+    def in_parts(self, f, x, a, b):
+        """f(x), as a whole if `memory` allows. a, b as in `tiled`."""
+        factor, picture = self.config.factor, x[:1, :1].numel() // a**2  # in latent pixels, as what follows
+        most = self.memory / (self.bytes_per_pixel()[b > a] * factor**2)
+        if len(x) * picture <= most:
+            return f(x)
+        if len(x) > 1:
+            return torch.cat([self.in_parts(f, part, a, b) for part in x.split(max(1, int(most / picture)))])
+        side = max(1, self.config.size // factor, math.isqrt(int(most)))  # the larger, the nearer to the whole
+        return tiled(f, x, side, side // 4, a, b)
+
+
+def tiled(f, x, side, overlap, a, b):
+    """f(x) from tiles of x, each fading into the next where they overlap.
+
+    f              makes (B, K, b h, b w) of (B, C, a h, a w): for an encoder a, b are 8, 1, for a decoder 1, 8
+    side, overlap  of the tiles, in h and w. Spread evenly from edge to edge, they overlap by at least so much
+
+    Exact for an f that takes each of the h w places by itself. The autoencoder does not: the mean and variance in its
+    GroupNorms are those of a tile, and attention looks around in a tile, so that the result is a little off, by another
+    little in each tile. A tile no smaller than the pictures trained on has the statistics that the network is used to.
+    """
+    out = None
+    for rows, rows_out, v in cuts(x.shape[2], side, overlap, a, b):
+        for columns, columns_out, u in cuts(x.shape[3], side, overlap, a, b):
+            y = f(x[:, :, rows, columns])
+            if out is None:
+                out = torch.zeros(*y.shape[:2], *(n // a * b for n in x.shape[2:]), device=y.device)
+            out[:, :, rows_out, columns_out] += y * (v[:, None] * u).to(y.device)
+    return out.to(y.dtype)
+
+
+def cuts(pixels, side, overlap, a, b):
+    """Tiles along one side of x -> for each the pixels of x, the pixels of f(x), and their weights, whose sum is 1.
+
+    All tiles have one size, so that kernels are chosen once: the last one is not narrower, but overlaps more.
+    """
+    length = math.ceil(pixels / a)  # where that is not exact, f is given a wrong size, and says so
+    side = min(side, length)
+    n = 1 + math.ceil((length - side) / max(1, side - overlap))
+    starts = [i * (length - side) // max(1, n - 1) for i in range(n)]
+    p = (torch.arange(length * b) + 0.5) / b
+    # How far each has taken over from the one before, from 0 to 1 over what they share; less how far the next one has.
+    taken = [((p - i) / (before + side - i)).clamp(0, 1) for before, i in zip(starts, starts[1:])]
+    weights = -torch.stack([torch.ones_like(p), *taken, torch.zeros_like(p)]).diff(dim=0)
+    for i, w in zip(starts, weights):
+        yield slice(a * i, a * (i + side)), slice(b * i, b * (i + side)), w[b * i : b * (i + side)]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configurations
@@ -196,7 +268,7 @@ class VAE(nn.Module):
 CONFIGS = {
     "sd": VAEConfig(),  # Stable Diffusion 1.x and 2.x
     "sdxl": VAEConfig(scaling_factor=0.13025),
-    "toy": VAEConfig(channels=(16, 32, 96, 128), layers=1, latent_channels=12, groups=8, scaling_factor=1.0),
+    "toy": VAEConfig(channels=(16, 32, 96, 128), layers=1, latent_channels=12, groups=8, scaling_factor=1.0, size=128),
 }
 
 
@@ -235,6 +307,7 @@ def config_from_json(c):
         latent_channels=c["latent_channels"],
         groups=c.get("norm_num_groups", 32),
         scaling_factor=c.get("scaling_factor", 0.18215),  # older files do not say it
+        size=c.get("sample_size") or 512,
     )
 
 
@@ -252,4 +325,5 @@ def config_to_json(config):
         "scaling_factor": config.scaling_factor,
         "down_block_types": ["DownEncoderBlock2D"] * n,
         "up_block_types": ["UpDecoderBlock2D"] * n,
+        "sample_size": config.size,
     }

@@ -290,3 +290,9 @@ def test_the_road(tmp_path):
     mu = np.asarray(Image.open(real / "road_change_map.jpg").convert("L").resize((128, 128)))[64]
     assert diffdiff.cam(torch.from_numpy(mu / 255), torch.from_numpy(change)) > 0.5
     assert change[mu > 240].mean() < 12 < 30 < change[mu < 50].mean()
+
+
+def test_a_small_memory_for_the_autoencoder_makes_tiles(tmp_path):
+    argv = "--image", MEADOW, "--change-map", GRADIENT, "--prompt", "snow at night", "--size", "256"
+    whole, tiled = run(tmp_path, *argv), run(tmp_path, *argv, "--vae-memory", "0.01")
+    assert 0 < np.square(whole - tiled).mean() < 10**-2.5 * 255**2  # more than 25 dB
