@@ -102,8 +102,9 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         out = f(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}  # of which there are views
         for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
                 storage = StorageWeakRef(tensor.untyped_storage())
                 self.alive[storage.cdata] = storage, tensor.untyped_storage().nbytes()
         self.alive = {key: (s, n) for key, (s, n) in self.alive.items() if not s.expired()}
