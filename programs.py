@@ -104,7 +104,7 @@ def compile_unets(model, run):
     try:
         run()
     except torch._dynamo.exc.TorchDynamoException as e:
-        why = str(getattr(e, "inner_exception", e)).splitlines()[0]
+        why = (str(getattr(e, "inner_exception", e)) or type(e).__name__).splitlines()[0]
         raise ValueError(f"--compile does not work here, leave it out: {why}") from None
     return time.perf_counter() - start
 
