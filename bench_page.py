@@ -175,7 +175,7 @@ def table(records):
 INTRODUCTION = """# Benchmarks
 
 Ours beside what one would use instead: the same weights, the same inputs, in one run, called in turn. Written by
-`python bench.py --page --log benchmarks/bench.jsonl`, from the log of what was measured; nothing here was put in by hand.
+`python bench.py --page --log benchmarks/bench.jsonl`, from the log of what was measured; nothing was put in by hand.
 
 A figure is the median of the rounds, with the least and the largest in brackets, after a call of each to warm up;
 "once" is what was measured once. `ours / peer` is the ratio of times, below 1 where ours is faster; its brackets are

@@ -1,4 +1,4 @@
-"""Stable Diffusion quick on a CPU, in single precision: 3x3 convolutions with a quarter of the multiplications.
+"""Stable Diffusion quick on a CPU without matrix units: 3x3 convolutions with a quarter of the multiplications.
 
     quicken(model.unet)                from now on each convolution in it goes the fastest way that there is
     quicken(model.vae, keep=False)     the same without the memory, for a network that runs once or twice
@@ -30,6 +30,8 @@ import torch.nn.functional as F
 # Besides infinity. Books have 0, 1, -1, 2, -2 for m = 4: these, found by trying, make the largest error 4.5 times less.
 # In float32, over 320 channels, it is 3e-6 of the largest output (m = 2: 6e-7; the sum as it is written down: 3e-7).
 POINTS = {2: (0, 1, -1), 4: (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)}
+# Half precision without AMX tiles is slower than single: there it is computed in single, and the result rounded.
+SLOW = () if torch.cpu._is_amx_tile_supported() else (torch.bfloat16, torch.float16)
 TILES = 256  # at a time: enough for a fast matrix product, and not too many for the cache
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,13 +118,13 @@ class QuickConv2d(nn.Conv2d):
         way = self.way(*x.shape[2:]) if x.ndim == 4 and x.shape[1] == self.in_channels else None
         if way == "channels first":
             return super().forward(x.contiguous())
-        if way is None or not self.allowed(x):
+        if way is None or not self.allowed(x) or x.dtype in SLOW and way not in POINTS:
             return super().forward(x)
         if way == "channels last":
             return super().forward(x.contiguous(memory_format=torch.channels_last))
         if way == "product":
             return product(x, self.weight, self.bias, self.stride, self.padding)
-        return convolve(x, self.transformed(way), self.bias, way)
+        return convolve(x.float(), self.transformed(way), self.bias, way).to(x.dtype)
 
     def way(self, H, W):
         """The fastest way for pictures (H, W): m, "product", or the plain one, "channels last" or "channels first".
@@ -149,16 +151,16 @@ class QuickConv2d(nn.Conv2d):
     def allowed(self, x):
         w = self.weight
         learning = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        here = x.is_cpu and w.is_cpu and x.dtype == w.dtype == torch.float32
+        here = x.is_cpu and w.is_cpu and x.dtype == w.dtype and (x.dtype == torch.float32 or x.dtype in SLOW)
         return here and not (learning or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
 
     def transformed(self, m):
         w = self.weight
         if not self.keep or w.is_inference():  # an inference tensor does not say when it changes
-            return transform(w, m)
+            return transform(w.float(), m)
         version = m, w._version, w.data_ptr()
         if self.kept is None or self.kept[0] is not w or self.kept[1] != version:
-            self.kept = w, version, transform(w, m)
+            self.kept = w, version, transform(w.float(), m)
         return self.kept[2]
 
     def __getstate__(self):  # copies and pickles make their own U
@@ -171,8 +173,8 @@ def quicken(network, keep=True):
     keep  keep the transformed weights between calls, from a layer's first one on: 16/9 or 4 times the memory of the
           weights, for Stable Diffusion's UNet 1.4 GiB in all. False: make them anew in each call
 
-    All else stays as it was: names, state_dict, copies. Where gradients are asked for, in other precisions and on other
-    devices the layers are plain. Weights may change or be loaded later: that is noticed, except where `weight.data` is
+    All else stays as it was: names, state_dict, copies. Where gradients are asked for, on other devices, and in half
+    precision where that is fast (SLOW), the layers are plain. Weights may change or be loaded later: that is noticed, except where `weight.data` is
     changed. A PyTorch without MKL is left alone: nothing was measured there.
     """
     if torch.backends.mkl.is_available():

@@ -228,16 +228,36 @@ def test_gradients_are_the_plain_ones():
 
 
 @pytest.mark.parametrize("case", ["bfloat16", "autocast", "grouped", "dilated", "reflect", "same", "circular"])
-def test_what_is_not_for_it_stays_plain(case):
+def test_what_is_not_for_it_stays_plain(case, monkeypatch):
     more = {"grouped": {"groups": 2}, "dilated": {"dilation": 2}, "reflect": {"padding_mode": "reflect"},
             "circular": {"padding_mode": "circular"}, "same": {"padding": "same"}}.get(case, {})
     conv, x = layer(96, 96, **more), torch.randn(1, 96, 32, 32)
     if case == "bfloat16":
+        monkeypatch.setattr(winograd, "SLOW", ())  # as with AMX tiles
         conv, x = conv.bfloat16(), x.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
         want = conv(x)
         got = quicken(conv)(x)
     assert got.dtype == want.dtype and torch.equal(got, want) and getattr(conv, "kept", None) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keep", [True, False])
+def test_slow_halves_are_computed_in_single_and_rounded(dtype, keep, monkeypatch):
+    monkeypatch.setattr(winograd, "SLOW", (dtype,))
+    conv, x = layer(96, 96).to(dtype), torch.randn(2, 96, 32, 32).to(dtype)
+    want = F.conv2d(x.float(), conv.weight.float(), conv.bias.float(), padding=1)
+    got = quicken(conv, keep)(x)
+    assert got.dtype == dtype and (conv.kept is not None) == keep
+    rounding = torch.finfo(dtype).eps / 2 * want.abs()
+    assert ((got.float() - want).abs() <= 1.02 * rounding + 1e-4).all()
+
+
+def test_slow_halves_take_no_other_way(monkeypatch):
+    monkeypatch.setattr(winograd, "SLOW", (torch.bfloat16,))
+    conv, x = layer(1280, 1280).bfloat16(), torch.randn(1, 1280, 8, 8).bfloat16()
+    want = conv(x)
+    assert quicken(conv).way(8, 8) == "product" and torch.equal(conv(x), want)
 
 
 def test_wrong_input_is_the_plain_error():
