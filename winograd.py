@@ -174,8 +174,8 @@ def quicken(network, keep=True):
           weights, for Stable Diffusion's UNet 1.4 GiB in all. False: make them anew in each call
 
     All else stays as it was: names, state_dict, copies. Where gradients are asked for, on other devices, and in half
-    precision where that is fast (SLOW), the layers are plain. Weights may change or be loaded later: that is noticed, except where `weight.data` is
-    changed. A PyTorch without MKL is left alone: nothing was measured there.
+    precision where that is fast (SLOW), the layers are plain. Weights may change or be loaded later: that is noticed,
+    except where `weight.data` is changed. A PyTorch without MKL is left alone: nothing was measured there.
     """
     if torch.backends.mkl.is_available():
         for module in network.modules():
