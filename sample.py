@@ -346,11 +346,10 @@ def run(args):
         make = functools.partial(edit, model, args.prompt, picture, size=size, repaint=repaint, negative=args.negative,
                                  guidance=args.guidance, seed=args.seed)
     if args.compile:  # on a short edit; the sizes of the extractor's batches are those of a whole one
-        short = dict(change_map=torch.zeros(1, 1), steps=args.steps if coarse else min(3, args.steps))
-        seconds = compile_unets(model, functools.partial(make, **short, sampler=args.sampler))
-        print(f"compiled in {seconds:.0f} s, with an edit of {short['steps']} steps")
-    x = make(change_map=change_map, sampler=args.sampler, steps=args.steps, skip=not args.no_skip,
-             predictions=predictions)
+        short = args.steps if coarse else min(3, args.steps)
+        edit_once = functools.partial(make, torch.zeros(1, 1), sampler=args.sampler, steps=short)
+        print(f"compiled in {compile_unets(model, edit_once):.0f} s, with an edit of {short} steps")
+    x = make(change_map, sampler=args.sampler, steps=args.steps, skip=not args.no_skip, predictions=predictions)
     if change_map is not None:
         shown["change map"] = tensor_to_picture(change_map[0])
 
