@@ -30,6 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import diffusion
+from diffusion import BETAS, Schedule, T
 from layouts import IGNORED, read, read_json, translate, uncollected, write_json
 from sd import StableDiffusion, build, load_part, save_part, schedule_from_json, schedule_to_json
 
@@ -123,7 +124,8 @@ class MagicFixup(nn.Module):
         x_0 = batch["target"]
         batch = draws(x_0.shape, generator) | batch
         t, noise, reference_noise, dropped = (
-            batch[name].to(x_0.device) for name in ("t", "noise", "reference_noise", "dropped"))
+            batch[name].to(x_0.device) for name in ("t", "noise", "reference_noise", "dropped")
+        )
         known = (~dropped).to(x_0.dtype)[:, None, None, None]
         coarse, mask = known * batch["coarse"], known * batch["mask"]  # the extractor's mask goes with it, as released
         x_t = self.schedule.add_noise(x_0, noise, t)
@@ -155,7 +157,7 @@ class MagicFixup(nn.Module):
         timesteps, B = list(timesteps), len(reference)
         if noise is None:  # steps beyond the sampler's own: its noise at step i < T must not be the reference's
             draw = diffusion.step_noise(reference.shape[1:], [0] * B)
-            noise = lambda t: draw(diffusion.T + t)  # noqa: E731
+            noise = lambda t: draw(T + t)  # noqa: E731
         ready, size = {}, None  # timestep -> its details; bytes of one timestep's
 
         def details(t):
@@ -168,7 +170,8 @@ class MagicFixup(nn.Module):
                 made = self.details(
                     reference.repeat(n, 1, 1, 1), mask.repeat(n, 1, 1, 1),
                     torch.tensor(ahead, device=like.device).repeat_interleave(B),
-                    torch.cat([noise(s) for s in ahead]).to(reference))
+                    torch.cat([noise(s) for s in ahead]).to(reference),
+                )
                 size = sum(x.nbytes for pair in made for x in pair) // n or 1
                 for i, s in enumerate(ahead):
                     ready[s] = [[x[i * B : (i + 1) * B] for x in pair] for pair in made]
@@ -185,8 +188,9 @@ class MagicFixup(nn.Module):
         return denoise
 
     @torch.no_grad()
-    def sample(self, reference, coarse, mask, *, seeds=(0,), steps=50, eta=1.0, latent_init=True, callback=None,
-               **more):
+    def sample(
+        self, reference, coarse, mask, *, seeds=(0,), steps=50, eta=1.0, latent_init=True, callback=None, **more
+    ):
         """Section 3.4: edits -> pictures, as latents.
 
         reference, coarse, mask  of B edits, as for `forward`
@@ -215,7 +219,7 @@ def draws(shape, generator=None, drop=0.2):
     (The release drops for a whole batch at a time. Sample by sample it is the same share, more evenly.)
     """
     return {
-        "t": torch.randint(0, diffusion.T, shape[:1], generator=generator),
+        "t": torch.randint(0, T, shape[:1], generator=generator),
         "noise": torch.randn(shape, generator=generator),
         "reference_noise": torch.randn(shape, generator=generator),
         "dropped": torch.rand(shape[:1], generator=generator) < drop,
@@ -224,7 +228,10 @@ def draws(shape, generator=None, drop=0.2):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How much of what an edit leaves wrong is put right, shadows and reflections first of all. Neither paper has it, since
-# it takes the truth: a scene rendered again, or photographed again with its things moved.
+# it takes the truth: a scene rendered again, or photographed again with its things moved. For anyone's pictures:
+#
+#     region = changed_shadows(reference, truth, objects)
+#     before, after, share = shadow_share(coarse, output, truth, region)
 
 
 def changed_shadows(reference, truth, objects, least=0.02):
@@ -277,9 +284,10 @@ def from_stable_diffusion(sd, cross_reference=True, schedule=None):
         tensors["conv_in.weight"] = F.pad(old, (0, 0, 0, 0, 0, C + 1))
         # The attention to the reference begins as a copy of self-attention (so in the release): it looks for things
         # that look alike. Its norm is copied with it, and its bias is zero: where nothing is found it adds nothing.
-        for name, w in list(tensors.items()) if context is None else ():
+        for name in list(tensors) if context is None else ():
             if match := FIRST.fullmatch(name):
                 block, kind, rest = match.groups()
+                w = tensors[name]
                 tensors[f"{block}.{kind}2{rest}"] = torch.zeros_like(w) if rest == ".to_out.0.bias" else w.clone()
         config = replace(sd.unet.config, in_channels=2 * C + 1, context=context)
         return build("unet", tensors, "this Stable Diffusion", config)
@@ -343,7 +351,8 @@ PREFIX = {"synthesizer": "model.diffusion_model.", "extractor": "model.reference
 UNUSED = re.compile(
     r"cond_stage_model\..*|proj_out\..*|learnable_vector|.*\.merge_attentions(_missing)?\..*"
     r"|model\.\w+\..*\.transformer_blocks\.\d+\.attn2\..*"
-    r"|model\.reference_model\..*\.transformer_blocks\.\d+\.(attn3|norm2)\..*")
+    r"|model\.reference_model\..*\.transformer_blocks\.\d+\.(attn3|norm2)\..*"
+)
 
 
 def load_released(path, dtype, device):
@@ -370,10 +379,10 @@ def load_released(path, dtype, device):
 
 def released_schedule(path, tensors):
     """The noise schedule lies in the file as a buffer, which the release reads with the weights, and so goes by."""
-    schedules = {name: diffusion.Schedule(name) for name in diffusion.BETAS}
+    schedules = {name: Schedule(name) for name in BETAS}
     abar = tensors.get("alphas_cumprod", schedules["zero_snr"].alphas_cumprod)
     for schedule in schedules.values():
-        if abar.shape == (diffusion.T,) and torch.allclose(abar.float(), schedule.alphas_cumprod, atol=1e-3, rtol=0):
+        if abar.shape == (T,) and torch.allclose(abar.float(), schedule.alphas_cumprod, atol=1e-3, rtol=0):
             return schedule
     raise ValueError(f"{path}: its noise schedule (alphas_cumprod) is none of {', '.join(schedules)}")
 
@@ -392,8 +401,9 @@ def save(model, folder, dtype=None, vae=None):
         for name, tensor in model.vae.state_dict().items():
             if name not in there or not torch.equal(tensor.cpu().to(there[name].dtype), there[name]):
                 raise ValueError(f"{folder / vae} is another autoencoder than the model's, e.g. in {name}")
+    latent = model.size // model.vae.config.factor
     for part in ("synthesizer", "extractor") if model.extractor else ("synthesizer",):
-        save_part(getattr(model, part), folder / part, dtype, sample_size=model.size // model.vae.config.factor)
+        save_part(getattr(model, part), folder / part, dtype, sample_size=latent)
     if vae is None:
         save_part(model.vae, folder / "vae", dtype, sample_size=model.size)
     write_json(folder / INDEX, {"vae": str(vae or "vae")})

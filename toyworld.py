@@ -104,7 +104,8 @@ def random_scenes(n, generator=None, objects=3):
     return Scene(
         ground=choice(GROUNDS, n), time=choice(TIMES, n), horizon=horizon, sun=sun, texture=uniform(0, 6.28, n, 6),
         camera=torch.zeros(n, 2), kind=kind, colour=choice(COLOURS, n, objects), x=(px - 0.5) * 0.9 * z, z=z,
-        size=uniform(0.62, 0.95, n, objects))
+        size=uniform(0.62, 0.95, n, objects),
+    )
 
 
 def captions(scenes, generator=None):
@@ -114,14 +115,17 @@ def captions(scenes, generator=None):
         return options[int(torch.randint(len(options), (1,), generator=generator))]
 
     def one(i):
-        order = [k for k in scenes.x[i].argsort().tolist() if scenes.kind[i, k] >= 0]  # as people read: left to right
+        order = scenes.x[i].argsort().tolist()  # as people read: from left to right
+        order = [k for k in order if scenes.kind[i, k] >= 0]
         things = [f"a {COLOURS[scenes.colour[i, k]]} {KINDS[scenes.kind[i, k]]}" for k in order]
         things = things[0] if len(things) == 1 else ", ".join(things[:-1]) + " and " + things[-1]
         ground, time = GROUNDS[scenes.ground[i]], TIMES[scenes.time[i]]
         where = f"{pick('on', 'on', 'on the')} {ground}"
-        return pick(*4 * [f"{things} {where} at {time}"], f"a photo of {things} {where} at {time}",
-                    f"at {time}, {things} {where}", f"{things}, {ground}, {time}", f"{ground} at {time}",
-                    f"{things} {where}", f"{things} at {time}")
+        return pick(
+            *4 * [f"{things} {where} at {time}"], f"a photo of {things} {where} at {time}",
+            f"at {time}, {things} {where}", f"{things}, {ground}, {time}", f"{ground} at {time}",
+            f"{things} {where}", f"{things} at {time}",
+        )
 
     return [one(i) for i in range(len(scenes))]
 
@@ -200,8 +204,9 @@ def silhouette(part, u, v, soft):
 
 def paint(scenes, i, k, u, v, image, soft):
     """Object k of scene i over `image` (n, 3, H, W). -> image, coverage (n, H, W)"""
-    tint, direct, sun = TIME[scenes.time[i], :3], TIME[scenes.time[i], 9], scenes.sun[i]
-    light = torch.stack([sun.sin() * 0.71, torch.full_like(sun, 0.7), -sun.cos() * 0.71], 1)  # last: towards the camera
+    tint, direct = TIME[scenes.time[i], :3], TIME[scenes.time[i], 9]
+    sun, up = scenes.sun[i], 0.7
+    light = torch.stack([sun.sin() * 0.71, torch.full_like(sun, up), -sun.cos() * 0.71], 1)  # last: towards the camera
     coverage = torch.zeros_like(u + v)
     for p in range(MAX_PARTS):
         part = PART[scenes.kind[i, k], p]
@@ -226,25 +231,27 @@ def paint(scenes, i, k, u, v, image, soft):
 
 def draw_sky(scenes, x, y, size):
     """Gradient, clouds, sun or moon, hills. -> sky (B, 3, H, W), colour of the haze at the horizon (B, 3, 1, 1)"""
-    tint, top, bottom, _ = (c[:, :, None, None] for c in TIME[scenes.time].split([3, 3, 3, 2], 1))
+    tint, top, bottom = TIME[scenes.time].split([3, 3, 3, 2], 1)[:3]
+    top, bottom = top[:, :, None, None], bottom[:, :, None, None]
     p = scenes.texture[:, :, None, None]
     horizon, sun = scenes.horizon[:, None, None], scenes.sun[:, None, None]
     sky = torch.lerp(top, bottom, (y / horizon).clamp(0, 1)[:, None])
     cloud = torch.sin(9 * x + 2 * torch.sin(14 * y + p[:, 2])) * torch.sin(21 * y + 2 * torch.sin(4 * x + p[:, 3]))
-    sky = torch.lerp(sky, bottom * 0.5 + 0.5 * tint, (0.5 * cloud).clamp(min=0)[:, None])
+    sky = torch.lerp(sky, bottom * 0.5 + 0.5 * tint[:, :, None, None], (0.5 * cloud).clamp(min=0)[:, None])
     # The light stands in the picture when it is ahead (cos > 0); its shadows then fall towards the camera.
     disc_x, disc_y = 0.5 + 0.36 * sun.sin(), horizon * 0.38
     r = torch.sqrt((x - disc_x) ** 2 + (y - disc_y) ** 2)
     disc = (((0.045 - r) * size + 0.5).clamp(0, 1) + 0.35 * torch.exp(-((r / 0.09) ** 2))).clamp(0, 1) * (sun.cos() > 0)
     sky = torch.lerp(sky, torch.tensor([1.0, 0.96, 0.84])[:, None, None], disc[:, None])
     hills = horizon - 0.05 + 0.03 * torch.sin(5 * x + p[:, 4]) + 0.018 * torch.sin(13 * x + p[:, 5])
-    far = (bottom + tint * torch.tensor([0.25, 0.36, 0.34])[:, None, None]) / 2
+    far = (bottom + tint[:, :, None, None] * torch.tensor([0.25, 0.36, 0.34])[:, None, None]) / 2
     return torch.lerp(sky, far * 0.8, ((y - hills) * size + 0.5).clamp(0, 1)[:, None]), bottom
 
 
 def draw_ground(scenes, ground, z, haze):
     """-> (B, 3, H, W); only its part below the horizon will be seen."""
-    (gx, gz), p = ground, scenes.texture[:, :, None, None]
+    gx, gz = ground
+    p = scenes.texture[:, :, None, None]
     fx, fz, amplitude = (GROUND[scenes.ground, j][:, None, None] for j in (3, 4, 5))
     warp_x, warp_z = 2 * torch.sin(1.3 * gz + p[:, 0]), 2 * torch.sin(0.9 * gx + p[:, 1])
     wave = torch.sin(fx * gx + warp_x) * torch.sin(fz * gz + warp_z)
@@ -363,7 +370,8 @@ def random_edits(scenes, generator=None, size=128):
     best = apart.amin(2).clamp(max=1).argmax(1)
     new_px, new_z = new_px[row, best], new_z[row, best]
     # A small object grows and a large one shrinks, else either.
-    factor, grow, here = uniform(1.25, 1.5, B), torch.rand(B, generator=generator) < 0.5, width[row, k]
+    factor, grow = uniform(1.25, 1.5, B), torch.rand(B, generator=generator) < 0.5
+    here = width[row, k]
     factor = torch.where((here < 0.18) | grow & (here < 0.34), factor, 1 / factor)
 
     def one_more(field, value):  # (B, K) -> (B, K + 1); the object that is edited, or its copy, gets the value
@@ -375,10 +383,12 @@ def random_edits(scenes, generator=None, size=128):
     new_x = camera_x[:, 0] + (new_px - 0.5) * (new_z - camera_z[:, 0])
     kind = one_more(scenes.kind, torch.where(deletes, -1, scenes.kind[row, k]))
     kind[~duplicates, K] = -1
-    edited = replace(scenes, kind=kind, colour=one_more(scenes.colour, scenes.colour[row, k]),
-                     x=one_more(scenes.x, torch.where(stays, scenes.x[row, k], new_x)),
-                     z=one_more(scenes.z, torch.where(stays, scenes.z[row, k], new_z)),
-                     size=one_more(scenes.size, scenes.size[row, k] * torch.where(scales, factor, 1.0)))
+    edited = replace(
+        scenes, kind=kind, colour=one_more(scenes.colour, scenes.colour[row, k]),
+        x=one_more(scenes.x, torch.where(stays, scenes.x[row, k], new_x)),
+        z=one_more(scenes.z, torch.where(stays, scenes.z[row, k], new_z)),
+        size=one_more(scenes.size, scenes.size[row, k] * torch.where(scales, factor, 1.0)),
+    )
     old, new = place(scenes, row, k), place(edited, row, torch.where(duplicates, K, k))
     old_x, old_y, old_scale, new_x, new_y, new_scale = (s.flatten().double() for s in (*old, *new))
     s, zero = new_scale / old_scale, torch.zeros(B, dtype=torch.double)

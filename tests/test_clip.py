@@ -1,4 +1,4 @@
-"""clip.py and tokenizer.py against transformers' CLIPTextModel and CLIPTokenizer, and open_clip's tokenizer."""
+"""clip.py against its peers: transformers' CLIPTextModel and CLIPTokenizer, and open_clip's tokenizer."""
 
 import gzip
 import importlib.util
@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clip
-import tokenizer
 
 CAPTIONS = ["a red circle on a sandy beach", "Two blue squares, one in front of the other", "a photo of 12 cats!!",
             "the dog's ball isn't here; they've taken it, I'm sure we'll see", "a red circle and a green circle"]
@@ -156,12 +155,12 @@ def open_clip():
     spec = importlib.util.spec_from_file_location("open_clip_tokenizer", folder / "tokenizer.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module, folder / tokenizer.ARCHIVE
+    return module, folder / clip.ARCHIVE
 
 
 @pytest.fixture(scope="module")
 def toy():
-    return tokenizer.Tokenizer(*tokenizer.learn_bpe(CAPTIONS, 600))
+    return clip.Tokenizer(*clip.learn_bpe(CAPTIONS, 600))
 
 
 FIXED = """a photo of the Cat dog's isn't THEY'RE we'll i'd I'M 'S ''s 've 'ſ 2024 3.14 ½ x² Ⅷ ١٢ e\u0301 n\u0303 Å ŉ \
@@ -199,9 +198,9 @@ def test_same_ids_as_open_clip(open_clip):
     import regex
 
     module, archive = open_clip
-    ours, theirs = tokenizer.Tokenizer.load(archive), module.SimpleTokenizer(str(archive))
+    ours, theirs = clip.Tokenizer.load(archive), module.SimpleTokenizer(str(archive))
     # open_clip respells the special tokens; spell them as OpenAI's CLIP and Stable Diffusion do.
-    for name, token in (("<start_of_text>", tokenizer.START), ("<end_of_text>", tokenizer.END)):
+    for name, token in (("<start_of_text>", clip.START), ("<end_of_text>", clip.END)):
         theirs.pat = regex.compile(theirs.pat.pattern.replace(name, regex.escape(token)), regex.IGNORECASE)
         theirs.encoder[token] = theirs.encoder[name]
         theirs.cache[token] = token
@@ -224,9 +223,9 @@ def test_every_character_is_split_as_by_the_regex_package():
     chars = [chr(i) for i in range(0x21, 0x110000) if unicodedata.category(chr(i)) not in ("Cn", "Cs") and i != 0x345]
     text = "".join(c for c in chars if not c.isspace())
     assert len(text) > 100_000
-    assert tokenizer.split_words(text) == pattern.findall(text)
+    assert clip.split_words(text) == pattern.findall(text)
     spaced = "a" + "a ".join(text) + " "  # every character after a space and before a letter
-    assert tokenizer.split_words(spaced) == pattern.findall(spaced)
+    assert clip.split_words(spaced) == pattern.findall(spaced)
 
 
 def test_same_ids_as_transformers(tmp_path, toy):
@@ -242,7 +241,7 @@ def test_same_ids_as_transformers(tmp_path, toy):
     assert torch.equal(got, want)
     # and back: the one tokenizer.json that transformers 5 itself writes
     peer.save_pretrained(tmp_path / "theirs")
-    assert torch.equal(tokenizer.Tokenizer.load(tmp_path / "theirs")(CAPTIONS), got[: len(CAPTIONS)])
+    assert torch.equal(clip.Tokenizer.load(tmp_path / "theirs")(CAPTIONS), got[: len(CAPTIONS)])
 
 
 def test_sd2_pads_with_exclamation_mark(tmp_path, toy):
@@ -250,35 +249,35 @@ def test_sd2_pads_with_exclamation_mark(tmp_path, toy):
     toy.save(tmp_path)
     # As in SD 2's folder, where the two files disagree.
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == tokenizer.END
-    ids = tokenizer.Tokenizer.load(tmp_path)("red")[0].tolist()
-    assert ids[2:] == [toy.vocab[tokenizer.END]] + [0] * 74
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == clip.END
+    ids = clip.Tokenizer.load(tmp_path)("red")[0].tolist()
+    assert ids[2:] == [toy.vocab[clip.END]] + [0] * 74
     peer = transformers.CLIPTokenizer.from_pretrained(tmp_path)
     assert ids == peer("red", padding="max_length", truncation=True).input_ids
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "!", "lstrip": False}}))
-    assert tokenizer.Tokenizer.load(tmp_path).pad == "!"
-    assert tokenizer.Tokenizer.load(tmp_path, pad=tokenizer.END).pad == tokenizer.END
+    assert clip.Tokenizer.load(tmp_path).pad == "!"
+    assert clip.Tokenizer.load(tmp_path, pad=clip.END).pad == clip.END
     (tmp_path / "special_tokens_map.json").unlink()
-    assert tokenizer.Tokenizer.load(tmp_path).pad == tokenizer.END
+    assert clip.Tokenizer.load(tmp_path).pad == clip.END
 
 
 def test_learn_bpe_round_trip(tmp_path):
-    vocab, merges = tokenizer.learn_bpe(CAPTIONS, 560)
-    assert (vocab, merges) == tokenizer.learn_bpe(CAPTIONS[::-1], 560)
+    vocab, merges = clip.learn_bpe(CAPTIONS, 560)
+    assert (vocab, merges) == clip.learn_bpe(CAPTIONS[::-1], 560)
     assert sorted(vocab.values()) == list(range(560))
-    assert list(vocab)[-2:] == [tokenizer.START, tokenizer.END]
-    assert list(vocab)[:512] == tokenizer.ALPHABET
-    toy = tokenizer.Tokenizer(vocab, merges)
+    assert list(vocab)[-2:] == [clip.START, clip.END]
+    assert list(vocab)[:512] == clip.ALPHABET
+    toy = clip.Tokenizer(vocab, merges)
     assert len(toy.encode("circle")) < len("circle")
     for text in (*CAPTIONS, "日本語 ünïcode 👩‍👧"):
-        assert toy.decode(toy.encode(text)).replace(" ", "") == tokenizer.clean_text(text).replace(" ", "")
+        assert toy.decode(toy.encode(text)).replace(" ", "") == clip.clean_text(text).replace(" ", "")
     toy.save(tmp_path)
-    again = tokenizer.Tokenizer.load(tmp_path)
-    assert (again.vocab, again.merges, again.pad) == (vocab, merges, tokenizer.END)
-    full, _ = tokenizer.learn_bpe(["ab ab"], 1000)  # nothing left to merge
+    again = clip.Tokenizer.load(tmp_path)
+    assert (again.vocab, again.merges, again.pad) == (vocab, merges, clip.END)
+    full, _ = clip.learn_bpe(["ab ab"], 1000)  # nothing left to merge
     assert len(full) == 512 + 1 + 2
     with pytest.raises(ValueError, match="514"):
-        tokenizer.learn_bpe(CAPTIONS, 500)
+        clip.learn_bpe(CAPTIONS, 500)
 
 
 def test_long_prompt_is_cut_with_one_warning(toy):
@@ -290,13 +289,13 @@ def test_long_prompt_is_cut_with_one_warning(toy):
     assert len(caught) == 1
     assert "and a green circle'" in str(caught[0].message) and "red" not in str(caught[0].message)
     assert "\n" not in str(caught[0].message)
-    assert ids[-1] == toy.vocab[tokenizer.END] and (ids[1:-1] == toy.vocab["red</w>"]).all()
+    assert ids[-1] == toy.vocab[clip.END] and (ids[1:-1] == toy.vocab["red</w>"]).all()
 
 
 def test_missing_and_damaged_files_give_one_clear_line(tmp_path, toy):
     def message(error, path):
         with pytest.raises(error) as e:
-            tokenizer.Tokenizer.load(path)
+            clip.Tokenizer.load(path)
         assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
         return str(e.value)
 
@@ -312,7 +311,7 @@ def test_missing_and_damaged_files_give_one_clear_line(tmp_path, toy):
     assert "'a b c'" in message(ValueError, tmp_path)
     (tmp_path / "merges.txt").unlink()
     assert "merges.txt" in message(FileNotFoundError, tmp_path)
-    archive = tmp_path / tokenizer.ARCHIVE
+    archive = tmp_path / clip.ARCHIVE
     archive.write_bytes(b"not a gzip file")
     assert "damaged" in message(ValueError, archive)
     archive.write_bytes(gzip.compress(b"header\na b\n" * 1000)[:-10])

@@ -15,7 +15,6 @@ from torch import nn
 
 import networks
 import sam
-import sam_encoder
 from automask import automatic_masks, cut_off, point_grid, segments, suppress, without_small_regions
 from sam import CONFIGS, SAM, SAMConfig, config_from_shapes
 
@@ -140,7 +139,7 @@ def test_encoder_same_numbers(peer, changed):
     c = replace(TOY, depth=2, global_blocks=(1,)) if "size" in changed else TOY
     c = replace(c, **changed)
     theirs = peer_model(peer, c, seed=1).image_encoder
-    ours = sam_encoder.ImageEncoder(c).requires_grad_(False)
+    ours = sam.ImageEncoder(c).requires_grad_(False)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 3, c.size, c.size)
     assert relative_error(ours(x), theirs(x)) <= 1e-4
