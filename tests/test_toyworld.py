@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import collage
-import pasting
 import toyworld
 import warp
 from toyworld import COLOURS, GROUNDS, KINDS, TIMES, Scene, captions, random_scenes, render
@@ -170,7 +169,7 @@ def test_what_is_dragged_looks_as_it_truly_does():
         for i in (i for i, e in enumerate(edits) if e.verb == verb):
             k = edits[i].k if verb != "duplicate" else edited.kind.shape[1] - 1
             mask = before.segments[i] == edits[i].k + 1
-            piece, where = pasting.lay(coarse[i, ..., :3].numpy(), mask.numpy(), edits[i].matrix.numpy())
+            piece, where = collage.lay(coarse[i, ..., :3].numpy(), mask.numpy(), edits[i].matrix.numpy())
             cover = torch.zeros(128, 128)
             cover[where] = torch.from_numpy(piece[..., 3])
             covered = -torch.nn.functional.max_pool2d(-cover[None], 3, 1, 1)[0] > 254  # a pixel off its outline
