@@ -158,6 +158,7 @@ class MagicFixup(nn.Module):
         if noise is None:  # steps beyond the sampler's own: its noise at step i < T must not be the reference's
             draw = diffusion.step_noise(reference.shape[1:], [0] * B)
             noise = lambda t: draw(T + t)  # noqa: E731
+        times = self.synthesizer.times_of(timesteps)
         ready, size = {}, None  # timestep -> its details; bytes of one timestep's
 
         def details(t):
@@ -183,7 +184,7 @@ class MagicFixup(nn.Module):
                 return x[:, None].expand(B, len(x_t) // B, *x.shape[1:]).flatten(0, 1)
 
             z = torch.cat([x_t, each(coarse), each(mask)], dim=1).to(like)
-            return self.synthesizer(z, t, [[each(x) for x in pair] for pair in details(int(t[0]))])  # eq. 5
+            return self.synthesizer(z, times(t), [[each(x) for x in pair] for pair in details(int(t[0]))])  # eq. 5
 
         return denoise
 

@@ -86,8 +86,9 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
         seen = model.encode_image(picture * (1 - repaint))
         known = torch.cat([diffdiff.down_sample(repaint, shape[1:]).round().to(seen), seen], dim=1)
     z_init = None if picture is None else model.encode_image(picture)
-    return generate(model, model.denoiser(prompt, negative, guidance, known), shape, z_init, change_map,
-                    diffusion.make(sampler, model.schedule, steps), [seed], skip, predictions)
+    sampler = diffusion.make(sampler, model.schedule, steps)
+    denoise = model.denoiser(prompt, negative, guidance, known, sampler.timesteps)
+    return generate(model, denoise, shape, z_init, change_map, sampler, [seed], skip, predictions)
 
 
 @torch.inference_mode()

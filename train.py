@@ -54,6 +54,7 @@ from pairs import MODELS, ShardPairs, ToyPairs, toy_pairs
 from programs import Parser, choose_device, number
 from sample import TOY
 from train_toys import train_base, train_inpainting, train_vae
+from winograd import hold_memory
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes. What can be changed from the command line is changed by the option of the same name.
@@ -308,4 +309,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    hold_memory()
     main()

@@ -10,6 +10,7 @@ that are made from `context` *before* the network runs (`UNet.keys_values`): for
 sampling steps, so a sampler makes them once and passes them instead of the context. Where keys and values come from is
 not the block's business, which is what Magic Fixup needs: there they come from another UNet. And `taps`, a list, is
 filled with each block's input to its self-attention, which is what that other UNet is asked for (`UNet.features`).
+What the time adds to every residual block is made ahead likewise, for all steps at once (`UNet.times`).
 """
 
 import contextlib
@@ -83,8 +84,8 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x, time):
-        """x (B, c_in, h, w), time (B, c_time), already through its SiLU -> (B, c_out, h, w)"""
-        h = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(time)[:, :, None, None]
+        """x (B, c_in, h, w), time (B or 1, c_out), of `time_emb_proj` -> (B, c_out, h, w)"""
+        h = self.conv1(F.silu(self.norm1(x))) + time[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
@@ -213,20 +214,20 @@ class Level(nn.Module):
         if up:
             self.upsamplers = nn.ModuleList([Upsample(width)])
 
-    def down(self, x, time, keys_values, taps):
+    def down(self, x, times, keys_values, taps):
         """Yields every feature map that the way up will want back."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, time)
+            x = resnet(x, next(times))
             if hasattr(self, "attentions"):
                 x = self.attentions[i](x, keys_values, taps)
             yield x
         if hasattr(self, "downsamplers"):
             yield self.downsamplers[0](x)
 
-    def up(self, x, skips, time, keys_values, taps):
+    def up(self, x, skips, times, keys_values, taps):
         """Takes feature maps off the end of `skips`, one per residual block."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
+            x = resnet(torch.cat([x, skips.pop()], dim=1), next(times))
             if hasattr(self, "attentions"):
                 x = self.attentions[i](x, keys_values, taps)
         if hasattr(self, "upsamplers"):
@@ -240,8 +241,9 @@ class Middle(nn.Module):
         self.resnets = nn.ModuleList(ResnetBlock(width, width, 4 * cfg.channels[0], cfg.groups) for _ in range(2))
         self.attentions = nn.ModuleList([SpatialTransformer(width, cfg, cfg.mid_depth)])
 
-    def forward(self, x, time, keys_values, taps):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, time), keys_values, taps), time)
+    def forward(self, x, times, keys_values, taps):
+        x = self.attentions[0](self.resnets[0](x, next(times)), keys_values, taps)
+        return self.resnets[1](x, next(times))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,10 +294,13 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(cfg.groups, ch[0], eps=1e-5)
         self.conv_out = nn.Conv2d(ch[0], cfg.out_channels, 3, padding=1)
 
+    def levels(self):
+        """Down, the middle, and up again, as the forward pass goes."""
+        return *self.down_blocks, self.mid_block, *self.up_blocks
+
     def transformer_blocks(self):
         """Every TransformerBlock, in the order in which the forward pass meets them."""
-        levels = (*self.down_blocks, self.mid_block, *self.up_blocks)
-        return [b for level in levels for a in getattr(level, "attentions", ()) for b in a.transformer_blocks]
+        return [b for level in self.levels() for a in getattr(level, "attentions", ()) for b in a.transformer_blocks]
 
     def keys_values(self, context):
         """context (B, L, D) -> [(keys, values)] per transformer block, to be passed instead of the context.
@@ -305,6 +310,26 @@ class UNet(nn.Module):
         blocks = self.transformer_blocks()
         contexts = [context] * len(blocks) if torch.is_tensor(context) else context
         return [block.attn2.keys_values(c) for block, c in zip(blocks, contexts, strict=True)]
+
+    def times(self, t, added=None):
+        """t (B,), added as for forward -> [(B, c_out)] per residual block: what it adds, to be passed instead of t.
+
+        They depend on the timestep alone: a sampler makes those of all its steps at once, by `times_of`.
+        """
+        time = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(self.conv_in.weight))
+        if self.config.added:
+            time = time + self.add_embedding(added)
+        time = F.silu(time)
+        return [resnet.time_emb_proj(time) for level in self.levels() for resnet in level.resnets]
+
+    def times_of(self, timesteps):
+        """A sampler's timesteps, numbers -> a function of t (B,), all the same -> what to pass to forward instead of t.
+
+        Of another timestep, and without any, it returns t itself.
+        """
+        table = self.times(torch.tensor(timesteps, device=self.conv_in.weight.device)) if timesteps else ()
+        ready = {t: [row[i : i + 1] for row in table] for i, t in enumerate(timesteps)}  # (1, c_out), for any batch
+        return lambda t: ready.get(int(t[0]), t) if ready else t
 
     def features(self, z, t):
         """z, t as for forward, of a UNet without a second attention -> [(B, N, width)], one per transformer block: its
@@ -318,7 +343,7 @@ class UNet(nn.Module):
         """One denoising step.
 
         z        (B, in_channels, h, w), any h and w
-        t        (B,) timesteps, 0 .. 999
+        t        (B,) timesteps, 0 .. 999, or what `times` made of them
         context  (B, L, D), or what `keys_values` made of it; () if there is no second attention
         added    (B, config.added) for XL: pooled text, and the picture's sizes as embeddings
         taps     a list, filled with each transformer block's input to self-attention, (B, N, width)
@@ -326,19 +351,14 @@ class UNet(nn.Module):
         """
         if torch.is_tensor(context):
             context = self.keys_values(context)
-        keys_values = iter(context)
-        time = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(z.dtype))
-        if self.config.added:
-            time = time + self.add_embedding(added)
-        time = F.silu(time)  # every residual block begins with it
-
+        times, keys_values = iter(self.times(t, added) if torch.is_tensor(t) else t), iter(context)
         skips = [self.conv_in(z)]
         for level in self.down_blocks:
-            for x in level.down(skips[-1], time, keys_values, taps):
+            for x in level.down(skips[-1], times, keys_values, taps):
                 skips.append(x)
-        x = self.mid_block(skips[-1], time, keys_values, taps)
+        x = self.mid_block(skips[-1], times, keys_values, taps)
         for level in self.up_blocks:
-            x = level.up(x, skips, time, keys_values, taps)
+            x = level.up(x, skips, times, keys_values, taps)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 

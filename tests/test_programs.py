@@ -39,6 +39,8 @@ def traced(monkeypatch):
         return real(f, backend="eager", **options)
 
     monkeypatch.setattr(torch, "compile", trace)
+    # What is compiled has no quick convolutions, whose rounding is another: then neither has what it is compared with.
+    monkeypatch.setattr(sample, "make_fast", lambda model, device: model)
     yield compiled
     torch._dynamo.reset()
 

@@ -406,9 +406,9 @@ def test_same_picture_as_the_peer_inpainting_pipeline(tmp_path):
     want = pipe(prompt="a red circle", negative_prompt="cats", image=image, mask_image=repaint, height=16, width=16,
                 masked_image_latents=seen, strength=1.0, num_inference_steps=k, guidance_scale=guidance, latents=noise,
                 output_type="np").images
-    known = torch.cat([repaint[..., ::2, ::2], seen], 1)
-    denoise = model.denoiser("a red circle", "cats", guidance, known)
-    got = model.decode(diffusion.sample(denoise, noise, diffusion.make("ddim", model.schedule, k))) / 2 + 0.5
+    known, sampler = torch.cat([repaint[..., ::2, ::2], seen], 1), diffusion.make("ddim", model.schedule, k)
+    denoise = model.denoiser("a red circle", "cats", guidance, known, sampler.timesteps)
+    got = model.decode(diffusion.sample(denoise, noise, sampler)) / 2 + 0.5
     assert (got.clamp(0, 1) - torch.from_numpy(want).permute(0, 3, 1, 2)).abs().max() <= 2 / 255
 
 

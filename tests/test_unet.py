@@ -86,6 +86,20 @@ def test_keys_and_values_made_ahead_are_the_same_bits(name):
     assert torch.equal(model(z, t, ahead), model(z, t, context))  # they can be used again
 
 
+@pytest.mark.parametrize("name", ["sd1", "toy"])
+def test_times_made_ahead_are_the_same_numbers(name):
+    model = random_model(SMALL[name])
+    z, t, context = inputs(SMALL[name])
+    want, ahead = model(z, t, context), model.times(t)
+    assert torch.equal(model(z, ahead, context), want)
+    steps = model.times_of([900, 501, 1])
+    for step in (501, 7):  # one of the steps, and one that was not told
+        t = torch.full((len(z),), step)
+        assert torch.is_tensor(steps(t)) == (step == 7)
+        assert relative_error(model(z, steps(t), context), model(z, t, context)) <= 1e-5
+    assert model.times_of([])(t) is t
+
+
 def test_taps_are_the_inputs_to_self_attention():
     model = random_model(SMALL["sd1-inpainting"])
     z, t, context = inputs(SMALL["sd1-inpainting"])
