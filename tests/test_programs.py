@@ -8,6 +8,8 @@ from PIL import Image, ImageChops
 
 import programs
 import sample
+import sd
+from winograd import QuickConv2d
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MAP_EDIT = ("--image", EXAMPLES / "meadow.png", "--change-map", EXAMPLES / "gradient.png", "--prompt", "snow at night")
@@ -26,6 +28,22 @@ def test_a_number_out_of_its_range_is_told(text, capsys):
 def test_a_device_that_is_not_there_is_told():
     with pytest.raises(ValueError, match="--device abacus cannot be used here"):
         programs.choose_device("abacus")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_fast_model_is_the_same_model(device):
+    """What is done for a GPU is done here on the CPU, where it makes no difference either."""
+    model, x = sd.load(sample.TOY, torch.float32), torch.rand(1, 3, 32, 32)
+    z, t, context = torch.randn(1, 12, 16, 16), torch.tensor([500]), torch.randn(1, 5, 128)
+    with torch.inference_mode():
+        want = model.unet(z, t, context), model.encode_image(x)
+        assert programs.make_fast(model, torch.device(device)) is model
+        got = model.unet(z, t, context), model.encode_image(x)
+    for a, b in zip(got, want):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    conv = model.unet.mid_block.resnets[0].conv1
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last) == (device == "cuda")
+    assert isinstance(conv, QuickConv2d) == isinstance(model.vae.decoder.conv_in, QuickConv2d) == (device == "cpu")
 
 
 @pytest.fixture
