@@ -199,7 +199,7 @@ TRANSFORMS = {
 def depth_maps(lab, image, n):
     """(n, 1, H, W) in [0, 1], the nearest 1: the toy world's exact depth, or MiDaS's of --images."""
     if lab.options.images:
-        model = networks.load("midas", networks.find("midas", lab.options.networks))
+        model = networks.load("midas", networks.find("midas", lab.options.networks or networks.FOLDER))
         inverse = [midas.depth(model, to_bytes(x)) for x in image]
     else:
         depth = toyworld.render(lab.meadows(n), lab.model.size).depth

@@ -158,7 +158,7 @@ class Watch:
     """with Watch() as w: ...   then w.seconds, and w.total and w.private, the peaks in MiB above the start.
 
     On a GPU w.total is that of its own memory, and there is no w.private. Elsewhere the peaks are the process's, so
-    that whoever asks for them has a process of his own.
+    that whoever asks for them needs a process of its own.
     """
 
     def __init__(self, device="cpu"):

@@ -72,11 +72,10 @@ def ticks(low, high, about=5):
     return [float(first + i) * step for i in range(int(np.floor(high / step + 1e-9) - first) + 1)]
 
 
-def chart(series, x_label, y_label, size=(560, 340), x_range=None, y_range=None):
+def chart(series, x_label, y_label, size=(560, 340), y_range=None):
     """Lines and dots -> picture, twice `size`.
 
-    series  [(name, x, y, options)], options: "dots" True for dots, "line" True for a line through them, "error" for
-            bars of y +- error, "colour" an index into LINES (default: its place in the list)
+    series  [(name, x, y, options)], options: "dots" True for dots, "line" True for a line through them
     """
     font, small = ImageFont.load_default(13 * SCALE), ImageFont.load_default(12 * SCALE)
     width, height = (s * SCALE for s in size)
@@ -84,7 +83,7 @@ def chart(series, x_label, y_label, size=(560, 340), x_range=None, y_range=None)
     xs = np.concatenate([np.asarray(s[1], float) for s in series])
     ys = np.concatenate([np.asarray(s[2], float) for s in series])
     pad = 0.06 * (ys.max() - ys.min() or 1)
-    x0, x1 = x_range or (xs.min(), xs.max())
+    x0, x1 = xs.min(), xs.max()
     y0, y1 = y_range or (ys.min() - pad, ys.max() + pad)
 
     def place(x, y):
@@ -107,12 +106,10 @@ def chart(series, x_label, y_label, size=(560, 340), x_range=None, y_range=None)
     side = side.rotate(90, expand=True)
     out.paste(side, (0, int((top + height - bottom - side.height) / 2)))
     for i, (_, x, y, options) in enumerate(series):
-        colour = LINES[options.get("colour", i) % len(LINES)]
+        colour = LINES[i % len(LINES)]
         points = [place(*p) for p in zip(x, y)]
         if options.get("line", not options.get("dots")):
             draw.line(points, colour, 2 * SCALE, joint="curve")
-        for (px, _), v, e in zip(points, y, options.get("error", [])):
-            draw.line([(px, place(0, v - e)[1]), (px, place(0, v + e)[1])], colour, SCALE)
         if options.get("dots"):
             r = 3.5 * SCALE
             for px, py in points:
@@ -127,13 +124,13 @@ def legend(draw, series, font, edge, place, x0, y0, x1, y1, top):
     crowd = [sum(np.sum((np.asarray(x) > mid_x) == right) and
                  np.sum(((np.asarray(x) > mid_x) == right) & (np.asarray(y) > mid_y)) for _, x, y, _ in series)
              for right in (False, True)]
-    names = [(i, name, o) for i, (name, _, _, o) in enumerate(series) if name]
-    wide = max((font.getlength(name) for _, name, _ in names), default=0) + 26 * SCALE
+    names = [(i, name) for i, (name, *_) in enumerate(series) if name]
+    wide = max((font.getlength(name) for _, name in names), default=0) + 26 * SCALE
     x = edge - wide - 4 * SCALE if crowd[1] <= crowd[0] else place(x0, y0)[0] + 8 * SCALE
     if names:
         draw.rectangle([x - 4 * SCALE, top, x + wide, top + 18 * SCALE * len(names) + 4 * SCALE], "white")
-    for row, (i, name, o) in enumerate(names):
+    for row, (i, name) in enumerate(names):
         y = top + (12 + 18 * row) * SCALE
-        colour = LINES[o.get("colour", i) % len(LINES)]
+        colour = LINES[i % len(LINES)]
         draw.line([(x, y), (x + 18 * SCALE, y)], colour, 3 * SCALE)
         draw.text((x + 24 * SCALE, y), name, INK, font, anchor="lm")

@@ -16,14 +16,13 @@ import torch
 import diffdiff
 import diffusion
 import lpips
-import mfx
 import networks
 import pictures
 import sd
 import toyworld
 from winograd import quicken
 
-HELD_OUT = 10**9  # train.at() stays below it for the seeds that train.py takes
+HELD_OUT = 10**9  # loop.at() stays below it for the seeds that train.py takes
 TRUE, PART, FALSE, OPEN = "came true", "came true in part", "did not come true", "not measured"  # a verdict is one
 
 
@@ -125,7 +124,8 @@ def quick(model):
 class Lab:
     """Models, pictures, edits, distances: made when first asked for.
 
-    options: weights, mfx_weights, inpainting_weights (or None), networks, images (folder or None), prompt, quick, out
+    options: weights, mfx_weights, ablation_weights, inpainting_weights (or None), networks (or None), images (folder or
+    None), prompt, quick, out
     """
 
     def __init__(self, options, device="cpu", dtype=torch.float32, tick=lambda share: None):
@@ -147,10 +147,6 @@ class Lab:
             raise ValueError(f"{self.options.inpainting_weights} is no inpainting model: it takes no mask")
         return model
 
-    @cached_property
-    def fixup(self):
-        return quick(mfx.load(self.options.mfx_weights, self.dtype, self.device))
-
     @property
     def full_size(self):
         """Is this another model than a toy? Then the papers' number of steps is taken."""
@@ -160,7 +156,7 @@ class Lab:
         return 100 if self.full_size else 10 if self.quick else toy
 
     def count(self, full, quick):
-        """How many samples: with a full-size model as few as with --quick, unless --images asks for its own."""
+        """How many samples: `full`, or with --quick `quick`."""
         return quick if self.quick else full
 
     def each(self, things):
@@ -278,11 +274,15 @@ class Lab:
     @cached_property
     def perceptual(self):
         """(name, function of pictures x, y (B, 3, H, W) in [-1, 1] -> maps (B, 1, H, W)): LPIPS where its files are,
-        otherwise the same construction on the features of our own autoencoder's encoder."""
+        otherwise the same construction on the features of our own autoencoder's encoder. FileNotFoundError if they are
+        not in a folder that was named."""
         try:
-            model = networks.load_lpips(*networks.find_lpips(folder=self.options.networks)).to(self.device)
+            files = networks.find_lpips(folder=self.options.networks or networks.FOLDER)
+            model = networks.load_lpips(*files).to(self.device)
             return "LPIPS (AlexNet)", lambda x, y: model(x, y, spatial=True)
         except FileNotFoundError:
+            if self.options.networks:
+                raise
             return "toy perceptual distance", lambda x, y: toy_distance(self.model.vae, x, y)
 
     @torch.inference_mode()

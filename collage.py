@@ -94,8 +94,8 @@ def fill_holes(image, holes, dilate=None):
     holes   (H, W) bool. They are widened by a kernel of `dilate` x `dilate` pixels, which takes the seams along too.
             None: 7 for a picture of 512x512 as in the release, in proportion for others, and 3 at least
 
-    Navier-Stokes inpainting (Bertalmio et al. 2001; the paper's [8]) at a radius of 3 pixels, kernel and radius as in
-    the Magic Fixup release, which does it at 512x512. Everything else is as it was. No picture left at all: mid-grey.
+    Navier-Stokes inpainting (Bertalmio et al. 2001; the paper's [8]) at a radius of 3 pixels, kernel and radius as the
+    Magic Fixup release samples with, at 512x512. Everything else is as it was. No picture left at all: mid-grey.
     """
     holes = np.ascontiguousarray(holes, np.uint8)
     if not holes.any():

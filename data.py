@@ -43,7 +43,7 @@ import networks
 import warp
 from estimators import DEPTH, FLOW, SEGMENTS
 from pairs import ShardPairs, ToyPairs, affine_edit, flow_edit, toy_pairs
-from programs import Parser, choose_device, number
+from programs import Parser, choose_device, mistakes_told, number
 from shards import in_order, summary, totals_of, work, write_preview, write_shard
 from videos import LONGEST, find_clips, is_cut, read_window
 
@@ -64,6 +64,7 @@ class Recipe:
 
 
 SHORTEST = 1.0  # seconds between the two frames, up to videos.LONGEST, uniformly; shorter clips as far as they go
+ANY_NAME = "utf-8", "surrogateescape"  # a file's name need not be UTF-8
 TRIES = 5  # a pair that is rejected is drawn again
 # Rejected, in pixels of a 512x512 picture
 TOO_FAR = 350  # the paper: at least 10 % of the picture move so far
@@ -133,7 +134,7 @@ def make_pair(recipe, clip, index, preview=False, weights=None, device="cpu"):
     preview: I, I_gt, both coarse edits with grey holes, the flow's colours.
     """
     name, path = clip
-    seed = hashlib.sha256(f"{recipe.seed} {index} {name}".encode()).digest()
+    seed = hashlib.sha256(f"{recipe.seed} {index} {name}".encode(*ANY_NAME)).digest()
     rng = np.random.default_rng(list(seed))
     try:
         frames, times = read_window(path, recipe.size, recipe.fps, rng)
@@ -204,7 +205,7 @@ def run(args):
     device = choose_device(args.device or "auto") if weights else "cpu"
     estimators.model.cache_clear()  # of an earlier run in this process: another file may have the same path by now
     shards = work(recipe, clips)
-    names = hashlib.sha256("\n".join(name for name, _ in clips).encode()).hexdigest()
+    names = hashlib.sha256("\n".join(name for name, _ in clips).encode(*ANY_NAME)).hexdigest()
     manifest = {"recipe": asdict(recipe), "clips": len(clips), "clips_sha256": names, "shards": len(shards)}
     if weights:  # where they lie does not matter
         manifest["networks"] = {n: {"file": path.name, "sha256": networks.digest(path)} for n, path in weights.items()}
@@ -304,11 +305,8 @@ def parse(argv):
 def main(argv=None):
     parser, args = parse(argv)
     try:
-        run(args)
-    except (ValueError, OSError) as e:
-        parser.error(e)
-    except torch.OutOfMemoryError:
-        parser.error("too little memory on the device: fewer --workers, or --device cpu. What is done is kept")
+        with mistakes_told(parser, "fewer --workers, or --device cpu. What is done is kept"):
+            run(args)
     except BrokenProcessPool:
         parser.error("a worker died: too little memory, or a video that crashes the decoder. What is done is kept")
     except KeyboardInterrupt:

@@ -259,12 +259,13 @@ def soft_edges(image, where=None):
     """
     grey = image.double().mean(1, keepdim=True)
     where = torch.ones_like(grey) if where is None else where.to(grey)
-    softest = torch.zeros(len(image), dtype=torch.double, device=image.device)
+    softness = []
     for axis in (2, 3):
         x, w = (y.transpose(axis, 3) for y in (grey, where.expand_as(grey)))  # along the last axis
         blurred = F.avg_pool2d(F.pad(x, (4, 4, 0, 0), mode="replicate"), (1, 9), stride=1)
         steps, left = x.diff(dim=3).abs(), blurred.diff(dim=3).abs()
         w = torch.minimum(w[..., 1:], w[..., :-1])
         total, lost = (steps * w).sum((1, 2, 3)), ((steps - left).clamp(min=0) * w).sum((1, 2, 3))
-        softest = torch.maximum(softest, torch.where(total > 0, 1 - lost / total.clamp(min=1e-12), 1.0))
-    return softest
+        softness.append(torch.where(total > 0, 1 - lost / total.clamp(min=1e-12), torch.nan))
+    across, down = softness  # the softer of both, of those that there are
+    return torch.fmax(across, down).nan_to_num(1.0)

@@ -99,8 +99,11 @@ class Ladder:
     """The k + 1 noise levels that k steps visit: k timesteps of the schedule, then `end`, an abar.
 
     The timesteps are Stable Diffusion's own ('leading' spacing with an offset of 1): 981, 961, .., 21, 1 for k = 50.
-    Like there the stride is the whole number T // k, so a k that does not divide T starts below the noisiest level: at
-    t = 958 for k = 30, but at t = 600 for k = 600. Choose a divisor of T, or a k under about 100.
+    As there, the stride is the whole number T // k: a few steps start well below the noisiest level, at t = 751 for
+    k = 4, and so does a large k that does not divide T, at t = 600 for k = 600. Choose 10 to 100, or a divisor of T.
+
+    ValueError where the first level has no signal at all, as that of 'zero_snr' for k = 500, 999 and 1000: there eps
+    says nothing about the picture.
     """
 
     def __init__(self, schedule: Schedule, k: int, end: float):
@@ -108,6 +111,9 @@ class Ladder:
         self.schedule, self.k = schedule, k
         self.timesteps = [i * (T // k) + offset for i in reversed(range(k))]
         self.abar = [schedule.abar[t] for t in self.timesteps] + [end]
+        if not self.abar[0]:
+            raise ValueError(f"{k} steps start at t = {self.timesteps[0]}, where this noise schedule leaves nothing of "
+                             "the picture: take another number of steps")
         self.alpha = [math.sqrt(a) for a in self.abar]
         self.sigma = [math.sqrt(1 - a) for a in self.abar]
         self.rho = [s / a for s, a in zip(self.sigma, self.alpha)]  # EDM's sigma, DEIS's rho, DPM-Solver's exp(-lambda)

@@ -1,6 +1,6 @@
 """What pairs from video need to know about pictures: flow, segments, depth. Each by name, in the tables at the end.
 
-Classical means need nothing but this file. The networks that the paper used, RAFT-Large, Segment Anything and MiDaS,
+Classical means need no file of weights. The networks that the paper used, RAFT-Large, Segment Anything and MiDaS,
 give the same kind of result, and need a file each (networks.py). Pictures are (H, W, 3) uint8 RGB.
 """
 

@@ -66,9 +66,10 @@ def read(path):
     if refused:
         raise ValueError(f"{path} is refused: a pickle that refers to {', '.join(refused[:3])} could run code. Get the "
                          ".safetensors version, or convert it on a machine where you trust it")
-    while isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
         tensors = tensors["state_dict"]
-    tensors = {k: v for k, v in tensors.items() if torch.is_tensor(v)} if isinstance(tensors, dict) else {}
+    named = tensors.items() if isinstance(tensors, dict) else ()
+    tensors = {name: value for name, value in named if isinstance(name, str) and torch.is_tensor(value)}
     if not tensors:
         raise ValueError(f"{path} is not a checkpoint: there are no tensors in it")
     return tensors
@@ -95,8 +96,10 @@ def read_folder(folder):
                     return read(file)
                 for index in (f"{stem}.{kind}.index{variant}.json", f"{stem}{variant}.{kind}.index.json"):
                     if (folder / index).is_file():
-                        files = sorted(set(read_json(folder / index)["weight_map"].values()))
-                        return {k: v for file in files for k, v in read(folder / file).items()}
+                        files = read_json(folder / index).get("weight_map")
+                        if not (isinstance(files, dict) and all(isinstance(file, str) for file in files.values())):
+                            raise ValueError(f"{folder / index} does not say where each tensor is: copy it again")
+                        return {k: v for file in sorted(set(files.values())) for k, v in read(folder / file).items()}
     raise FileNotFoundError(f"there are no weights in {folder}: expected diffusion_pytorch_model.safetensors, "
                             "model.safetensors, or the same as .bin")
 
@@ -115,12 +118,16 @@ def uncollected():
 
 
 def read_json(path):
+    """-> the object {name: value} in that file. FileNotFoundError, or ValueError for anything else that is in it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} is damaged ({e}): copy it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it should hold {{...}}, not a {type(found).__name__}. Copy it again")
+    return found
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ import unet
 from programs import choose_precision
 
 KEPT = 3  # training states: the newest to go on from, the others should a disk or a learning rate have spoiled it
-EVERY = 50  # steps between two looks at the losses on a GPU, each of which waits until it has done all its work
+EVERY = 50  # steps between two looks at the losses on a GPU: so long it is told of no number, and waits for none
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Many processes, of which each has a share of every batch, and the first alone writes
@@ -209,7 +209,8 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
         model_loss = DistributedDataParallel(model_loss, gradient_as_bucket_view=True)
 
     def settle():
-        """pending -> losses. Before a step, on a CPU; before a checkpoint, in any case."""
+        """pending -> losses. On a CPU before the optimizer's step, unless that is `at_once`; before a checkpoint in any
+        case."""
         values = torch.stack(pending)
         if world() > 1:
             dist.all_reduce(values)

@@ -6,7 +6,8 @@ extractor what the things in the picture are made of.
 
     I         reference     (B, C, h, w)   the photograph before the edit, encoded
     I_coarse  coarse        (B, C, h, w)   the collage, its holes inpainted by a simple algorithm, encoded
-    M         mask          (B, 1, h, w)   1 = content survived the edit, 0 = hole
+    M         mask          (B, 1, h, w)   1 = content survived the edit, 0 = hole; a mean over a latent's pixels at the
+                                           rim, where the paper takes the nearest and the release interpolates
 
     model = from_stable_diffusion(sd.load("weights/toy"))
     optimizer = torch.optim.Adam(model.unfreeze(), lr=1e-5)
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 import diffusion
 from diffusion import BETAS, Schedule, T
 from layouts import IGNORED, read, read_json, translate, uncollected, write_json
-from sd import StableDiffusion, build, load_part, save_part, schedule_from_json, schedule_to_json
+from sd import StableDiffusion, build, latent_side, load_part, save_part, schedule_from_json, schedule_to_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
@@ -42,8 +43,9 @@ class MagicFixup(nn.Module):
     """Both UNets, the autoencoder that they work behind, and the noise schedule.
 
     synthesizer  UNet: 2C + 1 channels in, C out, a second attention to features of its own widths (context=None)
-    extractor    UNet: 2C + 1 channels in, no second attention (context=0).  None for the paper's ablation: then the
-                 synthesizer has no second attention either, and never sees the reference
+    extractor    UNet: 2C + 1 channels in, no second attention (context=0).  None for an ablation: then the synthesizer
+                 has no second attention either, and never sees the reference. (The paper's keeps an attention to the
+                 reference as CLIP sees it, in a single vector)
     size         pixels along a side of the square pictures that it is for
     ValueError if the parts do not fit together.
     """
@@ -56,7 +58,7 @@ class MagicFixup(nn.Module):
         if (s.in_channels, s.out_channels) != (2 * C + 1, C):
             raise ValueError(f"a synthesizer for {C} latent channels has {2 * C + 1} channels in and {C} out, this one "
                              f"has {s.in_channels} and {s.out_channels}")
-        if s.context is not None if extractor else s.context != 0:
+        if s.context != (None if extractor else 0):
             raise ValueError("a synthesizer attends to an extractor's features, or has no second attention and no "
                              "extractor")
         if extractor and extractor.config != replace(s, context=0):
@@ -73,7 +75,8 @@ class MagicFixup(nn.Module):
             return ()
         I_t = self.schedule.add_noise(reference, noise, t)  # eq. 2, whose (1 - abar) lacks its square root in print
         z = torch.cat([I_t, reference, mask], dim=1)  # (B, 2C + 1, h, w)
-        F_t = self.extractor.features(z.to(self.extractor.conv_in.weight.dtype), t)  # eq. 3, [(B, N, width)]
+        # Eq. 3: [(B, N, width)] of all blocks, 16 in Stable Diffusion. (The paper has n = 11; the release takes all.)
+        F_t = self.extractor.features(z.to(self.extractor.conv_in.weight.dtype), t)
         return self.synthesizer.keys_values(F_t)  # figure 3, right: K and V of f_t, Q will be of g_t
 
     def forward(self, x_t, t, reference, coarse, mask, noise):
@@ -90,7 +93,8 @@ class MagicFixup(nn.Module):
 
     def predict(self, x_t, t, reference, coarse, mask, noise):
         """As `forward`, but what the network says itself: the noise, or v where the schedule's prediction is v."""
-        return self.synthesizer(torch.cat([x_t, coarse, mask], dim=1), t, self.details(reference, mask, t, noise))
+        z = torch.cat([x_t, coarse, mask], dim=1).to(self.synthesizer.conv_in.weight.dtype)  # (B, 2C + 1, h, w)
+        return self.synthesizer(z, t, self.details(reference, mask, t, noise))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Training
@@ -103,14 +107,14 @@ class MagicFixup(nn.Module):
         self.vae.requires_grad_(False)
         self.synthesizer.requires_grad_(True)
         if self.extractor:
-            named = dict(self.extractor.named_parameters())  # where it matters here, in the order of the forward pass
+            named = dict(self.extractor.named_parameters())  # what runs after the last norm1 comes after it here, too
             last = max(i for i, name in enumerate(named) if re.search(r"transformer_blocks\.\d+\.norm1\.", name))
             for i, p in enumerate(named.values()):
                 p.requires_grad_(i <= last)
         return [p for p in self.parameters() if p.requires_grad]
 
     def loss(self, batch, generator=None):
-        """The mean squared error of what is predicted, a scalar. The noise: section 3.6.
+        """The mean squared error of what is predicted, a scalar. The noise, as for Stable Diffusion and in the release.
 
         batch      latents "reference", "target", "coarse" (B, C, h, w) and "mask" (B, 1, h, w). It may hold any of
                    `draws`' entries as well, to be used instead of fresh ones
@@ -143,7 +147,7 @@ class MagicFixup(nn.Module):
     # Sampling
 
     def denoiser(self, reference, coarse, mask, timesteps=(), noise=None, memory=2**30):
-        """The function that samplers and Algorithm 1 call: (x_t, t) -> the predicted noise, both (B N, C, h, w).
+        """The function that samplers and Algorithm 1 call: (x_t, t) -> what `predict` does, both (B N, C, h, w).
 
         reference, coarse, mask  of B edits, as for `forward`; x_t holds N samples of each, edit by edit
         timesteps                a sampler's, in its order: then the extractor runs for several of them in one batch
@@ -273,8 +277,8 @@ def from_stable_diffusion(sd, cross_reference=True, schedule=None):
     """Section 3.4: a Magic Fixup to be trained, in float32, from any `sd.StableDiffusion`.
 
     cross_reference=False gives the ablation without the detail extractor; schedule=None keeps the noise schedule and
-    the prediction that the weights know, another one is learned. The autoencoder is shared with `sd`. With features of
-    zero the synthesizer is Stable Diffusion without its text attention, exactly.
+    the prediction that the weights know, any other has to be learned. The autoencoder is shared with `sd`. With
+    features of zero the synthesizer is Stable Diffusion without its text attention, exactly.
     """
     C = sd.unet.config.out_channels
 
@@ -340,9 +344,11 @@ def load_folder(path, dtype, device):
         raise FileNotFoundError(f"{path} needs the autoencoder in {vae}, and there is no such folder")
     synthesizer, vae = load_part(path / "synthesizer", "unet", dtype, device), load_part(vae, "vae", dtype, device)
     extractor = None if synthesizer.config.context == 0 else load_part(path / "extractor", "unet", dtype, device)
-    schedule = schedule_from_json(read_json(path / "scheduler" / "scheduler_config.json"))
-    side = read_json(path / "synthesizer" / "config.json").get("sample_size", 64)  # of a latent
-    return MagicFixup(synthesizer, extractor, vae, schedule, side * vae.config.factor)
+    try:
+        schedule = schedule_from_json(read_json(path / "scheduler" / "scheduler_config.json"))
+    except TypeError as e:
+        raise ValueError(f"{path / 'scheduler' / 'scheduler_config.json'}: {e}") from None
+    return MagicFixup(synthesizer, extractor, vae, schedule, latent_side(path / "synthesizer") * vae.config.factor)
 
 
 PREFIX = {"synthesizer": "model.diffusion_model.", "extractor": "model.reference_model.", "vae": "first_stage_model."}

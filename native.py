@@ -24,8 +24,8 @@ import torch
 
 def c_arguments(values):
     """Numbers as C ints, tensors and None as pointers."""
-    pointers = (ctypes.c_void_p(v.data_ptr() if torch.is_tensor(v) else v) for v in values)
-    return [ctypes.c_int(v) if isinstance(v, int) else pointer for v, pointer in zip(values, pointers)]
+    return [ctypes.c_int(v) if isinstance(v, int) else ctypes.c_void_p(None if v is None else v.data_ptr())
+            for v in values]
 
 
 def check(status, what):

@@ -25,7 +25,7 @@ def open_picture(path):
             return ImageOps.exif_transpose(file)
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except Exception as e:  # a damaged file can fail in any way
         raise ValueError(f"{path} is not a picture that can be read ({e})") from None
 
 
@@ -118,6 +118,7 @@ def labelled(pictures, labels, gap=2):
     sheet = Image.new("RGB", (width, bar + max(p.height for p in pictures)), "white")
     draw, x = ImageDraw.Draw(sheet), 0
     for picture, label in zip(pictures, labels):
+        label = " ".join(label.split())  # in one line
         sheet.paste(picture, (x, bar))
         while draw.textlength(label, font) > picture.width and len(label) > 4:
             label = label[:-4] + "..."

@@ -1,6 +1,7 @@
 """What the programs here have in common: mistakes told in one line, a device, a precision, networks made fast.
 
     parser = Parser(prog="sample.py")            an error is one line, exit status 2
+    with mistakes_told(parser, "use less"): ..   so are those of the program itself
     device = choose_device("auto")               cuda, mps or cpu
     dtype = choose_precision("auto", device)     half where that is faster
     make_fast(model, device)                     the fastest way for each layer, without waiting for it
@@ -8,6 +9,7 @@
 """
 
 import argparse
+import contextlib
 import time
 
 import torch
@@ -33,6 +35,20 @@ def number(kind, low, high):
         raise argparse.ArgumentTypeError(f"{text!r} is not {what} in {low} .. {high}")
 
     return read
+
+
+@contextlib.contextmanager
+def mistakes_told(parser, memory):
+    """with mistakes_told(parser, "try a smaller --size"): what a person can put right is told in one line, with exit
+    status 2. `memory` is what to do where there is too little of it."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as e:
+        parser.error((str(e).strip().splitlines() or [type(e).__name__])[-1])  # a worker's begins with its traceback
+    except (RuntimeError, MemoryError) as e:  # PyTorch has one error of its own for a GPU's memory, and none for others
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        parser.error(f"out of memory: {memory}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,5 +127,6 @@ def compile_unets(model, run):
 
 
 def fresh(step):
-    """A graph writes each result to the same memory, and samplers of several steps remember results."""
+    """The step, with a result of its own: a graph writes all of them to the same memory, and multi-step samplers keep
+    some."""
     return lambda *args: step(*args).clone()

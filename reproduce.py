@@ -56,7 +56,6 @@ import figures_mfx  # noqa: F401, likewise
 import layouts
 import lpips
 import mfx
-import networks
 import page
 import sample
 import sd
@@ -64,7 +63,7 @@ import toyworld
 import winograd
 from claims_mfx import magic_fixup  # noqa: F401, for tests/test_weights.py, as are the next four
 from claims_toy import adherence, autoencoder, gradient, latent_shape  # noqa: F401
-from programs import Parser, choose_device, choose_precision
+from programs import Parser, choose_device, choose_precision, mistakes_told
 
 HERE = Path(__file__).parent
 CHAPTERS = (claims_dd.CHAPTER, claims_mfx.CHAPTER, claims_toy.CHAPTER)  # of the page, in this order
@@ -213,14 +212,21 @@ def write(found, options, out, told):
 def run(args):
     out = args.out or Path("reproduced") / ("quick" if args.quick else "")
     (out / "cache").mkdir(parents=True, exist_ok=True)
-    if args.inpainting_weights is None and INPAINTING.is_dir():
+    toy = args.weights.resolve() == sample.TOY.resolve()
+    if args.inpainting_weights is None and toy and INPAINTING.is_dir():
         args.inpainting_weights = INPAINTING
+    # A toy Magic Fixup beside a Stable Diffusion of another size would be no comparison.
+    unfair = [n for n, i in claims.ITEMS.items() if {"weights", "mfx_weights"} <= set(i.needs)]
+    unfair = unfair if args.mfx_weights is None and not toy else []
+    args.mfx_weights = args.mfx_weights or sample.TOY_MFX
+    if asked := set(unfair) & set(args.only or ()):
+        raise ValueError(f"{', '.join(asked)} compares --weights with a Magic Fixup: say which, --mfx-weights")
     args.out = out
-    for folder in [f for f in (args.images, args.inpainting_weights, args.ablation_weights) if f and not f.exists()]:
-        raise FileNotFoundError(f"{folder}: there is no such file or folder")
+    folders = args.images, args.inpainting_weights, args.ablation_weights, args.networks
+    if absent := [folder for folder in folders if folder and not folder.exists()]:
+        raise FileNotFoundError(f"{absent[0]}: there is no such file or folder")
     device = choose_device(args.device)
     dtype = torch.float32 if args.weights == sample.TOY else choose_precision("auto", device)
-    bar = tqdm(total=1, bar_format="{l_bar}{bar}| {elapsed} {postfix}", unit_scale=True)
     lab = claims.Lab(args, device, dtype)
 
     weights = {n: fingerprint(getattr(args, n)) for n in ("weights", "inpainting_weights", "images")}
@@ -230,27 +236,26 @@ def run(args):
     decisive = weights | {"quick": args.quick, "prompt": args.prompt, "device": device.type}
     decisive["distance"] = lab.perceptual[0]
     names = list(dict.fromkeys(args.only)) if args.only else [
-        i.name for i in sorted(claims.ITEMS.values(), key=in_order) if i.shown]
+        i.name for i in sorted(claims.ITEMS.values(), key=in_order) if i.shown and i.name not in unfair]
     digests = {name: digest_of(item, decisive) for name, item in claims.ITEMS.items()}
     found = {n: k for n, i in claims.ITEMS.items() if (k := kept(i, digests[n], out))}
     todo = [n for n in names if n not in found or args.again]
-    bar.total = sum(claims.ITEMS[n].cost for n in todo) or 1
     told = {"weights": named(args.weights), "samples": "few (--quick)" if args.quick else "all",
             "perceptual distance": lab.perceptual[0], "device": device.type}
     options = " --quick" if args.quick else ""
-    done = 0.0
-    for name in names:
-        item = claims.ITEMS[name]
-        if name in todo:
-            bar.set_postfix_str(name)
-            lab.tick = lambda share, cost=item.cost, end=done + item.cost: bar.update(
-                max(0.0, min(share * cost, end - bar.n)))
-            found[name] = run_item(item, lab, digests[name])
-            done += item.cost
-            bar.update(max(0.0, done - bar.n))
-            write(found, options, out, told)
-        bar.write(json.dumps({name: found[name][0].results}))
-    bar.close()
+    done, costs = 0.0, sum(claims.ITEMS[n].cost for n in todo) or 1
+    with tqdm(total=costs, bar_format="{l_bar}{bar}| {elapsed} {postfix}", unit_scale=True) as bar:
+        for name in names:
+            item = claims.ITEMS[name]
+            if name in todo:
+                bar.set_postfix_str(name)
+                lab.tick = lambda share, cost=item.cost, end=done + item.cost: bar.update(
+                    max(0.0, min(share * cost, end - bar.n)))
+                found[name] = run_item(item, lab, digests[name])
+                done += item.cost
+                bar.update(max(0.0, done - bar.n))
+                write(found, options, out, told)
+            bar.write(json.dumps({name: found[name][0].results}))
     entries = write(found, options, out, told)
     for entry in entries:
         if entry.item.name in names:
@@ -266,22 +271,21 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="fewer samples and steps")
     parser.add_argument("--again", action="store_true", help="run finished items again")
     parser.add_argument("--weights", type=Path, default=sample.TOY, help="the Stable Diffusion to edit with")
-    parser.add_argument("--mfx-weights", type=Path, default=sample.TOY_MFX, help="the Magic Fixup")
+    parser.add_argument("--mfx-weights", type=Path, help="the Magic Fixup (default: weights/toy-mfx, which is compared "
+                        "with no other --weights)")
     parser.add_argument("--ablation-weights", type=Path, default=ABLATION, metavar="DIR", help="folder with the four "
                         "Magic Fixups of the ablation; python ablation_mfx.py trains them")
     parser.add_argument("--inpainting-weights", type=Path, help="an inpainting model, for Table 1's third method; "
-                        "default: weights/toy-inpainting where there is one")
-    parser.add_argument("--networks", type=Path, default=networks.FOLDER, metavar="DIR", help="folder with LPIPS's two "
-                        "files; without them, a distance on the toy autoencoder's features")
+                        "default: beside the toy weights/toy-inpainting, otherwise none")
+    parser.add_argument("--networks", type=Path, metavar="DIR", help="folder with LPIPS's two files (default: weights; "
+                        "without them there, a distance on the autoencoder's features)")
     parser.add_argument("--images", type=Path, metavar="DIR", help="pictures to edit instead of the toy world's")
     parser.add_argument("--prompt", default="snow at night", help="of the edits in Differential Diffusion's figures")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="default: reproduced, or with --quick reproduced/quick")
     args = parser.parse_args(argv)
-    try:
+    with mistakes_told(parser, "a smaller --weights, or --device cpu. What is finished is kept"):
         run(args)
-    except (ValueError, OSError) as e:
-        parser.error(e)
 
 
 if __name__ == "__main__":

@@ -51,13 +51,13 @@ from pictures import (
     tensor_to_picture,
     to_rgb,
 )
-from programs import Parser, choose_device, choose_precision, compile_unets, make_fast, number
+from programs import Parser, choose_device, choose_precision, compile_unets, make_fast, mistakes_told, number
 from winograd import hold_memory
 
 TOY = Path(__file__).parent / "weights" / "toy"
 TOY_MFX = Path(__file__).parent / "weights" / "toy-mfx"
 
-# What an option is that is left out: with a prompt as in the one paper, with a coarse edit as in the other
+# Defaults of what is left out: with a prompt, as in the one paper; with a coarse edit, as in the other
 WITH_PROMPT = {"prompt": "", "negative": "", "guidance": 7.5, "steps": 100, "weights": TOY}
 WITH_EDIT = {"samples": 1, "steps": 50, "weights": TOY_MFX}
 
@@ -78,9 +78,11 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
     predictions  a list, filled with (t, the model's guess at the clean latent) as it goes
       ->         (1, 3, H, W) in about [0, 1]
     """
-    vae = model.vae.config
-    width, height = picture.shape[:1:-1] if picture is not None else size or (model.size, model.size)
-    shape = (vae.latent_channels, height // vae.factor, width // vae.factor)
+    config = model.vae.config
+    width, height = size or (model.size, model.size)
+    if picture is not None:
+        height, width = picture.shape[-2:]
+    shape = (config.latent_channels, height // config.factor, width // config.factor)
     known = None
     if repaint is not None:  # what an inpainting model sees beside z: mask, and latent of the picture without that part
         seen = model.encode_image(picture * (1 - repaint))
@@ -125,8 +127,8 @@ def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, pr
         return output
 
     steps = sampler.k
-    if steps > 100 and sampler.timesteps[0] < 900:
-        warnings.warn(f"{steps} steps start at t = {sampler.timesteps[0]}, far below full noise: use up to 100, or a "
+    if sampler.timesteps[0] < 900:
+        warnings.warn(f"{steps} steps start at t = {sampler.timesteps[0]}, far below full noise: use 10 to 100, or a "
                       "divisor of 1000", stacklevel=2)
     mu_s = diffdiff.down_sample(change_map.cpu(), shape[1:]) if z_init is not None else torch.zeros(1)
     total = diffdiff.steps_to_run(mu_s, steps) if skip else steps
@@ -139,7 +141,9 @@ def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, pr
             z = diffdiff.differential_diffusion(watched, z_init, mu_s, sampler, noise, skip=skip, **options)
     x = torch.cat([model.decode(one) for one in z.split(1)]) / 2 + 0.5  # one by one: decoding is what takes most memory
     if not x.isfinite().all():
-        raise ValueError("the result is not finite: these weights overflow in half precision, use --precision fp32")
+        single = model.vae.quant_conv.weight.dtype == torch.float32
+        why = "are damaged" if single else "overflow in half precision, use --precision fp32"
+        raise ValueError(f"the result is not finite: these weights {why}")
     return x
 
 
@@ -213,10 +217,14 @@ def check(args):
     def given(*names):
         return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
 
+    read, write = ("image", "edit", "collage", "change_map", "mask"), ("out", "sheet", "steps_strip")
+    for name in (*read, *write, "weights", "networks"):
+        if getattr(args, name) == "":
+            raise ValueError(f"--{name.replace('_', '-')} is empty: give it a name, or leave it out")
     how = given("change_map", "mask", "strength_fan", "strength")
-    if edit := given("edit", "collage"):
+    if fixing := given("edit", "collage"):
         if other := given("prompt", "negative", "guidance", "prediction", "mask", "strength_fan", "strength"):
-            raise ValueError(f"{other[0]} does not go with {edit[0]}: Magic Fixup takes no text, and no map but "
+            raise ValueError(f"{other[0]} does not go with {fixing[0]}: Magic Fixup takes no text, and no map but "
                              "--change-map")
         if args.edit and not args.image:
             raise ValueError("--edit needs the picture that it was made from: --image P.png")
@@ -233,6 +241,8 @@ def check(args):
         raise ValueError("--softness blurs a --mask, and there is none")
     if args.white_is_change and not (args.change_map or args.mask):
         raise ValueError("--white-is-change turns a --change-map or --mask round, and there is none")
+    if args.no_skip and not (how or fixing):
+        raise ValueError("--no-skip runs the steps that a map overwrites, and there is none")
     if args.segments and not args.collage:
         raise ValueError("--segments says who resolves the clicks of a --collage, and there is none")
     if not (maps.parse(args.change_map or "") or args.segments == "sam") and args.networks:
@@ -245,8 +255,10 @@ def check(args):
             raise ValueError(f"{path}: pictures are saved as .png")
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise ValueError(f"{path} cannot be written: is {path.parent} a folder that exists and is yours?")
-    if len(set(outputs)) < len(outputs):
-        raise ValueError("--out, --sheet and --steps-strip need names of their own")
+    inputs = [Path(path).resolve() for name in read if (path := getattr(args, name))]
+    for i, path in enumerate(outputs):
+        if path.resolve() in [*inputs, *(other.resolve() for other in outputs[:i])]:
+            raise ValueError(f"{path} would be written over: --out, --sheet and --steps-strip need names of their own")
 
 
 def names(args):
@@ -376,14 +388,8 @@ def run(args):
 def main(argv=None):
     parser, args = parse(argv)
     warnings.showwarning = lambda message, *_: print(f"{parser.prog}: warning: {message}", file=sys.stderr)
-    try:
+    with mistakes_told(parser, "try a smaller --size, or half precision"):
         run(args)
-    except (ValueError, OSError) as e:
-        parser.error(e)
-    except RuntimeError as e:
-        if "memory" not in str(e):
-            raise
-        parser.error("out of memory: try a smaller --size, or half precision")
 
 
 if __name__ == "__main__":

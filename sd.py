@@ -158,8 +158,11 @@ def build(part, tensors, where, config=None, dtype=None, device="cpu"):
         config = config or from_shapes(shapes)
     except (KeyError, ValueError, IndexError) as e:
         raise ValueError(f"{where}: these tensors do not make a {part} (at {e})") from None
-    with torch.device("meta"), Bare():
-        model = network(config)
+    try:
+        with torch.device("meta"), Bare():
+            model = network(config)
+    except (LookupError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as e:
+        raise ValueError(f"{where}: its config.json does not make a {part} ({str(e).splitlines()[0]})") from None
     if problems := misfits(model, shapes):
         raise ValueError(f"{where}, the {part}: {problems}")
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
@@ -175,8 +178,8 @@ def load_part(folder, part, dtype=None, device="cpu"):
             config = from_json(read_json(folder / "config.json"))
         except KeyError as missing:
             raise ValueError(f"{folder / 'config.json'} has no {missing}") from None
-        except (ValueError, TypeError) as e:
-            raise ValueError(f"{folder}: {e}") from None
+        except (ValueError, TypeError, AttributeError, IndexError, ZeroDivisionError) as e:
+            raise ValueError(f"{folder / 'config.json'}: {e}") from None
     tensors = {name: tensor for name, tensor in read_folder(folder).items() if not IGNORED.fullmatch(name)}
     return build(part, translate(part, tensors), folder, config, dtype, device)
 
@@ -227,14 +230,24 @@ def load_folder(path, dtype, device, prediction):
         return read_json(path / name) if (path / name).is_file() else {}
 
     scheduler = config_json("scheduler/scheduler_config.json") or schedule_to_json(Schedule())
-    side = config_json("unet/config.json").get("sample_size", 64)
+    side = latent_side(path / "unet")
     tokenizer = find_tokenizer([path / "tokenizer"])
     hint = f"put vocab.json and merges.txt, of the checkpoint's own tokenizer/, into {path / 'tokenizer'}/"
     try:
         schedule = schedule_from_json(scheduler, prediction)
-    except ValueError as e:
+    except (ValueError, TypeError) as e:
         raise ValueError(f"{path / 'scheduler/scheduler_config.json'}: {e}") from None
     return StableDiffusion(*models, schedule, tokenizer, side * models[1].config.factor, hint)
+
+
+def latent_side(folder):
+    """The side of the latents that a UNet is for, by its config.json. diffusers may leave that open, or name both."""
+    config = folder / "config.json"
+    side = read_json(config).get("sample_size") or 64 if config.is_file() else 64
+    side = side[0] if isinstance(side, list) else side
+    if not isinstance(side, int):
+        raise ValueError(f"{config}: its sample_size is a number of latent pixels, not {side!r}")
+    return side
 
 
 def load_file(path, dtype, device, prediction):

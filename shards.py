@@ -62,7 +62,7 @@ def start_worker():
 
 
 def quiet():
-    """One thread; and what decoders have to say about broken videos stays unsaid, we say it in one line."""
+    """One thread; and decoders keep quiet about broken videos, which are reported in one line of ours."""
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -72,8 +72,12 @@ def quiet():
 def in_order(make, tasks, workers):
     """make(*task) for every task, in order, in `workers` processes, which run no further ahead than a few each."""
     if workers == 1:
+        threads = torch.get_num_threads()
         quiet()
-        yield from itertools.starmap(make, tasks)
+        try:
+            yield from itertools.starmap(make, tasks)
+        finally:
+            torch.set_num_threads(threads)
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
         try:

@@ -94,7 +94,10 @@ def softsplat_plain(x, flow, metric, mode):
             peak.scatter_reduce_(2, p, Z.detach().where(usable & (b > 0), -torch.inf), "amax")
     out, norm = x.new_zeros(B, C, H * W), x.new_zeros(B, 1, H * W)
     for p, b, inside in targets:
-        w = {"linear": lambda: Z, "soft": lambda p=p: (Z - peak.gather(2, p)).clamp(max=0).exp()}.get(mode, lambda: 1)()
+        if mode == "soft":
+            w = (Z - peak.gather(2, p)).clamp(max=0).exp()
+        else:
+            w = Z if mode == "linear" else 1
         a = (b * w).where(inside & usable, 0)
         out = out.scatter_add(2, p.expand(B, C, -1), a * x.reshape(B, C, H * W))
         norm = norm.scatter_add(2, p, a)

@@ -109,7 +109,7 @@ def random_scenes(n, generator=None, objects=3):
 
 
 def captions(scenes, generator=None):
-    """One caption in natural words per scene. Now and then the objects or the time go unmentioned, as people do."""
+    """One caption in natural words per scene. Now and then objects or time go unmentioned, as people leave them out."""
 
     def pick(*options):
         return options[int(torch.randint(len(options), (1,), generator=generator))]

@@ -26,8 +26,8 @@ Memory of the latter at 512x512, in GiB, as tests/test_train_mfx.py counts it on
     activations with --checkpointing, were all fp32                4.8                        1.2
     together                                                      30.2, and the card 37      20.3
 
-A sample more takes 1.1, half of it in bf16: 40 GB hold micro-batches of 8, and 80 GB 16 with --no-checkpointing. A
-state file has 18.8. One step on a CPU, from any checkpoint of that size, validation left out:
+One more sample takes 1.1, or half as much in bf16: 40 GB hold micro-batches of 8, and 80 GB 16 with
+--no-checkpointing. A state file has 18.8. One step on a CPU, from any checkpoint of that size, validation left out:
 
     python train.py --stage mfx --preset a100 --init sd-v1-4.ckpt --steps 1 --batch 1 --held-out 0 --out runs/one
 """
@@ -51,7 +51,7 @@ import mfx
 import sd
 from loop import at, channels_last, digest, made_once, stratified
 from pairs import MODELS, ShardPairs, ToyPairs, toy_pairs
-from programs import Parser, choose_device, number
+from programs import Parser, choose_device, mistakes_told, number
 from sample import TOY
 from train_toys import train_base, train_inpainting, train_vae
 from winograd import hold_memory
@@ -79,7 +79,7 @@ class Recipe:
     offset: float = 0.2
     # Stage mfx
     motion: str = "both"  # how the first frame is warped to the second, 'flow', 'affine' or half of each
-    cross_reference: bool = True  # False is the paper's ablation, without the detail extractor
+    cross_reference: bool = True  # False: an ablation, without the detail extractor; see mfx.MagicFixup
     prediction: str | None = None  # 'epsilon', 'v_prediction'; None: that of the weights to start from
     held_out: int = 64  # pairs, never trained on, for the validation loss and the sheet; 0 = neither of them
     data: str = "toy"  # or a folder of shards
@@ -102,7 +102,9 @@ RECIPES = {
         "inpainting": Recipe(steps=1500, batch=16, lr=5e-4, warmup=100, ema=0.995, scenes=8000),
         "mfx": Recipe(steps=5000, batch=16, lr=8e-4, warmup=300, ema=0.9995, scenes=12_000, prediction="v_prediction"),
     },
-    "a100": {  # section 3.6, with the release's warm-up. Neither has weight decay, clipping, or an average of weights
+    "a100": {  # Section 3.6, with the release's warm-up; no clipping and no average of weights, as in both. The weight
+        # decay of the paper's Adam is 0 (the release's AdamW leaves it at 0.01). The noise schedule is that of the
+        # weights to start from; the paper's text says DDPM's linear, the release has Stable Diffusion's, rescaled.
         "mfx": Recipe(
             steps=120_000, batch=32, lr=1e-5, warmup=10_000, ema=0, save_every=2000, scenes=0, beta2=0.999,
             weight_decay=0, clip=None, cosine=False, micro_batch=4, checkpointing=True,
@@ -156,17 +158,19 @@ def pair_latents(recipe, path, autoencoder, size, device):
     The run shows each of them several times, under new noise; encoding them again would cost as much as the training.
     """
 
+    if recipe.data == "toy":
+        batches = (toy_pairs(32, at(recipe.seed + 4, i), recipe.motion, size) for i in range(0, recipe.scenes, 32))
+        of = ()
+    else:
+        pairs = shards(recipe, batch=32, rank=0, world=1)
+        batches, of = DataLoader(pairs, 32), (recipe.data, [(path.name, n) for path, n in pairs.shards])
+
     def make():
-        if recipe.data == "toy":
-            batches = (toy_pairs(32, at(recipe.seed + 4, i), recipe.motion, size) for i in range(0, recipe.scenes, 32))
-        else:
-            batches = DataLoader(shards(recipe, batch=32, rank=0, world=1), 32)
         parts, count = [], math.ceil(recipe.scenes / 32)
         for pairs in tqdm(itertools.islice(batches, count), "pairs", count, unit="batch", mininterval=1):
             parts.append({name: t.half().cpu() for name, t in encode_pairs(pairs, autoencoder, device).items()})
         return {name: torch.cat([p[name] for p in parts]).contiguous() for name in parts[0]}
 
-    of = () if recipe.data == "toy" else (recipe.data,)
     return made_once(path, digest(autoencoder, recipe.scenes, recipe.seed, recipe.motion, *of), make)
 
 
@@ -243,7 +247,10 @@ def saved_recipe(out, stage):
         raise ValueError(f"{path} is the state of another version of this program ({e})") from None
 
 
-MFX_ALONE = ("data", "motion", "cross_reference", "prediction", "held_out", "micro_batch", "checkpointing", "compile")
+# Stages that an option is for; any other is for all of them.
+ONLY_FOR = dict.fromkeys(
+    ("data", "motion", "cross_reference", "prediction", "held_out", "micro_batch", "checkpointing", "compile"), ("mfx",)
+) | {"offset": ("base", "inpainting"), "scenes": ("base", "inpainting", "mfx")}
 
 
 def choose_recipe(args):
@@ -254,8 +261,9 @@ def choose_recipe(args):
     else:
         raise ValueError(f"--preset {args.preset} is for stage mfx, not {args.stage}")
     told = {k: v for k in asdict(recipe) if (v := getattr(args, k, None)) is not None}
-    for name in told.keys() & set(MFX_ALONE) if args.stage != "mfx" else ():
-        raise ValueError(f"--{name.replace('_', '-')} is for stage mfx, not {args.stage}")
+    for name in told:
+        if args.stage not in (stages := ONLY_FOR.get(name, RECIPES["toy"])):
+            raise ValueError(f"--{name.replace('_', '-')} is for stage {' and '.join(stages)}, not {args.stage}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.stage != "mfx":
         raise ValueError(f"stage {args.stage} runs in one process: only mfx can be shared by many")
     recipe = replace(recipe, **told)
@@ -295,14 +303,13 @@ def main(argv=None):
     if args.out is None:  # a folder of its own: it would write its model over the one that it was made of
         args.out = Path("runs/toy-inpainting" if args.stage == "inpainting" else "runs/toy")
     try:
-        recipe = choose_recipe(args)
-        device = loop.join(choose_device(args.device))
-        args.out.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(recipe.seed)
-        stages = {"vae": train_vae, "base": train_base, "inpainting": train_inpainting, "mfx": train_mfx}
-        stages[args.stage](recipe, args.out, args.resume, device)
-    except (ValueError, OSError, FloatingPointError) as e:
-        parser.error(str(e).strip().splitlines()[-1])  # a DataLoader's error begins with its worker's traceback
+        with mistakes_told(parser, "try a smaller --micro-batch or --batch, or --checkpointing"):
+            recipe = choose_recipe(args)
+            device = loop.join(choose_device(args.device))
+            args.out.mkdir(parents=True, exist_ok=True)
+            torch.manual_seed(recipe.seed)
+            stages = {"vae": train_vae, "base": train_base, "inpainting": train_inpainting, "mfx": train_mfx}
+            stages[args.stage](recipe, args.out, args.resume, device)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What trains the toys alone, for train.py: the autoencoder, the base model, the inpainting model.
+"""The stages of train.py that only the toys need: autoencoder, base model, inpainting model.
 
     train_vae          toy scenes                                ->  OUT/model/vae
     train_base         its latents of toy scenes, and captions   ->  OUT/model, a Stable Diffusion
@@ -46,7 +46,7 @@ def vae_batch(recipe, step):
     """-> images (B, 3, S, S) in [-1, 1], weights (B, 1, S, S)"""
     g = at(recipe.seed, step)
     if step >= FULL_FROM * recipe.steps:
-        frames = toyworld.render(toyworld.random_scenes(recipe.batch // 4, g))
+        frames = toyworld.render(toyworld.random_scenes(max(1, recipe.batch // 4), g))
         return frames.image * 2 - 1, 1 + (OBJECTS - 1) * (frames.segments[:, None] > 0)
     frames = toyworld.render(toyworld.random_scenes(recipe.batch, g))
     n, size = len(frames.image), frames.image.shape[-1]
@@ -156,6 +156,9 @@ def given(path, device):
 
 def new_base(out, scenes, device):
     """The toy Stable Diffusion before its training: the autoencoder of stage vae, and a vocabulary of the captions."""
+    if not (out / "model" / "vae").is_dir():
+        raise FileNotFoundError(f"there is no autoencoder in {out} yet: first python train.py --stage vae --out {out}; "
+                                "or go on from the shipped model, --init weights/toy")
     autoencoder = sd.load_part(out / "model" / "vae", "vae", torch.float32, device)
     tokenizer = clip.Tokenizer(*clip.learn_bpe(toyworld.captions(scenes[:5000], at(0, 0)), 600))
     text = replace(clip.CONFIGS["toy"], vocab_size=len(tokenizer.vocab), eos=tokenizer.vocab[clip.END])

@@ -89,8 +89,8 @@ def read_window(path, size, fps, rng):
 def is_cut(first, second):
     """Whether a shot ends between two frames: flow explains less than 3 pixels in 10.
 
-    Explained is a pixel whose flow leads to its own colour and back home. Also where motion is too quick for that, a
-    pair had better not cross. Judged at 128 pixels, where it costs 3 ms.
+    Explained is a pixel whose flow leads to its own colour and back home. Where motion is too quick for that, a pair
+    had better not cross either. Judged at 128 pixels, where it costs 3 ms.
     """
     small = [cv2.resize(frame, (128, 128), interpolation=cv2.INTER_AREA) for frame in (first, second)]
     there, back = (dis_flow(*pair, cv2.DISOPTICAL_FLOW_PRESET_FAST)[None] for pair in (small, small[::-1]))

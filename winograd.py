@@ -57,6 +57,7 @@ def both_sides(matrix):
     return torch.from_numpy(np.kron(matrix, matrix)).float()
 
 
+# Of A^T, G and B^T: each takes a tile, or a filter, that is written as a column
 A, G, B = ({m: both_sides(toom_cook(m)[i]) for m in POINTS} for i in range(3))
 
 
@@ -120,7 +121,7 @@ def pointwise(x, weight, bias):
 class QuickConv2d(nn.Conv2d):
     """What `quicken` makes of an nn.Conv2d: the same parameters, results and gradients, another way to the results."""
 
-    keep, kept = True, None  # U, between calls? What U was made from, and U
+    keep, kept = True, None  # whether U stays between calls; (the weight that it was made of, its version, U)
 
     def forward(self, x):
         way = self.way(*x.shape[2:]) if x.ndim == 4 and x.shape[1] == self.in_channels else None

@@ -20,7 +20,7 @@ from claims_mfx import AFFINE, ALONE, FLOW, FULL, TRAINED
 def lab(tmp_path):
     return claims.Lab(SimpleNamespace(
         weights=reproduce.sample.TOY, mfx_weights=reproduce.sample.TOY_MFX, inpainting_weights=None, images=None,
-        ablation_weights=reproduce.ABLATION, networks=tmp_path, prompt="", quick=True, out=tmp_path))
+        ablation_weights=reproduce.ABLATION, networks=None, prompt="", quick=True, out=tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,9 +94,9 @@ def test_a_model_is_found_as_shipped_and_as_trained_and_only_if_it_is_whole(tmp_
     assert claims_mfx.place_of(tmp_path, FULL) is None
     (tmp_path / FULL / "model" / "synthesizer").mkdir(parents=True)  # without a scheduler: not written to its end
     assert claims_mfx.place_of(tmp_path, FULL) is None
-    assert claims_mfx.place_of(tmp_path, FLOW) != a_model(tmp_path / FLOW) / "model"
+    a_model(tmp_path / FLOW)
     assert claims_mfx.place_of(tmp_path, FLOW) == tmp_path / FLOW
-    assert claims_mfx.place_of(tmp_path, AFFINE) != a_model(tmp_path / AFFINE / "model").parent
+    a_model(tmp_path / AFFINE / "model")
     assert claims_mfx.place_of(tmp_path, AFFINE) == tmp_path / AFFINE / "model"
 
 

@@ -26,7 +26,9 @@ import toyworld
 import warp
 from pairs import ShardPairs, ToyPairs, toy_pairs
 
+threads = torch.get_num_threads()
 shards.quiet()  # what FFmpeg may say is settled at its first use in a process
+torch.set_num_threads(threads)
 
 
 def seeded(seed):
@@ -516,6 +518,7 @@ def test_shuffled_pairs_stay_near_their_place(made):
     assert not np.array_equal(shard * 100 + pair, plain[0] * 100 + plain[1])
     change = np.flatnonzero(np.diff(shard))
     assert len(change) < 12  # shard after shard, mixed where they meet
+    assert all(abs(there - here) < 4 for s in set(shard) for here, there in enumerate(pair[shard == s]))
 
 
 def test_ranks_share_the_pairs(made, places):

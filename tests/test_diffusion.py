@@ -310,6 +310,8 @@ def test_any_number_of_steps_stays_finite(name, options, k):
         (lambda: make("ddim", Schedule(), 0), "1 .. 1000, not 0"),
         (lambda: make("ddim", Schedule(), T + 1), "not 1001"),
         (lambda: make("ddim", Schedule(), 10, eta=1.5), "eta"),
+        (lambda: make("ddim", Schedule("zero_snr"), 500), "start at t = 999, where .* nothing of the picture"),
+        (lambda: make("euler", Schedule("zero_snr"), T), "nothing of the picture"),
         (lambda: make("ddpm", Schedule(), 10).step(lambda z, t: z, randn(*SHAPE), 0), "stochastic"),
         (lambda: sample(lambda z, t: z, randn(*SHAPE), make("ddim", Schedule(), 10), start=11), "start"),
     ],

@@ -70,6 +70,8 @@ def test_soft_edges_grow_with_blur_and_not_with_contrast():
     there = torch.zeros(1, 1, 64, 64)
     there[..., :10] = 1  # nothing to see there
     assert diffdiff.soft_edges(x, there).item() == 1
+    stripes = (torch.arange(64) // 16 % 2).float().expand(1, 3, 64, 64)  # sharp, and none at all from above to below
+    assert diffdiff.soft_edges(stripes).item() < 0.3
 
 
 def test_toy_distance_is_zero_for_the_same_and_lies_where_pictures_differ():
@@ -129,7 +131,7 @@ def test_compositing_keeps_the_original_outside_and_what_is_the_same_everywhere(
 
 def options(**others):
     usual = dict(weights=reproduce.sample.TOY, mfx_weights=None, inpainting_weights=None, images=None, quick=True,
-                 networks=reproduce.networks.FOLDER, prompt="snow at night", out=".")
+                 networks=None, prompt="snow at night", out=".")
     return SimpleNamespace(**usual | others)
 
 
@@ -215,7 +217,7 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_shows(tmp_path):
 
 
 def test_charts_and_sheets_have_the_size_that_they_say():
-    series = [("a", [0, 1, 2], [1.0, 2.0, 3.0], {"dots": True, "error": [0.1] * 3}), ("", [0, 2], [1, 3], {})]
+    series = [("a", [0, 1, 2], [1.0, 2.0, 3.0], {"dots": True, "line": True}), ("", [0, 2], [1, 3], {})]
     chart = charts.chart(series, "steps", "seconds", size=(300, 200))
     assert chart.size == (600, 400) and len(chart.getcolors(1 << 16)) > 10
     a = Image.new("RGB", (64, 64), "red")
@@ -248,8 +250,13 @@ def test_a_cheap_item_from_command_to_page_twice_the_same_and_not_run_again(tmp_
 
 def test_wrong_input_is_told_in_one_line(tmp_path, capsys):
     none = str(tmp_path / "none")
-    for arguments in (["--only", "table9"], ["--only", "memory", "--weights", none], ["--images", none]):
+    for arguments, told in (
+        (["--only", "table9"], "invalid choice: 'table9'"), (["--only", "memory", "--weights", none], none),
+        (["--images", none], none), (["--only", "memory", "--networks", none], none),
+        (["--only", "memory", "--networks", str(tmp_path)], "LPIPS (alexnet) needs"),  # a folder without the files
+        (["--only", "sdedit", "--weights", none], "say which, --mfx-weights"),
+    ):
         with pytest.raises(SystemExit) as end:
             reproduce.main(["--quick", "--out", str(tmp_path / "out"), *arguments])
-        assert end.value.code == 2
-        assert len(capsys.readouterr().err.strip().splitlines()[-1]) < 500
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert end.value.code == 2 and lines[-1].startswith("reproduce.py: error: ") and told in lines[-1]

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -253,6 +254,12 @@ def test_one_clear_line(tmp_path, capsys):
     for device in ("abacus", "meta"):
         assert "--device" in fails(capsys, *edit, "--strength", 0.5, "--device", device)
     assert "names of their own" in fails(capsys, *edit, "--strength", 0.5, "--sheet", tmp_path / "out.png")
+    there = tmp_path / "tall.png", tmp_path / ".." / tmp_path.name / "tall.png"
+    assert "written over" in fails(capsys, "--image", there[0], "--strength", 0.5, "--out", there[1])
+    assert "written over" in fails(capsys, *edit, "--change-map", there[0], "--sheet", there[1])
+    for name in ("--image", "--edit", "--collage", "--weights", "--out"):  # an unset variable of a shell
+        assert f"{name} is empty" in fails(capsys, *edit, "--strength", 0.5, name, "")
+    assert "--no-skip" in fails(capsys, "--prompt", "snow", "--no-skip", "--out", tmp_path / "out.png")
     assert str(tmp_path) in fails(capsys, *edit, "--strength", 0.5, "--weights", tmp_path / "none.safetensors")
     whole = (sample.TOY / "unet/diffusion_pytorch_model.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -262,13 +269,49 @@ def test_one_clear_line(tmp_path, capsys):
     assert not (tmp_path / "out.png").exists() and not list(tmp_path.glob(".*")) and not Path("evil was here").exists()
 
 
+def test_other_trouble_in_one_line(tmp_path, capsys, monkeypatch):
+    edit = ["--image", MEADOW, "--strength", 0.5, "--steps", 2, "--out", tmp_path / "out.png"]
+    decode = sd.StableDiffusion.decode
+    monkeypatch.setattr(sd.StableDiffusion, "decode", lambda self, z: decode(self, z) * torch.nan)
+    assert "use --precision fp32" in last_line(capsys, *edit, "--precision", "bf16")
+    assert "are damaged" in last_line(capsys, *edit, "--precision", "fp32")
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to"), MemoryError()):
+        monkeypatch.setattr(sd.StableDiffusion, "decode", mock.Mock(side_effect=error))
+        assert "out of memory: try a smaller --size" in last_line(capsys, *edit)
+    assert "needs --image and --mask" in fails(capsys, *edit, "--weights", ROOT / "weights/toy-inpainting")
+    assert not (tmp_path / "out.png").exists()
+
+
+def last_line(capsys, *argv):
+    """-> what a person gets after the progress bar, and perhaps a warning"""
+    with pytest.raises(SystemExit) as stop:
+        sample.main([*map(str, argv)])
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_steps_too_few_for_full_noise_are_warned_of(toy):
+    with pytest.warns(UserWarning, match="2 steps start at t = 501, far below full noise"):
+        sample.edit(toy, "snow", steps=2)
+
+
+def test_a_fan_of_a_number_of_columns():
+    assert sample.strengths_of("5") == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
+    assert sample.strengths_of("0.2,1") == [0.2, 1]
+
+
+def test_labels_are_one_line(tmp_path):
+    run(tmp_path, "--prompt", "snow\nat night", "--sheet", tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").exists()
+
+
 class Evil:
     def __reduce__(self):
         return Path.touch, (Path("evil was here"),)
 
 
 def test_a_prompt_that_is_too_long_is_cut_with_one_warning(tmp_path, capsys):
-    run(tmp_path, "--prompt", "snow " * 100)
+    run(tmp_path, "--prompt", "snow " * 100, "--steps", 10)
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(lines) == 1 and "75" in lines[0]
 

@@ -60,7 +60,7 @@ def save(path, array):
 
 def run(tmp_path, *argv, out="out.png"):
     out = tmp_path / out
-    sample.main(["--steps", "3", "--precision", "fp32", "--device", "cpu", *map(str, argv), "--out", str(out)])
+    sample.main(["--steps", "10", "--precision", "fp32", "--device", "cpu", *map(str, argv), "--out", str(out)])
     return np.asarray(Image.open(out), int) if out.exists() else None  # several samples have other names
 
 
@@ -92,7 +92,7 @@ def test_an_edit_is_magic_fixup_and_so_is_a_black_map(tmp_path, model, edit, dec
     argv = ["--image", MEADOW, "--edit", path, "--seed", 4]
     plain = run(tmp_path, *argv)
     with torch.inference_mode():
-        want = model.sample(*inputs(model, x), seeds=[4], steps=3)
+        want = model.sample(*inputs(model, x), seeds=[4], steps=10)
     Image.new("L", (64, 64), 0).save(tmp_path / "black.png")
     assert np.array_equal(plain, run(tmp_path, *argv, "--change-map", tmp_path / "black.png"))
     assert np.array_equal(plain, run(tmp_path, *argv, "--no-skip"))
@@ -131,7 +131,7 @@ def test_samples_sheet_strip_and_parameters(tmp_path, model, edit):
     assert {f.name for f in tmp_path.iterdir()} == made
     third = Image.open(tmp_path / "out-7.png")
     said = json.loads(third.text["parameters"])
-    assert said["seed"] == 7 and said["edit"] == str(edit[0]) and said["steps"] == 3 and "guidance" not in said
+    assert said["seed"] == 7 and said["edit"] == str(edit[0]) and said["steps"] == 10 and "guidance" not in said
     assert Path(said["weights"]) == model[1]
     alone = run(tmp_path, *argv, "--seed", 7, "--change-map", GRADIENT)
     assert np.abs(alone - np.asarray(third, int)).max() <= 1  # a sample depends on its seed alone
@@ -230,7 +230,7 @@ def test_an_edit_that_marks_no_holes_goes_on_with_one_warning(tmp_path, capsys, 
     if mode == "I;16":
         picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
     picture.save(tmp_path / "edit.png")
-    assert run(tmp_path, "--image", MEADOW, "--edit", tmp_path / "edit.png", "--steps", 1).shape == (128, 128, 3)
+    assert run(tmp_path, "--image", MEADOW, "--edit", tmp_path / "edit.png", "--steps", 10).shape == (128, 128, 3)
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(lines) == 1 and "no holes" in lines[0]
 

@@ -449,6 +449,12 @@ def test_files_that_are_no_checkpoint(tmp_path):
             assert_refused(cut, cut.name, words)
     torch.save([1, 2], tmp_path / "list.pt")
     assert_refused(tmp_path / "list.pt", "no tensors")
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbered.pt")
+    assert_refused(tmp_path / "numbered.pt", "no tensors")
+    endless = {}
+    endless["state_dict"] = endless
+    torch.save(endless, tmp_path / "endless.ckpt")
+    assert_refused(tmp_path / "endless.ckpt", "no tensors")
     save_file({"lora_unet_down_blocks_0.lora_up.weight": torch.ones(3, 3)}, file)
     assert_refused(file, "not a whole Stable Diffusion", "lora_unet_down_blocks_0")
     save_file({k: v for k, v in tensors.items() if k.startswith("first_stage_model.")}, file)
@@ -490,20 +496,27 @@ def test_folder_errors(tmp_path):
     for change, words in (({"_class_name": "UNet3DConditionModel"}, "UNet3DConditionModel"),
                           ({"class_embed_type": "timestep"}, "class_embed_type"),
                           ({"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "AttnDownBlock2D"),
+                          ({"layers_per_block": [1, 1]}, "does not make a unet"),
+                          ({"norm_num_groups": 0}, "does not make a unet"), ({"attention_head_dim": 0}, "unet"),
+                          ({"block_out_channels": [], "down_block_types": [], "up_block_types": []}, "unet"),
+                          ({"block_out_channels": 32}, "unet"), ({"sample_size": "64"}, "sample_size"),
+                          ({"sample_size": ["x"]}, "sample_size"),
                           ({"block_out_channels": [32, 96]}, "misshapen")):
         config.write_text(json.dumps(good | change))
         assert_refused(tmp_path, words, "unet")
     del good["block_out_channels"]
     config.write_text(json.dumps(good))
     assert_refused(tmp_path, "block_out_channels")
-    config.write_text("{")
-    assert_refused(tmp_path, "damaged")
+    for damaged in ("{", "[1]", "[" * 100_000):
+        config.write_text(damaged)
+        assert_refused(tmp_path, "damaged")
     config.unlink()
     sd.load(tmp_path)
     scheduler = tmp_path / "scheduler" / "scheduler_config.json"
     good = json.loads(scheduler.read_text())
     for change, says in (({"beta_schedule": "cosine"}, "cosine"), ({"beta_end": 0.02}, "beta_end"),
-                         ({"num_train_timesteps": 4000}, "1000 steps"), ({"prediction_type": "sample"}, "sample")):
+                         ({"num_train_timesteps": 4000}, "1000 steps"), ({"prediction_type": "sample"}, "sample"),
+                         ({"beta_start": "0.00085"}, "scheduler_config.json")):
         scheduler.write_text(json.dumps(good | change))
         assert_refused(tmp_path, "scheduler_config.json", says)
     scheduler.write_text(json.dumps(good))

@@ -1,12 +1,14 @@
 """The training loop: exact resume, whole checkpoints, a clear stop."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 import textwrap
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
 import cv2
 import pytest
@@ -113,13 +115,64 @@ def test_the_last_states_are_kept_and_the_newest_whole_one_is_resumed(tmp_path, 
     assert [p.name[11:18] for p in loop.states(tmp_path, "tiny")] == ["0000002"]
 
 
-@pytest.mark.parametrize("argv", [["--steps", "0"], ["--stage", "base"], ["--lr", "x"], ["--init", "nowhere"],
-                                  ["--stage", "vae", "--preset", "a100"], ["--stage", "base", "--motion", "flow"]])
-def test_mistakes_get_one_line(tmp_path, argv, capsys):
+@pytest.mark.parametrize(("argv", "told"), [
+    (["--steps", "0"], "--steps"), (["--lr", "x"], "--lr"), (["--init", "nowhere"], "nowhere"),
+    (["--stage", "base"], "first python train.py --stage vae"),  # it has no autoencoder to start from here
+    (["--stage", "vae", "--preset", "a100"], "is for stage mfx"), (["--motion", "flow"], "--motion is for stage mfx"),
+    (["--stage", "vae", "--scenes", "5"], "--scenes is for stage base and inpainting and mfx, not vae"),
+    (["--stage", "mfx", "--offset", "0.1"], "--offset is for stage base and inpainting, not mfx"),
+])
+def test_mistakes_get_one_line(tmp_path, argv, told, capsys):
     with pytest.raises(SystemExit) as stop:
-        train.main(["--out", str(tmp_path), *argv])  # stage base has no autoencoder to start from here
-    assert stop.value.code == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+        train.main(["--out", str(tmp_path), *argv])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and told in line
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_the_last_steps_of_stage_vae_have_whole_pictures(batch):
+    recipe = replace(train.RECIPES["toy"]["vae"], batch=batch)
+    for step, side in ((0, train_toys.CROP), (recipe.steps - 1, 128)):
+        x, weight = train_toys.vae_batch(recipe, step)
+        assert x.shape == (batch if step == 0 else 1, 3, side, side) and weight.shape == (len(x), 1, side, side)
+
+
+def test_what_is_made_once_is_made_again_of_other_things(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"x": torch.full((2,), float(len(made)))}
+
+    for made_from, number in (("a", 1), ("a", 1), ("b", 2)):
+        assert loop.made_once(tmp_path / "x.safetensors", made_from, make)["x"].tolist() == [number] * 2
+    (tmp_path / "x.safetensors").write_bytes(b"damaged")
+    assert loop.made_once(tmp_path / "x.safetensors", "b", make)["x"].tolist() == [3, 3]
+
+
+def test_one_timestep_from_each_part():
+    t = loop.stratified(8, torch.Generator().manual_seed(0))
+    assert (t // 125).tolist() == list(range(8)) and t.dtype == torch.long
+
+
+def test_the_rate_and_the_average(tmp_path):
+    """Warm-up and half a cosine; and an average that forgets its first steps sooner than its last."""
+    model, start, rates = tiny(), tiny(), []
+    real = torch.optim.AdamW.step
+
+    def step(self, *args):
+        rates.append(self.param_groups[0]["lr"])
+        return real(self, *args)
+
+    with mock.patch.object(torch.optim.AdamW, "step", step):
+        run(model, tmp_path, resume=False)
+    want = [RECIPE.lr * min(1, (i + 1) / 3) * (0.5 + 0.5 * math.cos(math.pi * i / 12)) for i in range(12)]
+    assert rates == pytest.approx(want)
+    once = tiny()
+    (tmp_path / "once").mkdir()
+    average = run(once, tmp_path / "once", resume=False, recipe=replace(RECIPE, steps=1))
+    for first, last, mean in zip(start.parameters(), once.parameters(), average.parameters()):
+        torch.testing.assert_close(mean, torch.lerp(first, last, 1 - 1 / 10))
 
 
 def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
