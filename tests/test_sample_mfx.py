@@ -139,7 +139,7 @@ def test_samples_sheet_strip_and_parameters(tmp_path, model, edit):
     assert sheet.width == 6 * 128 + 5 * 2  # reference, coarse edit, map, three results
     hole = np.asarray(sheet)[-128:, 130:258][70:90, 30:50]
     assert (hole == hole[..., :1]).all() and set(np.unique(hole)) == {190, 255}  # a checkerboard
-    assert Image.open(tmp_path / "strip.png").width == 3 * 128 + 2 * 2
+    assert Image.open(tmp_path / "strip.png").width == 8 * 128 + 7 * 2  # of ten steps
 
 
 def test_all_files_or_none(tmp_path, edit, monkeypatch):
