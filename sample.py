@@ -127,9 +127,6 @@ def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, pr
         return output
 
     steps = sampler.k
-    if sampler.timesteps[0] < 900:
-        warnings.warn(f"{steps} steps start at t = {sampler.timesteps[0]}, far below full noise: use 10 to 100, or a "
-                      "divisor of 1000", stacklevel=2)
     mu_s = diffdiff.down_sample(change_map.cpu(), shape[1:]) if z_init is not None else torch.zeros(1)
     total = diffdiff.steps_to_run(mu_s, steps) if skip else steps
     with tqdm(total=total, unit="step", leave=False) as bar:
@@ -332,6 +329,9 @@ def run(args):
     original, coarse, mu = read_inputs(args, dtype, device)  # mistakes in them are told before weights are read
     model = read_model(args, coarse, dtype, device)
     make_fast(model, device)
+    if (first := diffusion.make(args.sampler, model.schedule, args.steps).timesteps[0]) < 900:
+        warnings.warn(f"{args.steps} steps start at t = {first}, far below full noise: use 10 to 100, or a divisor of "
+                      "1000", stacklevel=2)
     if args.vae_memory:
         model.vae.memory = args.vae_memory * 2**30
 

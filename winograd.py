@@ -32,6 +32,7 @@ import torch.nn.functional as F
 POINTS = {2: (0, 1, -1), 4: (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)}
 # Half precision without AMX tiles is slower than single: there it is computed in single, and the result rounded.
 SLOW = () if torch.cpu._is_amx_tile_supported() else (torch.bfloat16, torch.float16)
+FORMATS = {"channels first": torch.contiguous_format, "channels last": torch.channels_last}
 TILES = 256  # at a time: enough for a fast matrix product, and not too many for the cache
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,22 +125,24 @@ class QuickConv2d(nn.Conv2d):
     keep, kept = True, None  # whether U stays between calls; (the weight that it was made of, its version, U)
 
     def forward(self, x):
-        way = self.way(*x.shape[2:]) if x.ndim == 4 and x.shape[1] == self.in_channels else None
-        if way == "channels first":
-            return super().forward(x.contiguous())
-        if way is None or not self.allowed(x) or x.dtype in SLOW and way not in POINTS:
+        if x.ndim != 4 or x.shape[1] != self.in_channels or not self.allowed(x):
             return super().forward(x)
-        if way == "channels last":
-            return super().forward(x.contiguous(memory_format=torch.channels_last))
+        way = self.way(*x.shape[2:])
+        if way in POINTS:
+            return convolve(x.float(), self.transformed(way), self.bias, way).to(x.dtype)
+        y, weight, bias = (p.float() if p is not None and x.dtype in SLOW else p for p in (x, self.weight, self.bias))
         if way == "product":
-            return product(x, self.weight, self.bias, self.stride, self.padding)
-        if way == "pointwise":
-            return pointwise(x, self.weight, self.bias)
-        return convolve(x.float(), self.transformed(way), self.bias, way).to(x.dtype)
+            y = product(y, weight, bias, self.stride, self.padding)
+        elif way == "pointwise":
+            y = pointwise(y, weight, bias)
+        else:
+            y = y.contiguous(memory_format=FORMATS[way]) if way in FORMATS else y
+            y = F.conv2d(y, weight, bias, self.stride, self.padding)
+        return y.to(x.dtype)
 
     def way(self, H, W):
         """The fastest way for pictures (H, W): m, "product", "pointwise", or the plain one: "channels last", "channels
-        first", or None, as it comes.
+        first", or "as it comes".
 
         One for all batches, so that U is made once. Milliseconds on one core with AVX-512, plain -> quick:
 
@@ -150,7 +153,8 @@ class QuickConv2d(nn.Conv2d):
         """
         C, K, taps, pixels, MiB = self.in_channels, self.out_channels, math.prod(self.kernel_size), H * W, 2**20
         if taps == 1:
-            return "pointwise" if pixels <= 16 * 16 and (*self.stride, *self.padding) == (1, 1, 0, 0) else None
+            few = pixels <= 16 * 16 and (*self.stride, *self.padding) == (1, 1, 0, 0)
+            return "pointwise" if few else "as it comes"
         if self.kernel_size == (3, 3) and self.stride == self.padding == (1, 1) and min(K, C) >= 96:
             U = {m: 4 * (m + 2) ** 2 * K * C for m in POINTS}  # bytes
             if pixels >= 32 * 32 or K * C >= 256 * 256:  # otherwise there is nothing to be gained

@@ -290,9 +290,11 @@ def last_line(capsys, *argv):
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_steps_too_few_for_full_noise_are_warned_of(toy):
-    with pytest.warns(UserWarning, match="2 steps start at t = 501, far below full noise"):
-        sample.edit(toy, "snow", steps=2)
+def test_steps_too_few_for_full_noise_are_warned_of(tmp_path, capsys):
+    run(tmp_path, "--prompt", "snow", "--steps", 7)
+    assert "warning: 7 steps start at t = 853, far below full noise" in capsys.readouterr().err
+    run(tmp_path, "--prompt", "snow", "--steps", 10)
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_a_fan_of_a_number_of_columns():

@@ -140,7 +140,7 @@ def test_the_ways_of_stable_diffusion():
     some |= {f"down_blocks.{i}.downsamplers.0.conv": "product" for i in (1, 2)}
     some |= {"conv_in": "channels last", "down_blocks.0.downsamplers.0.conv": "channels last"}
     some |= {"up_blocks.1.resnets.0.conv1": "product", "up_blocks.2.upsamplers.0.conv": 4}
-    some |= {"up_blocks.0.resnets.0.conv_shortcut": "pointwise", "up_blocks.2.resnets.0.conv_shortcut": None}
+    some |= {"up_blocks.0.resnets.0.conv_shortcut": "pointwise", "up_blocks.2.resnets.0.conv_shortcut": "as it comes"}
     assert {name: found[name] for name in some} == some
     U = {name: 4 * (m + 2) ** 2 * network.get_submodule(name).weight[..., 0, 0].numel()
          for name, m in found.items() if m in (2, 4)}
@@ -255,22 +255,19 @@ def test_what_is_not_for_it_stays_plain(case, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("keep", [True, False])
-def test_slow_halves_are_computed_in_single_and_rounded(dtype, keep, monkeypatch):
+@pytest.mark.parametrize(("way", "keep", "size", "shape"), [
+    (4, True, 3, (2, 96, 32, 32)), (4, False, 3, (2, 96, 32, 32)), ("product", True, 3, (1, 1280, 8, 8)),
+    ("pointwise", True, 1, (2, 96, 8, 8)), ("as it comes", True, 1, (2, 96, 32, 32)),
+    ("channels first", True, 3, (2, 16, 8, 8)), ("channels last", True, 3, (2, 16, 32, 32)),
+])
+def test_slow_halves_are_computed_in_single_and_rounded(dtype, way, keep, size, shape, monkeypatch):
     monkeypatch.setattr(winograd, "SLOW", (dtype,))
-    conv, x = layer(96, 96).to(dtype), torch.randn(2, 96, 32, 32).to(dtype)
-    want = F.conv2d(x.float(), conv.weight.float(), conv.bias.float(), padding=1)
+    conv, x = layer(shape[1], shape[1], kernel_size=size, padding=size // 2).to(dtype), torch.randn(shape).to(dtype)
+    want = F.conv2d(x.float(), conv.weight.float(), conv.bias.float(), padding=size // 2)
     got = quicken(conv, keep)(x)
-    assert got.dtype == dtype and (conv.kept is not None) == keep
+    assert conv.way(*shape[2:]) == way and (conv.kept is not None) == (keep and way == 4)
     rounding = torch.finfo(dtype).eps / 2 * want.abs()
-    assert ((got.float() - want).abs() <= 1.02 * rounding + 1e-4).all()
-
-
-def test_slow_halves_take_no_other_way(monkeypatch):
-    monkeypatch.setattr(winograd, "SLOW", (torch.bfloat16,))
-    conv, x = layer(1280, 1280).bfloat16(), torch.randn(1, 1280, 8, 8).bfloat16()
-    want = conv(x)
-    assert quicken(conv).way(8, 8) == "product" and torch.equal(conv(x), want)
+    assert got.dtype == dtype and ((got.float() - want).abs() <= 1.02 * rounding + 1e-4).all()
 
 
 def test_wrong_input_is_the_plain_error():
