@@ -117,11 +117,16 @@ def compare(o, ours, peer, name, at_most=None, same=True):
     same     both return the same tensor, but for rounding: how far they are apart becomes a figure
     """
     s, last = alternate({"ours": ours} | ({name: peer} if peer else {}), o)
-    figures = {"ours": summary(s["ours"], "s"), "peer": name if peer else f"{name}: not installed"}
-    columns = dict.fromkeys(("its time", "ours / peer"))
-    if peer:
-        columns = {"its time": summary(s[name], "s"), "ours / peer": ratio(s["ours"], s[name])}
     apart = difference(last["ours"], last[name]) if peer and same else None
+    return side_by_side(s["ours"], s.get(name), name, at_most, apart)
+
+
+def side_by_side(ours, theirs, name, at_most=None, apart=None):
+    """Seconds of both, round by round, and the rest of `compare` -> the figures of a row. theirs None: not installed"""
+    figures = {"ours": summary(ours, "s"), "peer": name if theirs else f"{name}: not installed"}
+    columns = dict.fromkeys(("its time", "ours / peer"))
+    if theirs:
+        columns = {"its time": summary(theirs, "s"), "ours / peer": ratio(ours, theirs)}
     return figures | columns | {"at most": at_most, "difference": apart}
 
 

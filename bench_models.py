@@ -16,8 +16,7 @@ import sd
 import unet
 import vae
 from bench_clock import Watch, compare, held, in_own_process, installed, ratio, summary, turns
-from programs import choose_precision, make_fast
-from sample import TOY
+from programs import TOY, choose_precision, make_fast
 from winograd import quicken
 
 CONFIGS = {

@@ -247,13 +247,11 @@ class Lab:
         sampler = diffusion.make(sampler, model.schedule, steps)
         for i in each(range(0, len(image), self.at_once)):
             batch, mask = image[i : i + self.at_once].to(self.device), mask.to(self.device)
-            z_init, seen = model.encode_image(batch), model.encode_image(batch * mask)
-            noise = self.noise(seen, i)
-            M = diffdiff.down_sample(1 - mask, seen.shape[-2:]).round().to(seen)  # 1 = repaint, as it has learned
-            known = torch.cat([M.expand(len(seen), -1, -1, -1), seen], 1)
-            denoise = model.denoiser(prompts[i : i + len(batch)], guidance=guidance, channels=known)
-            step_noise = diffusion.step_noise(seen.shape[1:], list(range(i, i + len(seen))))
-            z = torch.lerp(z_init, diffusion.sample(denoise, noise, sampler, 0, step_noise), M)
+            z_init, beside = model.encode_image(batch), model.inpainting_channels(batch, 1 - mask[None, None])
+            noise = self.noise(z_init, i)
+            denoise = model.denoiser(prompts[i : i + len(batch)], guidance=guidance, channels=beside)
+            step_noise = diffusion.step_noise(z_init.shape[1:], list(range(i, i + len(batch))))
+            z = torch.lerp(z_init, diffusion.sample(denoise, noise, sampler, 0, step_noise), beside[:, :1])
             out.append(model.decode(z).clamp(-1, 1).cpu())
         return torch.cat(out)
 

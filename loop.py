@@ -40,7 +40,7 @@ import unet
 from programs import choose_precision
 
 KEPT = 3  # training states: the newest to go on from, the others should a disk or a learning rate have spoiled it
-EVERY = 50  # steps between two looks at the losses on a GPU: so long it is told of no number, and waits for none
+EVERY = 50  # steps between two looks at the losses on a GPU, each of which waits until it has done all its work
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Many processes, of which each has a share of every batch, and the first alone writes

@@ -11,10 +11,13 @@
 import argparse
 import contextlib
 import time
+from pathlib import Path
 
 import torch
 
 from winograd import quicken
+
+TOY, TOY_MFX = (Path(__file__).parent / "weights" / name for name in ("toy", "toy-mfx"))  # the shipped models
 
 
 class Parser(argparse.ArgumentParser):

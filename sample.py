@@ -51,11 +51,18 @@ from pictures import (
     tensor_to_picture,
     to_rgb,
 )
-from programs import Parser, choose_device, choose_precision, compile_unets, make_fast, mistakes_told, number
+from programs import (
+    TOY,
+    TOY_MFX,
+    Parser,
+    choose_device,
+    choose_precision,
+    compile_unets,
+    make_fast,
+    mistakes_told,
+    number,
+)
 from winograd import hold_memory
-
-TOY = Path(__file__).parent / "weights" / "toy"
-TOY_MFX = Path(__file__).parent / "weights" / "toy-mfx"
 
 # Defaults of what is left out: with a prompt, as in the one paper; with a coarse edit, as in the other
 WITH_PROMPT = {"prompt": "", "negative": "", "guidance": 7.5, "steps": 100, "weights": TOY}
@@ -83,13 +90,10 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
     if picture is not None:
         height, width = picture.shape[-2:]
     shape = (config.latent_channels, height // config.factor, width // config.factor)
-    known = None
-    if repaint is not None:  # what an inpainting model sees beside z: mask, and latent of the picture without that part
-        seen = model.encode_image(picture * (1 - repaint))
-        known = torch.cat([diffdiff.down_sample(repaint, shape[1:]).round().to(seen), seen], dim=1)
+    beside = None if repaint is None else model.inpainting_channels(picture, repaint)
     z_init = None if picture is None else model.encode_image(picture)
     sampler = diffusion.make(sampler, model.schedule, steps)
-    denoise = model.denoiser(prompt, negative, guidance, known, sampler.timesteps)
+    denoise = model.denoiser(prompt, negative, guidance, beside, sampler.timesteps)
     return generate(model, denoise, shape, z_init, change_map, sampler, [seed], skip, predictions)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import clip
@@ -63,6 +64,16 @@ class StableDiffusion:
         mean, logvar = self.vae.encode_any_size(x.to(weight.device, weight.dtype))
         z = mean if noise is None else mean + (logvar / 2).exp() * noise.to(mean)
         return z.float() * self.vae.config.scaling_factor
+
+    def inpainting_channels(self, x, repaint):
+        """What an inpainting model sees beside z at every step: `channels` of `denoiser`.
+
+        x (B, 3, H, W) in [-1, 1], repaint (B or 1, 1, H, W), 1 = repaint  ->  (B, 1 + C, h, w): the mask, 0 or 1, and
+        the scaled latent of the picture whose masked part is 0, mid-grey
+        """
+        seen = self.encode_image(x * (1 - repaint))
+        mask = F.interpolate(repaint, size=seen.shape[-2:], mode="area").round()
+        return torch.cat([mask.expand(len(seen), -1, -1, -1).to(seen), seen], dim=1)
 
     def decode(self, z):
         """z (B, C, h, w), scaled -> (B, 3, H, W), float32, about [-1, 1] but not clamped."""

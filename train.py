@@ -51,8 +51,7 @@ import mfx
 import sd
 from loop import at, channels_last, digest, made_once, stratified
 from pairs import MODELS, ShardPairs, ToyPairs, toy_pairs
-from programs import Parser, choose_device, mistakes_told, number
-from sample import TOY
+from programs import TOY, Parser, choose_device, mistakes_told, number
 from train_toys import train_base, train_inpainting, train_vae
 from winograd import hold_memory
 

@@ -16,7 +16,6 @@ from torch import nn
 from tqdm import tqdm
 
 import clip
-import diffdiff
 import diffusion
 import loop
 import sd
@@ -24,7 +23,7 @@ import toyworld
 import unet
 import vae
 from loop import at, channels_last, digest, made_once, stratified
-from sample import TOY
+from programs import TOY
 
 # Autoencoder
 CROP = 64  # pixels; three quarters of the crops are centred on an object, since the background teaches little
@@ -224,17 +223,6 @@ def random_masks(n, size, generator):
     return ((one | two & second) ^ turned)[:, None].float()
 
 
-@torch.no_grad()
-def known(model, image, repaint):
-    """What an inpainting model sees beside z_t at every step, as sample.py tells it.
-
-    image (B, 3, H, W) in [-1, 1], repaint (B, 1, H, W), 1 = repaint  ->  (B, 1 + C, h, w): the mask, 0 or 1, and the
-    scaled latent of the picture whose masked part is 0, mid-grey
-    """
-    seen = model.encode_image(channels_last(image * (1 - repaint)))
-    return torch.cat([diffdiff.down_sample(repaint, seen.shape[-2:]).round().to(seen), seen], 1)
-
-
 def encode_masked(scenes, path, toy, recipe, device):
     """Scenes, each with a mask of its own, encoded once: a dict of z (N, C, h, w), scaled, and known (N, 1 + C, h, w),
     in fp16. (A new mask at every step would need the encoder at every step.)"""
@@ -242,10 +230,10 @@ def encode_masked(scenes, path, toy, recipe, device):
     def make():
         parts = []
         for i in tqdm(range(0, len(scenes), 32), desc="masked", unit="batch", mininterval=1):
-            image = (toyworld.render(scenes[i : i + 32], toy.size).image * 2 - 1).to(device)
+            image = channels_last((toyworld.render(scenes[i : i + 32], toy.size).image * 2 - 1).to(device))
             repaint = random_masks(len(image), toy.size, at(recipe.seed + 3, i)).to(device)
             with torch.no_grad():
-                parts.append((toy.encode_image(channels_last(image)), known(toy, image, repaint)))
+                parts.append((toy.encode_image(image), toy.inpainting_channels(image, repaint)))
         return {name: torch.cat(x).half().cpu().contiguous() for name, x in zip(("z", "known"), zip(*parts))}
 
     return made_once(path, digest(toy.vae, scenes.x.tolist(), recipe.seed, toy.size), make)
@@ -262,7 +250,7 @@ def train_inpainting(recipe, out, resume, device):
     toy = given(recipe.init or TOY, device)
     model = widened(toy.unet).requires_grad_(True).to(device, memory_format=torch.channels_last)
     latents, size = encode_masked(scenes, out / "masked.safetensors", toy, recipe, device), toy.size
-    nothing = known(toy, torch.zeros(1, 3, size, size, device=device), torch.ones(1, 1, size, size, device=device))
+    nothing = toy.inpainting_channels(torch.zeros(1, 3, size, size), torch.ones(1, 1, size, size))
 
     def loss(step, _):
         index, told, t, noise, g = draws(recipe, scenes, latents["z"].shape[1:], step)
@@ -275,7 +263,7 @@ def train_inpainting(recipe, out, resume, device):
     shown = toyworld.random_scenes(8, g)
     prompts, image = toyworld.captions(shown, g), toyworld.render(shown, size).image * 2 - 1
     repaint = random_masks(8, size, g)
-    beside = known(toy, image.to(device), repaint.to(device))
+    beside = toy.inpainting_channels(image.to(device), repaint.to(device))
     start = torch.randn(8, *latents["z"].shape[1:], generator=g).to(device)
 
     def sheet(average):

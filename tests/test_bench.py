@@ -304,6 +304,8 @@ def test_the_straightforward_loop_gives_our_magic_fixup(prediction):
 def small_sizes(monkeypatch):
     """A full size that is none, so that the code for it runs: the toy's sizes likewise."""
     parts = {"unet": test_sd.SD1, "vae": vae.VAEConfig((32, 64)), "text_encoder": replace(test_sd.TEXT, vocab_size=600)}
+    monkeypatch.setattr(bench_edits, "in_own_process", lambda _, **arguments: bench_edits.edit_once(**arguments))
+    monkeypatch.setattr(bench_edits, "hold_memory", lambda: None)
     for kind in ("full", "toy"):
         monkeypatch.setitem(bench_models.CONFIGS, kind, parts)
         monkeypatch.setitem(bench_models.SIDES, kind, 16)
@@ -326,8 +328,8 @@ def test_without_peers_our_times_stand_alone(small_sizes, monkeypatch):
     def absent(*_):
         raise ImportError("no diffusers here")
 
-    for name in ("unet_peer", "pipeline", "fixup_peer"):
-        monkeypatch.setattr(bench_peers, name, absent)
+    monkeypatch.setattr(bench_peers, "unet_peer", absent)
+    monkeypatch.setattr(bench_edits.importlib.util, "find_spec", lambda name: None)
     for topic in ("unet", "edit", "mfx"):
         rows = bench.TOPICS[topic][1](options(model="full", batch=[1], steps=2, dtype="fp32"))
         for row in rows.values():

@@ -260,3 +260,27 @@ def test_wrong_input_is_told_in_one_line(tmp_path, capsys):
             reproduce.main(["--quick", "--out", str(tmp_path / "out"), *arguments])
         lines = capsys.readouterr().err.strip().splitlines()
         assert end.value.code == 2 and lines[-1].startswith("reproduce.py: error: ") and told in lines[-1]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """Three pictures of each, two steps: what comes out means nothing, but nothing breaks on the way."""
+    made = claims.Lab(options(inpainting_weights=reproduce.INPAINTING, out=tmp_path_factory.mktemp("lab")))
+    (made.out / "cache").mkdir()
+    made.count = lambda full, quick: 3
+    made.steps = lambda toy: 2
+    return made
+
+
+@pytest.mark.parametrize("name", [i.name for i in claims.ITEMS.values() if i.shown and i.chapter == Item.chapter])
+def test_every_item_of_differential_diffusion_runs_to_its_place_on_the_page(lab, name):
+    item = claims.ITEMS[name]
+    outcome, seconds = reproduce.run_item(item, lab, "digest")
+    assert reproduce.kept(item, "digest", lab.out) == (outcome, seconds)
+    verdict, why = item.verdict(outcome.results, outcome.timings)
+    assert verdict in (TRUE, PART, FALSE, OPEN) and why
+    table = item.table(outcome.results, outcome.timings)
+    assert all(len(row) <= len(table[0]) for row in table)
+    shown = outcome._replace(pictures=[(lab.out / file, caption) for file, caption in outcome.pictures])
+    text = page.page([page.Entry(item, shown, verdict, why, seconds, "command")], {}, [])
+    assert item.where in text and text.count("<img") == len(outcome.pictures)

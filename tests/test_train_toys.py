@@ -127,7 +127,7 @@ def test_training_and_sampling_show_the_network_the_same():
     image = torch.rand(1, 3, 16, 16, generator=g) * 2 - 1
     pixels = torch.tensor([0, 1, 3, 4])[torch.randint(4, (8, 8), generator=g)]  # of the four under each latent pixel
     repaint = F.pixel_shuffle((torch.arange(4)[:, None, None] < pixels).float()[None], 2)
-    taught = train_toys.known(model, image, repaint)
+    taught = model.inpainting_channels(image, repaint)
     assert taught.shape == (1, 5, 8, 8) and torch.equal(taught[0, 0], (pixels > 2).float())
     torch.testing.assert_close(taught[:, 1:], model.encode_image(image * (1 - repaint)))
     sample.edit(model, "cats", image, 1 - repaint, repaint=repaint, steps=2, guidance=1)
@@ -185,7 +185,7 @@ def test_a_quarter_of_the_masks_cover_everything(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(train_toys, "base_loss", loss)
     train.main(words(plain, tmp_path, "--steps", 1, "--batch", 200))
     model = sd.load(plain, torch.float32)
-    nothing = train_toys.known(model, torch.zeros(1, 3, 16, 16), torch.ones(1, 1, 16, 16))
+    nothing = model.inpainting_channels(torch.zeros(1, 3, 16, 16), torch.ones(1, 1, 16, 16))
     whole = (shown[0] == nothing).flatten(1).all(1)
     assert 0.15 < whole.float().mean() < 0.35
     assert (shown[0][~whole, 0].mean((1, 2)) < 1).float().mean() > 0.9

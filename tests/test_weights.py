@@ -13,7 +13,6 @@ import reproduce
 import sample
 import sd
 import toyworld
-import train_toys
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def test_the_inpainting_model_keeps_what_it_is_shown_and_paints_what_it_is_told(
     sampler = diffusion.make("ddim", model.schedule, 15)
 
     def painted(words, repaint):
-        denoise = model.denoiser(words, guidance=4, channels=train_toys.known(model, image, repaint))
+        denoise = model.denoiser(words, guidance=4, channels=model.inpainting_channels(image, repaint))
         return model.decode(diffusion.sample(denoise, noise, sampler)) / 2 + 0.5
 
     with torch.inference_mode():
