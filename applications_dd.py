@@ -176,8 +176,8 @@ def figure7(lab):
     return Outcome({"n": n, "distance": lab.perceptual[0], "strengths": strengths, "rises": rises,
                     "fan": [mean_error(c) for c in columns], "separate": [mean_error(c) for c in separate],
                     "calls": max(calls), "calls, separate": sum(calls)},
-                   [("figure7.png", "Fans of two to five strengths (Figures 7, 24), and zoomed in on a range (Figure 25). "
-                                    "At the left the maps.")])
+                   [("figure7.png", "Fans of two to five strengths (Figures 7, 24), and zoomed in on a range (Figure "
+                                    "25). At the left the maps.")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
