@@ -456,7 +456,7 @@ def test_one_clear_line(tmp_path, capsys, folder, clicks, monkeypatch):
     assert "outside the picture of 128x128" in fails(capsys, *this, "sam:128,1=0", *here)
     assert "no such file" in fails(capsys, *this, "depth.png")
     assert "no such file" in fails(capsys, *this, "./depth")
-    assert "no such file" in fails(capsys, *this, "")
+    assert "--change-map is empty" in fails(capsys, *this, "")
     line = fails(capsys, *this, "depth", *empty)
     assert "dpt_large_384.pt" in line and str(tmp_path) in line and "--networks" in line
     assert "sam_vit_h_4b8939.pth" in fails(capsys, *this, CLICK, *empty)
