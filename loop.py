@@ -153,7 +153,7 @@ def checkpointing(model):
 
 
 def compiling(model):
-    """torch.compile, block by block: the whole would stumble over the exception that ends `UNet.features`."""
+    """torch.compile, block by block: those that `checkpointing` computes again, which goes around what is compiled."""
     torch._dynamo.config.recompile_limit = 64  # one function serves blocks of many widths and resolutions
     for block in model.modules():
         if isinstance(block, BLOCKS):
