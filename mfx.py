@@ -344,10 +344,7 @@ def load_folder(path, dtype, device):
         raise FileNotFoundError(f"{path} needs the autoencoder in {vae}, and there is no such folder")
     synthesizer, vae = load_part(path / "synthesizer", "unet", dtype, device), load_part(vae, "vae", dtype, device)
     extractor = None if synthesizer.config.context == 0 else load_part(path / "extractor", "unet", dtype, device)
-    try:
-        schedule = schedule_from_json(read_json(path / "scheduler" / "scheduler_config.json"))
-    except TypeError as e:
-        raise ValueError(f"{path / 'scheduler' / 'scheduler_config.json'}: {e}") from None
+    schedule = schedule_from_json(read_json(path / "scheduler" / "scheduler_config.json"))
     return MagicFixup(synthesizer, extractor, vae, schedule, latent_side(path / "synthesizer") * vae.config.factor)
 
 

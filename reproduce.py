@@ -216,10 +216,10 @@ def run(args):
     if args.inpainting_weights is None and toy and INPAINTING.is_dir():
         args.inpainting_weights = INPAINTING
     # A toy Magic Fixup beside a Stable Diffusion of another size would be no comparison.
-    unfair = [n for n, i in claims.ITEMS.items() if {"weights", "mfx_weights"} <= set(i.needs)]
-    unfair = unfair if args.mfx_weights is None and not toy else []
+    mixed = {name for name, item in claims.ITEMS.items() if {"weights", "mfx_weights"} <= set(item.needs)}
+    unfair = set() if toy or args.mfx_weights else mixed
     args.mfx_weights = args.mfx_weights or sample.TOY_MFX
-    if asked := set(unfair) & set(args.only or ()):
+    if asked := unfair & set(args.only or ()):
         raise ValueError(f"{', '.join(asked)} compares --weights with a Magic Fixup: say which, --mfx-weights")
     args.out = out
     folders = args.images, args.inpainting_weights, args.ablation_weights, args.networks

@@ -121,7 +121,8 @@ def schedule_from_json(c, prediction=None):
     name = c.get("beta_schedule", "linear")
     if name in BETAS:
         for key, beta in (("beta_start", BETAS[name][0]), ("beta_end", BETAS[name][-1])):
-            if abs(c.get(key, beta) - beta) > 1e-6:
+            said = c.get(key, float(beta))
+            if not isinstance(said, (int, float)) or abs(said - beta) > 1e-6:
                 raise ValueError(f"a {name!r} noise schedule with {key} = {c[key]} is not implemented")
     if c.get("num_train_timesteps", T) != T or c.get("trained_betas") or c.get("rescale_betas_zero_snr"):
         raise ValueError("a noise schedule of other than 1000 steps, or with betas of its own, is not implemented")
@@ -246,7 +247,7 @@ def load_folder(path, dtype, device, prediction):
     hint = f"put vocab.json and merges.txt, of the checkpoint's own tokenizer/, into {path / 'tokenizer'}/"
     try:
         schedule = schedule_from_json(scheduler, prediction)
-    except (ValueError, TypeError) as e:
+    except ValueError as e:
         raise ValueError(f"{path / 'scheduler/scheduler_config.json'}: {e}") from None
     return StableDiffusion(*models, schedule, tokenizer, side * models[1].config.factor, hint)
 

@@ -45,6 +45,13 @@ def fitted(frame, size):
     return cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC)
 
 
+def opencv_name(path):
+    """ValueError for a name that is not UTF-8, over which OpenCV would end the process."""
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+        raise ValueError("has a name that is not UTF-8: rename it")
+    return str(path)
+
+
 def read_window(path, size, fps, rng):
     """A stretch of at most LONGEST seconds from somewhere in a clip, with a frame for about every STEP seconds.
 
@@ -57,7 +64,7 @@ def read_window(path, size, fps, rng):
                        key=lambda p: [(int(n), s) for s, n in re.findall(r"(\D*)(\d+)", p.stem)] + [(0, p.stem)])
         count = len(order)
     else:
-        video = cv2.VideoCapture(str(path))
+        video = cv2.VideoCapture(opencv_name(path))
         if not video.isOpened():
             raise ValueError("is no video that OpenCV can open")
         count, fps = int(video.get(cv2.CAP_PROP_FRAME_COUNT)), video.get(cv2.CAP_PROP_FPS)
@@ -72,7 +79,7 @@ def read_window(path, size, fps, rng):
         video.set(cv2.CAP_PROP_POS_FRAMES, start)
     for i in range(start, numbers[-1] + 1):
         if video is None:
-            frame = cv2.imread(str(order[i]), cv2.IMREAD_COLOR) if i in numbers else None
+            frame = cv2.imread(opencv_name(order[i]), cv2.IMREAD_COLOR) if i in numbers else None
         elif not video.grab():
             break
         elif i in numbers:

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -437,6 +438,23 @@ def test_broken_videos_are_told_and_skipped(clips, tmp_path, capfd):
     told = [line for line in err.splitlines() if line.strip() and "pair/s" not in line]
     assert len(told) == 3 and all(line.startswith("data.py: skipped: ") for line in told), err
     assert "1 kept of 4 (rejected: broken 3)" in out
+
+
+def test_a_name_that_is_not_utf8_stops_no_other_clip(clips, tmp_path, capfd):
+    (tmp_path / "clips").mkdir()
+    for name in (b"caf\xe9.mp4", b"plain.mp4"):
+        shutil.copy(clips / "0.mp4", os.path.join(os.fsencode(tmp_path / "clips"), name))
+    data.main([str(tmp_path / "clips"), "--out", str(tmp_path / "out"), *ARGUMENTS])
+    sources = [json.loads(text)["source"] for text in told_of(tmp_path / "out")]
+    assert sources and all(source.endswith("plain.mp4") for source in sources)
+    assert "mp4 has a name that is not UTF-8: rename it" in capfd.readouterr().err
+
+
+def told_of(out):
+    """The JSON of every pair in the shards, as text."""
+    for shard in sorted(out.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            yield from (tar.extractfile(n).read().decode() for n in tar.getnames() if n.endswith(".json"))
 
 
 def test_a_full_disk_leaves_nothing_half_written(clips, tmp_path, capsys, monkeypatch):

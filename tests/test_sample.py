@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from unittest import mock
 
@@ -295,6 +297,14 @@ def test_steps_too_few_for_full_noise_are_warned_of(tmp_path, capsys):
     assert "warning: 7 steps start at t = 853, far below full noise" in capsys.readouterr().err
     run(tmp_path, "--prompt", "snow", "--steps", 10)
     assert "warning" not in capsys.readouterr().err
+
+
+def test_a_picture_with_damaged_exif_is_told(tmp_path, capsys):
+    exif, plain = b"MM\0*", Path(MEADOW).read_bytes()  # a header that ends too soon
+    chunk = struct.pack(">I", len(exif)) + b"eXIf" + exif + struct.pack(">I", zlib.crc32(b"eXIf" + exif))
+    (tmp_path / "in.png").write_bytes(plain[:33] + chunk + plain[33:])  # after the first chunk
+    said = fails(capsys, "--image", tmp_path / "in.png", "--strength", 0.5, "--out", tmp_path / "out.png")
+    assert "not a picture that can be read" in said
 
 
 def test_a_fan_of_a_number_of_columns():
