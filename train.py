@@ -1,15 +1,16 @@
-"""Train Magic Fixup, and the toys: autoencoder, text-conditional base model, inpainting model. At toy size it takes two
-CPU cores:
+"""Train Magic Fixup, and the toys that it starts from: autoencoder, text-conditional base model, inpainting model.
 
-    python train.py --stage vae            an hour or two, minutes on a GPU
+    python train.py                        Magic Fixup from weights/toy, on pairs from the toy world; two CPU cores
+    python train.py --resume               goes on exactly where it stopped, with the recipe that it was started with
+    python train.py --init sd-v1-4.ckpt --data pairs/         the paper's recipe, on pairs that data.py made of videos
+    torchrun --nproc-per-node 8 train.py --init sd-v1-4.ckpt --data pairs/                    the same on eight A100s
+
+    python train.py --stage vae            the toys: an hour or two each, minutes on a GPU
     python train.py --stage base
     python train.py --stage inpainting     from weights/toy, which gets more inputs: a mask, and what is left beside it
-    python train.py --stage mfx            from weights/toy, on pairs from the toy world
-    python train.py --stage mfx --resume   goes on exactly where it stopped, with the recipe that it was started with
 
-and the paper's recipe, from Stable Diffusion 1.4 on pairs that data.py made of videos, eight A100s:
-
-    torchrun --nproc-per-node 8 train.py --stage mfx --preset a100 --init sd-v1-4.ckpt --data pairs/ --out runs/mfx
+The weights' size chooses the recipe: Stable Diffusion's gets the paper's, anything narrower the toy's. At full size the
+micro-batch is the largest that the card's free memory holds.
 
 While it runs, OUT holds the loss curve and a sheet of samples as PNG, and the last three training states. Every batch
 is a function of (seed, step) alone, so a resumed run sees the very same data and noise as one that never stopped, and
@@ -29,7 +30,7 @@ Memory of the latter at 512x512, in GiB, as tests/test_train_mfx.py counts it on
 One more sample takes 1.1, or half as much in bf16: 40 GB hold micro-batches of 8, and 80 GB 16 with
 --no-checkpointing. A state file has 18.8. One step on a CPU, from any checkpoint of that size, validation left out:
 
-    python train.py --stage mfx --preset a100 --init sd-v1-4.ckpt --steps 1 --batch 1 --held-out 0 --out runs/one
+    python train.py --init sd-v1-4.ckpt --steps 1 --batch 1 --held-out 0 --out runs/one
 """
 
 import argparse
@@ -106,7 +107,7 @@ RECIPES = {
         # weights to start from; the paper's text says DDPM's linear, the release has Stable Diffusion's, rescaled.
         "mfx": Recipe(
             steps=120_000, batch=32, lr=1e-5, warmup=10_000, ema=0, save_every=2000, scenes=0, beta2=0.999,
-            weight_decay=0, clip=None, cosine=False, micro_batch=4, checkpointing=True,
+            weight_decay=0, clip=None, cosine=False, checkpointing=True,
         ),
     },
 }
@@ -252,13 +253,35 @@ ONLY_FOR = dict.fromkeys(
 ) | {"offset": ("base", "inpainting"), "scenes": ("base", "inpainting", "mfx")}
 
 
+FULL_WIDTH = 320  # channels of Stable Diffusion's first level: weights from this width on get the paper's recipe
+
+
+def choose_preset(args):
+    """The recipe's name by the weights' size: 'a100' for Stable Diffusion's, 'toy' for anything narrower."""
+    if args.stage != "mfx" or not args.init:
+        return "toy"
+    return "a100" if sd.load(args.init).unet.config.channels[0] >= FULL_WIDTH else "toy"
+
+
+def fitting_micro_batch(recipe, device):
+    """The largest micro-batch of the paper's recipe that fits into a GPU's free memory; on a CPU one sample.
+
+    GiB by the table above: 25.4 for weights, moments, gradients and autoencoder, and 1.2 for each sample.
+    """
+    share = max(1, recipe.batch // int(os.environ.get("WORLD_SIZE", 1)))
+    free = torch.cuda.mem_get_info(device)[0] / 2**30 if device.type == "cuda" else 0
+    most = max(1, int((0.95 * free - 25.4) / 1.2))
+    return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
+
+
 def choose_recipe(args):
+    preset = args.preset or ("toy" if args.resume else choose_preset(args))
     if args.resume:
         recipe = saved_recipe(args.out, args.stage)
-    elif args.stage in RECIPES[args.preset]:
-        recipe = RECIPES[args.preset][args.stage]
+    elif args.stage in RECIPES[preset]:
+        recipe = RECIPES[preset][args.stage]
     else:
-        raise ValueError(f"--preset {args.preset} is for stage mfx, not {args.stage}")
+        raise ValueError(f"--preset {preset} is for stage mfx, not {args.stage}")
     told = {k: v for k in asdict(recipe) if (v := getattr(args, k, None)) is not None}
     for name in told:
         if args.stage not in (stages := ONLY_FOR.get(name, RECIPES["toy"])):
@@ -266,21 +289,23 @@ def choose_recipe(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.stage != "mfx":
         raise ValueError(f"stage {args.stage} runs in one process: only mfx can be shared by many")
     recipe = replace(recipe, **told)
-    if args.preset == "a100" and not recipe.init:
+    if preset == "a100" and not recipe.init:
         raise ValueError("--preset a100 starts from Stable Diffusion 1.4: say where it is, --init sd-v1-4.ckpt")
     if args.stage in ("base", "inpainting") and not recipe.scenes:
         default = RECIPES["toy"][args.stage].scenes
         raise ValueError(f"stage {args.stage} needs scenes to learn from: --scenes {default}")
+    if recipe.checkpointing and not recipe.micro_batch:
+        recipe.micro_batch = fitting_micro_batch(recipe, choose_device(args.device))
     return recipe
 
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=list(RECIPES["toy"]), default="base")
-    parser.add_argument("--preset", choices=list(RECIPES), default="toy", help="a100: the paper's, at full size")
+    parser.add_argument("--stage", choices=list(RECIPES["toy"]), default="mfx")
+    parser.add_argument("--preset", choices=list(RECIPES), help="a100: the paper's (default: by the size of --init)")
     parser.add_argument("--data", help="toy, or a folder of pairs that data.py wrote (stage mfx)")
     parser.add_argument("--init", help="start from these weights, e.g. weights/toy, the default of inpainting and mfx")
-    parser.add_argument("--out", type=Path, help="default: runs/toy; of stage inpainting, runs/toy-inpainting")
+    parser.add_argument("--out", type=Path, help="default: runs/mfx; runs/toy and runs/toy-inpainting of the toys")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     for name in ("steps", "batch", "save-every", "warmup"):
         parser.add_argument(f"--{name}", type=number(int, 1, 9_999_999))
@@ -300,7 +325,7 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args(argv)
     if args.out is None:  # a folder of its own: it would write its model over the one that it was made of
-        args.out = Path("runs/toy-inpainting" if args.stage == "inpainting" else "runs/toy")
+        args.out = Path({"mfx": "runs/mfx", "inpainting": "runs/toy-inpainting"}.get(args.stage, "runs/toy"))
     try:
         with mistakes_told(parser, "try a smaller --micro-batch or --batch, or --checkpointing"):
             recipe = choose_recipe(args)

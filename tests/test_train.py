@@ -8,6 +8,7 @@ import sys
 import textwrap
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import cv2
@@ -118,7 +119,9 @@ def test_the_last_states_are_kept_and_the_newest_whole_one_is_resumed(tmp_path, 
 @pytest.mark.parametrize(("argv", "told"), [
     (["--steps", "0"], "--steps"), (["--lr", "x"], "--lr"), (["--init", "nowhere"], "nowhere"),
     (["--stage", "base"], "first python train.py --stage vae"),  # it has no autoencoder to start from here
-    (["--stage", "vae", "--preset", "a100"], "is for stage mfx"), (["--motion", "flow"], "--motion is for stage mfx"),
+    (["--stage", "vae", "--preset", "a100"], "is for stage mfx"),
+    (["--stage", "base", "--motion", "flow"], "--motion is for stage mfx"),
+    (["--preset", "a100"], "--init sd-v1-4.ckpt"),
     (["--stage", "vae", "--scenes", "5"], "--scenes is for stage base and inpainting and mfx, not vae"),
     (["--stage", "mfx", "--offset", "0.1"], "--offset is for stage base and inpainting, not mfx"),
 ])
@@ -190,3 +193,21 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(root)}
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env).returncode == -9
     assert path.read_bytes() == b"old"
+
+
+def test_the_weights_size_chooses_the_recipe(tmp_path, monkeypatch):
+    def preset(width, *argv):
+        wide = SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(channels=(width, 1280))))
+        monkeypatch.setattr(train.sd, "load", lambda path: wide)
+        return train.choose_preset(SimpleNamespace(stage="mfx", init="some.ckpt"))
+
+    assert preset(320) == "a100" and preset(64) == "toy"
+    assert train.choose_preset(SimpleNamespace(stage="mfx", init=None)) == "toy"
+
+
+def test_the_micro_batch_fits_into_the_memory(monkeypatch):
+    paper = train.RECIPES["a100"]["mfx"]
+    assert train.fitting_micro_batch(paper, torch.device("cpu")) == 1
+    for GiB, most in ((24, 1), (40, 8), (80, 32)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=GiB * 2**30: (free, free))
+        assert train.fitting_micro_batch(paper, torch.device("cuda")) == most
