@@ -13,11 +13,10 @@ import charts
 import compositing
 import diffdiff
 import maps
-import midas
-import networks
 import toyworld
 from claims import Outcome, item, judge, mean_error, plus_minus, sharpness, surely_less, to_bytes, to_picture
 from claims_dd import CHAPTER
+from networks import midas, published
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures 6 and 12
@@ -198,7 +197,7 @@ TRANSFORMS = {
 def depth_maps(lab, image, n):
     """(n, 1, H, W) in [0, 1], the nearest 1: the toy world's exact depth, or MiDaS's of --images."""
     if lab.options.images:
-        model = networks.load("midas", networks.find("midas", lab.options.networks or networks.FOLDER))
+        model = published.load("midas", published.find("midas", lab.options.networks or published.FOLDER))
         inverse = [midas.depth(model, to_bytes(x)) for x in image]
     else:
         depth = toyworld.render(lab.meadows(n), lab.model.size).depth

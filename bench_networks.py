@@ -10,13 +10,9 @@ from pathlib import Path
 
 import torch
 
-import automask
 import bench_peers  # noqa: F401, so that tests/ and torchvision can be imported
-import midas
-import networks
-import raft
-import sam
 from bench_clock import Watch, compare, held, in_own_process, summary, turns
+from networks import automask, midas, published, raft, sam
 
 # ---------------------------------------------------------------------------------------------------------------------
 # At full size
@@ -32,7 +28,7 @@ def network_once(kind, path, dtype):
     """Load a published file, then one picture of 1280x720 (RAFT: a pair of them)."""
     first, second = torch.randint(0, 256, (2, 720, 1280, 3), dtype=torch.uint8).numpy()
     with Watch() as loading:
-        model = networks.load(kind, path, getattr(torch, dtype))
+        model = published.load(kind, path, getattr(torch, dtype))
     run = {"raft": lambda: raft.clip_flows(model, [first, second]), "sam": lambda: model.encode(first),
            "midas": lambda: midas.depth(model, first)}[kind]
     with torch.inference_mode(), Watch() as running:
@@ -65,7 +61,7 @@ def raft_pair():
     flow = raft_large(weights=None).eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
         torch.save(flow.state_dict(), Path(folder) / "raft.pth")
-        ours = networks.load("raft", Path(folder) / "raft.pth")
+        ours = published.load("raft", Path(folder) / "raft.pth")
     first, second = torch.rand(2, 1, 3, 520, 960) * 2 - 1
     return lambda: ours(first, second), lambda: flow(first, second, num_flow_updates=12)
 
@@ -98,7 +94,7 @@ def midas_pair():
     tensors = test_midas.random_tensors(test_midas.published(**test_midas.LARGE))
     with tempfile.TemporaryDirectory() as folder:
         torch.save(tensors, Path(folder) / "dpt.pt")
-        ours = networks.load("midas", Path(folder) / "dpt.pt")
+        ours = published.load("midas", Path(folder) / "dpt.pt")
     peer, photo = test_midas.peer_of(tensors, test_midas.LARGE), torch.rand(1, 3, 384, 384) * 2 - 1
     return lambda: ours(photo), lambda: peer(photo)
 
@@ -141,7 +137,7 @@ def leaned_on(o):
         "SAM ViT-B, encoder, 1280x720": (encoder_pair, "segment-anything"),
         "SAM ViT-B, automatic masks of 32x32 points": (masks_pair, "segment-anything"),
         "DPT-Large, 384x384": (midas_pair, "transformers"),
-    } | {f"LPIPS, {name}, 2 pairs of 512x512": (partial(lpips_pair, name), "lpips") for name in networks.LPIPS}
+    } | {f"LPIPS, {name}, 2 pairs of 512x512": (partial(lpips_pair, name), "lpips") for name in published.LPIPS}
     rows = {what: skipped_is_missing(partial(peer_row, o, *pair)) for what, pair in pairs.items()}
     dtypes = {"fp32": ["float32"], "bf16": ["bfloat16"]}.get(o.dtype, ["float32", "bfloat16"])
     return rows | {f"{FULL[kind][0]}, {dtype}": partial(full_row, o, kind, dtype) for kind in FULL for dtype in dtypes}

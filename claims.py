@@ -15,11 +15,10 @@ import torch
 
 import diffdiff
 import diffusion
-import lpips
-import networks
 import pictures
 import sd
 import toyworld
+from networks import lpips, published
 from winograd import quicken
 
 HELD_OUT = 10**9  # loop.at() stays below it for the seeds that train.py takes
@@ -275,8 +274,8 @@ class Lab:
         otherwise the same construction on the features of our own autoencoder's encoder. FileNotFoundError if they are
         not in a folder that was named."""
         try:
-            files = networks.find_lpips(folder=self.options.networks or networks.FOLDER)
-            model = networks.load_lpips(*files).to(self.device)
+            files = published.find_lpips(folder=self.options.networks or published.FOLDER)
+            model = published.load_lpips(*files).to(self.device)
             return "LPIPS (AlexNet)", lambda x, y: model(x, y, spatial=True)
         except FileNotFoundError:
             if self.options.networks:

@@ -3,7 +3,7 @@
     python data.py VIDEO_OR_FOLDER ... --out pairs/      any video that OpenCV opens, or a folder of frames
     python data.py clips/ --out pairs/ --workers 16 --shard 3/40        machine 3 of 0 .. 39; torchrun works as well
     python data.py clips/ --out pairs/ --flow raft --segments sam --depth midas     by the networks that the paper used,
-                                                                        whose files networks.py looks for in weights/
+                                                                        whose files networks/published.py finds in weights/
 
 Folders are searched for videos; one that holds pictures is one clip. An interrupted run goes on when it is started
 again with the same words. The list of work is a function of the arguments alone: clip after clip, so many pairs of
@@ -39,9 +39,9 @@ from tqdm import tqdm
 import collage
 import estimators
 import layouts
-import networks
 import warp
 from estimators import DEPTH, FLOW, SEGMENTS
+from networks import published
 from pairs import ShardPairs, ToyPairs, affine_edit, flow_edit, toy_pairs
 from programs import Parser, choose_device, mistakes_told, number
 from shards import in_order, summary, totals_of, work, write_preview, write_shard
@@ -199,7 +199,7 @@ def make_pair(recipe, clip, index, preview=False, weights=None, device="cpu"):
 def run(args):
     recipe = Recipe(args.size, args.pairs, args.seed, args.fps, args.flow, args.segments, args.depth)
     clips = find_clips(args.videos)
-    weights = estimators.find((recipe.flow, recipe.segments, recipe.depth), args.networks or networks.FOLDER)
+    weights = estimators.find((recipe.flow, recipe.segments, recipe.depth), args.networks or published.FOLDER)
     if not weights and (args.networks or args.device):
         raise ValueError("--networks and --device are for --flow raft, --segments sam and --depth midas")
     device = choose_device(args.device or "auto") if weights else "cpu"
@@ -208,7 +208,7 @@ def run(args):
     names = hashlib.sha256("\n".join(name for name, _ in clips).encode(*ANY_NAME)).hexdigest()
     manifest = {"recipe": asdict(recipe), "clips": len(clips), "clips_sha256": names, "shards": len(shards)}
     if weights:  # where they lie does not matter
-        manifest["networks"] = {n: {"file": path.name, "sha256": networks.digest(path)} for n, path in weights.items()}
+        manifest["networks"] = {n: {"file": path.name, "sha256": published.digest(path)} for n, path in weights.items()}
     begun = args.out / "manifest.json"
     if begun.exists():
         try:

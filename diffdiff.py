@@ -204,7 +204,7 @@ def five_tiles(edit, image, change_map):
 # ---------------------------------------------------------------------------------------------------------------------
 # How strong an edit is, where, and how well that follows its map: section 5.2. For anyone's pictures:
 #
-#     metric = networks.load_lpips(*networks.find_lpips())
+#     metric = published.load_lpips(*published.find_lpips())
 #     E_M = edit_strength_map(metric(x, edited, spatial=True), metric(x, edited_under_a_black_map, spatial=True))
 #     cam(M, E_M), dam(M, E_M)
 

@@ -1,7 +1,7 @@
 """What pairs from video need to know about pictures: flow, segments, depth. Each by name, in the tables at the end.
 
 Classical means need no file of weights. The networks that the paper used, RAFT-Large, Segment Anything and MiDaS,
-give the same kind of result, and need a file each (networks.py). Pictures are (H, W, 3) uint8 RGB.
+give the same kind of result, and need a file each (networks/published.py). Pictures are (H, W, 3) uint8 RGB.
 """
 
 import functools
@@ -11,10 +11,7 @@ import cv2
 import numpy as np
 import torch
 
-import automask
-import midas
-import networks
-import raft
+from networks import automask, midas, published, raft
 
 SMALLEST = 300  # pixels of a 512x512 picture; the release drops smaller segments
 CPU_MEMORY = 2**29  # bytes for RAFT on a CPU: one pair of frames at a time, where several at once are no faster
@@ -122,7 +119,7 @@ def midas_depth(dpt, image, flow):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# By name. A network's function takes its model before the rest, and has the name that its file has in networks.py.
+# By name. A network's function takes its model before the rest, and the name that its file has in networks/published.py.
 
 
 FLOW = {"dis": dis_flows, "raft": raft_flows}  # (N frames) -> N - 1 flows to the next, (2, H, W) float32 in pixels
@@ -131,20 +128,20 @@ DEPTH = {"none": no_depth, "flow": flow_depth, "midas": midas_depth}  # (image, 
 
 
 def find(names, folder):
-    """{name: path} of those of the names that are networks, loaded on trial: errors as `networks.find` and `load`."""
-    weights = {name: networks.find(name, folder) for name in names if name in networks.PUBLISHED}
+    """{name: path} of those of the names that are networks, loaded on trial: errors as `published.find` and `load`."""
+    weights = {name: published.find(name, folder) for name in names if name in published.PUBLISHED}
     for name, path in weights.items():
-        networks.load(name, path)  # mapped, so that it costs next to nothing
+        published.load(name, path)  # mapped, so that it costs next to nothing
     return weights
 
 
 @functools.cache
 def model(kind, path, device):
-    return networks.load(kind, path, device=device)
+    return published.load(kind, path, device=device)
 
 
 def estimator(table, name, weights=None, device="cpu"):
     """The function of that name in FLOW, SEGMENTS or DEPTH; a network's with its model, which is read once in a process
     from the weights that `find` found."""
     function = table[name]
-    return functools.partial(function, model(name, weights[name], device)) if name in networks.PUBLISHED else function
+    return functools.partial(function, model(name, weights[name], device)) if name in published.PUBLISHED else function

@@ -24,9 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-import midas
-import sam
-from automask import automatic_masks
+from networks import midas, sam
+from networks.automask import automatic_masks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Transforms of a map: Figure 14
@@ -89,7 +88,7 @@ TRANSFORMS = {"invert": invert, "gamma": gamma, "window": window, "equalize": eq
 
 
 class Spec(NamedTuple):
-    network: str  # as networks.py names it: "midas", or "sam" with either clicks or values
+    network: str  # as networks/published.py names it: "midas", or "sam" with either clicks or values
     transforms: tuple = ()  # (name, arguments), in this order
     clicks: tuple = ()  # (x, y, value)
     values: tuple = ()  # of automatic masks, from the largest on

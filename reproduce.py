@@ -54,7 +54,6 @@ import diffdiff
 import figures_dd  # noqa: F401, its items
 import figures_mfx  # noqa: F401, likewise
 import layouts
-import lpips
 import mfx
 import page
 import sample
@@ -63,6 +62,7 @@ import toyworld
 import winograd
 from claims_mfx import magic_fixup  # noqa: F401, for tests/test_weights.py, as are the next four
 from claims_toy import adherence, autoencoder, gradient, latent_shape  # noqa: F401
+from networks import lpips
 from programs import Parser, choose_device, choose_precision, mistakes_told
 
 HERE = Path(__file__).parent

@@ -33,10 +33,9 @@ import diffdiff
 import diffusion
 import maps
 import mfx
-import networks
-import sam
 import sd
 import vae
+from networks import published, sam
 from pictures import (
     fit_edit,
     fitted_size,
@@ -275,8 +274,8 @@ def read_inputs(args, dtype, device):
     original = to_rgb(open_picture(args.image)) if args.image else None
     spec, by_sam = maps.parse(args.change_map or ""), args.segments == "sam"
     kinds = {spec and spec.network, by_sam and "sam"} - {None, False}
-    files = {kind: networks.find(kind, args.networks or networks.FOLDER) for kind in kinds}  # all, before one is run
-    load = functools.cache(lambda kind: networks.load(kind, files[kind], dtype, device))
+    files = {kind: published.find(kind, args.networks or published.FOLDER) for kind in kinds}  # all, before one is run
+    load = functools.cache(lambda kind: published.load(kind, files[kind], dtype, device))
     segment_at = sam.segmenter(load("sam")) if by_sam else None
     coarse = mu = None
     if args.edit:

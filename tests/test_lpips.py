@@ -10,8 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-import lpips
-import networks
+from networks import lpips, published
 
 NAMES = {"alexnet": "alex", "vgg16": "vgg", "squeezenet1_1": "squeeze"}  # torchvision's and ours: the package's
 
@@ -71,7 +70,7 @@ def models(name, package, folder):
     import torchvision
     tensors = random_backbone(torchvision, name)
     torch.save(tensors, folder / "backbone.pth")
-    ours = networks.load_lpips(folder / "backbone.pth", package.weights / f"{NAMES[name]}.pth")
+    ours = published.load_lpips(folder / "backbone.pth", package.weights / f"{NAMES[name]}.pth")
     with torch.device("meta"):
         empty = getattr(torchvision.models, name)(weights=None)
     with mock.patch.object(torchvision.models, name, lambda pretrained: empty):  # saves drawing the classifier

@@ -13,11 +13,9 @@ from PIL import Image
 from test_sample import MEADOW, fails, run
 
 import maps
-import midas
-import networks
-import sam
 import sample
 import sd
+from networks import midas, published, sam
 
 CLICK = "sam:40,60=0;90,30=0.5"
 
@@ -310,7 +308,7 @@ def maps_seen(monkeypatch):
 
 def expected(folder, text, image, white_is_change=False):
     spec = maps.parse(text)
-    model = networks.load(spec.network, networks.find(spec.network, folder), torch.float32)
+    model = published.load(spec.network, published.find(spec.network, folder), torch.float32)
     return maps.compute(spec, np.asarray(image), model, white_is_change)
 
 
@@ -376,7 +374,7 @@ def test_the_network_sees_the_picture_as_a_person_does(tmp_path, folder, maps_se
 
 
 def test_networks_run_once_and_are_gone_before_the_weights_are_read(tmp_path, folder, monkeypatch):
-    alive, calls, load, encode, read = [], [], networks.load, sam.SAM.encode, sd.load
+    alive, calls, load, encode, read = [], [], published.load, sam.SAM.encode, sd.load
 
     def watched(*args):
         model = load(*args)
@@ -389,7 +387,7 @@ def test_networks_run_once_and_are_gone_before_the_weights_are_read(tmp_path, fo
         assert alive and not any(model() for model in alive)
         return read(*args)
 
-    monkeypatch.setattr(networks, "load", watched)
+    monkeypatch.setattr(published, "load", watched)
     monkeypatch.setattr(sam.SAM, "encode", lambda *args: calls.append("encode") or encode(*args))
     monkeypatch.setattr(sd, "load", looked)
     run(tmp_path, "--image", MEADOW, "--prompt", "snow", "--networks", folder, "--change-map", CLICK)
@@ -417,7 +415,7 @@ def edits_seen(monkeypatch):
 
 
 def test_who_resolves_clicks(tmp_path, folder, clicks, edits_seen, monkeypatch):
-    model = networks.load("sam", networks.find("sam", folder), torch.float32)
+    model = published.load("sam", published.find("sam", folder), torch.float32)
     segment = sam.segmenter(model)(np.asarray(Image.open(tmp_path / "p.png")), (40, 60))
     assert 0.01 < segment.mean() < 0.99
     holes = segment & ~np.pad(segment, ((0, 0), (9, 0)))[:, :-9]  # moved to the right by 9
@@ -472,7 +470,7 @@ def test_one_clear_line(tmp_path, capsys, folder, clicks, monkeypatch):
 
 
 def test_a_missing_network_is_told_before_another_one_runs(tmp_path, capsys, folder, clicks, monkeypatch):
-    monkeypatch.setattr(networks, "load", lambda *_: pytest.fail("a network was read"))
+    monkeypatch.setattr(published, "load", lambda *_: pytest.fail("a network was read"))
     (tmp_path / "sam_vit_b_01ec64.pth").symlink_to(folder / "sam_vit_b_01ec64.pth")
     this = ["--collage", clicks, "--segments", "sam", "--networks", tmp_path, "--out", tmp_path / "out.png"]
     assert "dpt_large_384.pt" in fails(capsys, *this, "--change-map", "depth")

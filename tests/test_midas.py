@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import midas
-import networks
+from networks import midas, published
 
 SMALL = {"width": 128, "blocks": 8, "grid": 4, "channels": (8, 16, 32, 32), "features": 32}
 LARGE = {"width": 1024, "blocks": 24, "grid": 24, "channels": (256, 512, 1024, 1024), "features": 256}
 
 
-def published(width, blocks, grid, channels, features):
+def published_shapes(width, blocks, grid, channels, features):
     """{name: shape} of dpt_large_384.pt, written down from isl-org/MiDaS (midas/dpt_depth.py, blocks.py, backbones/)
     and timm's VisionTransformer, of which vit_large_patch16_384 is one. Independent of midas.py."""
     D, C, f = width, channels, features
@@ -110,9 +109,9 @@ def relative_error(a, b):
 
 
 def check_against_transformers(config, sizes, folder):
-    tensors = random_tensors(published(**config))
+    tensors = random_tensors(published_shapes(**config))
     torch.save(tensors, folder / "dpt.pt")
-    model, peer = networks.load("midas", folder / "dpt.pt"), peer_of(tensors, config)
+    model, peer = published.load("midas", folder / "dpt.pt"), peer_of(tensors, config)
     for B, H, W in sizes:
         x = torch.rand(B, 3, H, W, generator=torch.Generator().manual_seed(W)) * 2 - 1
         # Without this, transformers takes any number of patches for a square of them.
@@ -145,9 +144,9 @@ def fake_file(path, shapes, **changes):
 
 
 def test_the_published_file_fits_at_full_size(tmp_path):
-    shapes = published(**LARGE)
+    shapes = published_shapes(**LARGE)
     assert round(sum(int(np.prod(s)) for s in shapes.values()) / 1e6) == 344  # as the release's table says, in millions
-    model = networks.load("midas", fake_file(tmp_path / "dpt_large_384.pt", shapes))
+    model = published.load("midas", fake_file(tmp_path / "dpt_large_384.pt", shapes))
     assert model.config == midas.DPTConfig() == midas.DPTConfig(**LARGE)
     ours = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     left_out = set(shapes) - set(ours)
@@ -158,7 +157,7 @@ def test_the_published_file_fits_at_full_size(tmp_path):
 
 
 def test_dtype(tmp_path):
-    model = networks.load("midas", fake_file(tmp_path / "dpt.pt", published(**SMALL)), torch.bfloat16)
+    model = published.load("midas", fake_file(tmp_path / "dpt.pt", published_shapes(**SMALL)), torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     d = midas.depth(model, np.zeros((40, 50, 3), np.uint8))
     assert d.dtype == torch.float32 and d.shape == (40, 50)
@@ -171,7 +170,7 @@ def test_dtype(tmp_path):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("midas") / "small.pt"
-    torch.save(random_tensors(published(**SMALL)), path)
+    torch.save(random_tensors(published_shapes(**SMALL)), path)
     return path
 
 
@@ -189,7 +188,7 @@ def test_sizes_are_the_releases():
 
 
 def test_depth_of_a_picture(small):
-    model = networks.load("midas", small)
+    model = published.load("midas", small)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     as_is = model(torch.from_numpy(image / 127.5 - 1).float().permute(2, 0, 1)[None])[0]
     assert torch.allclose(midas.depth(model, image), as_is, atol=1e-5)  # at the network's own size nothing is resampled

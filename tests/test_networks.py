@@ -13,11 +13,7 @@ from test_data import contents, fails, film, picture
 
 import data
 import estimators
-import lpips
-import midas
-import networks
-import raft
-import sam
+from networks import lpips, midas, published, raft, sam
 from pairs import ShardPairs
 
 DPT = midas.DPTConfig(width=64, blocks=4, grid=2, channels=(8, 8, 8, 8), features=8)
@@ -57,7 +53,7 @@ def folder(tmp_path_factory):
             model = lpips.LPIPS(name)
         tensors = {k: torch.zeros(1).expand(t.shape) for k, t in model.state_dict().items()}
         tensors["classifier.6.bias"] = torch.zeros(9)  # which nobody reads
-        for file, heads in zip(networks.LPIPS[name], (False, True)):
+        for file, heads in zip(published.LPIPS[name], (False, True)):
             torch.save({k: t for k, t in tensors.items() if k.startswith("lin") == heads}, folder / file)
     return folder
 
@@ -78,26 +74,26 @@ def refused(load, *arguments):
 
 def test_find(folder, tmp_path):
     for kind, name in FILES.items():
-        assert networks.find(kind, folder) == folder / name
-        message = refused(networks.find, kind, tmp_path)
+        assert published.find(kind, folder) == folder / name
+        message = refused(published.find, kind, tmp_path)
         assert all(part in message for part in (name, "github.com", str(tmp_path), "--networks DIR"))
     for name in ("sam_vit_b_01ec64.pth", "sam_vit_l_0b3195.pth", "sam_vit_h_4b8939.pth"):
         (tmp_path / name).touch()
-        assert networks.find("sam", tmp_path) == tmp_path / name  # the larger, the better
-    assert networks.find_lpips(folder=folder) == (folder / "alexnet-owt-7be5be79.pth", folder / "alex.pth")
+        assert published.find("sam", tmp_path) == tmp_path / name  # the larger, the better
+    assert published.find_lpips(folder=folder) == (folder / "alexnet-owt-7be5be79.pth", folder / "alex.pth")
     (tmp_path / "vgg.pth").touch()
-    assert "there is no vgg16-397923af.pth in" in refused(networks.find_lpips, "vgg16", tmp_path)
+    assert "there is no vgg16-397923af.pth in" in refused(published.find_lpips, "vgg16", tmp_path)
 
 
 def test_digest(tmp_path):
     content = os.urandom(2**20 + 3)
     (tmp_path / "file").write_bytes(content)
-    assert networks.digest(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+    assert published.digest(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize("kind", FILES)
 def test_loaded_models_are_frozen_and_mapped(folder, kind):
-    model = networks.load(kind, folder / FILES[kind])
+    model = published.load(kind, folder / FILES[kind])
     assert isinstance(model, {"raft": raft.RAFT, "sam": sam.SAM, "midas": midas.DPT}[kind])
     assert not model.training and not any(p.requires_grad or p.is_meta for p in model.parameters())
     if Path("/proc/self/maps").exists():
@@ -116,7 +112,7 @@ def test_wrong_files(folder, tmp_path, kind):
 
     def message(tensors):
         torch.save(tensors, file)
-        message = refused(networks.load, kind, file)
+        message = refused(published.load, kind, file)
         assert str(file) in message and "expected" in message and FILES[kind] in message
         return message
 
@@ -127,8 +123,8 @@ def test_wrong_files(folder, tmp_path, kind):
     assert re.search("missing|no tensor", message({f"model.{k}": t for k, t in tensors.items()}))
     for cut, told in ((50_000, "damaged"), (0, "empty")):
         file.write_bytes((folder / FILES[kind]).read_bytes()[:cut])
-        assert told in (text := refused(networks.load, kind, file)) and FILES[kind] in text
-    assert "there is no file" in refused(networks.load, kind, tmp_path / "none.pth")
+        assert told in (text := refused(published.load, kind, file)) and FILES[kind] in text
+    assert "there is no file" in refused(published.load, kind, tmp_path / "none.pth")
 
 
 @pytest.mark.parametrize("kind, one, shape", [
@@ -140,7 +136,7 @@ def test_wrong_files(folder, tmp_path, kind):
 def test_shapes_that_make_no_network(folder, tmp_path, kind, one, shape):
     file = tmp_path / FILES[kind]
     torch.save(torch.load(folder / FILES[kind], weights_only=True) | {one: torch.zeros(shape)}, file)
-    assert f"{file}: expected" in refused(networks.load, kind, file)
+    assert f"{file}: expected" in refused(published.load, kind, file)
 
 
 def test_other_models_of_midas(folder, tmp_path):
@@ -151,7 +147,7 @@ def test_other_models_of_midas(folder, tmp_path):
     for other, told in ((hybrid, "no tensor pretrained.act_postprocess1.3.weight"), (seven, "3 blocks"),
                         (v21, "no tensor pretrained.model.pos_embed; the first is pretrained.layer1.0.weight")):
         torch.save(other, file)
-        assert told in refused(networks.load, "midas", file)
+        assert told in refused(published.load, "midas", file)
 
 
 def test_another_networks_file_is_recognised(folder):
@@ -159,9 +155,9 @@ def test_another_networks_file_is_recognised(folder):
              "alex.pth": "this is the heads of LPIPS", "vgg16-397923af.pth": "this is a classifier of torchvision"}
     for kind, name in FILES.items():
         for other in words.keys() - {name}:
-            assert refused(networks.load, kind, folder / other).endswith(words[other]) or other.startswith("vgg")
-            assert words[other] in refused(networks.load, kind, folder / other)
-    assert "this is Segment Anything" in refused(networks.load_lpips, folder / FILES["sam"], folder / "alex.pth")
+            assert refused(published.load, kind, folder / other).endswith(words[other]) or other.startswith("vgg")
+            assert words[other] in refused(published.load, kind, folder / other)
+    assert "this is Segment Anything" in refused(published.load_lpips, folder / FILES["sam"], folder / "alex.pth")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,13 +166,13 @@ def test_another_networks_file_is_recognised(folder):
 
 def test_lpips_network_is_recognised(folder):
     for name in ("alexnet", "vgg16"):
-        model = networks.load_lpips(*networks.find_lpips(name, folder))
+        model = published.load_lpips(*published.find_lpips(name, folder))
         assert model.network == lpips.NETWORKS[name]
         assert not model.training and not any(p.requires_grad or p.is_meta for p in model.parameters())
 
 
 def test_lpips_wrong_files(folder, tmp_path):
-    (alexnet, alex), (vgg16, vgg) = (networks.find_lpips(name, folder) for name in ("alexnet", "vgg16"))
+    (alexnet, alex), (vgg16, vgg) = (published.find_lpips(name, folder) for name in ("alexnet", "vgg16"))
     content = torch.load(vgg16, weights_only=True)
     torch.save({k: t for k, t in content.items() if not k.startswith("features.28.")}, tmp_path / "short.pth")
     torch.save({"layer1.0.conv1.weight": torch.zeros(3)}, tmp_path / "resnet.pth")
@@ -195,7 +191,7 @@ def test_lpips_wrong_files(folder, tmp_path):
         (cut, vgg, "damaged"),
         (tmp_path / "nowhere.pth", vgg, "there is no file"),
     ):
-        message = refused(networks.load_lpips, backbone, heads)
+        message = refused(published.load_lpips, backbone, heads)
         assert told in message and (str(folder) in message or str(tmp_path) in message)
 
 
@@ -231,7 +227,7 @@ def test_what_estimators_give(folder, quick):
             old, new = old[0].numpy(), new[0].numpy()
         assert old.shape == new.shape and (old.dtype == new.dtype or what == "depth"), what
         assert np.isfinite(new).all() and (new.min() >= 0 or what != "segments")
-    near = midas.depth(networks.load("midas", weights["midas"]), first).numpy()
+    near = midas.depth(published.load("midas", weights["midas"]), first).numpy()
     far = estimators.estimator(estimators.DEPTH, "midas", weights)(first, None)
     assert near.std() > 0 and (far.ravel()[near.argmax()], far.ravel()[near.argmin()]) == (far.min(), far.max())
 
@@ -261,7 +257,7 @@ def test_pairs_by_all_three_networks(folder, clip, tmp_path, quick, capsys):
     data.main([str(clip), "--out", str(tmp_path), "--size", str(SIDE), "--pairs", "3", *ALL, "--networks", str(folder)])
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["totals"]["kept"] == 3 and str(folder) not in json.dumps(manifest)
-    assert manifest["networks"] == {kind: {"file": name, "sha256": networks.digest(folder / name)}
+    assert manifest["networks"] == {kind: {"file": name, "sha256": published.digest(folder / name)}
                                     for kind, name in FILES.items()}
     assert len(list(ShardPairs(tmp_path, "affine", epochs=1))) == 3
     weights = estimators.find(FILES, folder)

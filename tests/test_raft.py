@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import networks
-import raft
 from estimators import dis_flow
+from networks import published, raft
 
 SIZES = [(128, 128), (136, 152), (131, 141)]
 
@@ -85,7 +84,7 @@ def error(a, b):
 @pytest.mark.parametrize("H, W", SIZES)
 def test_every_iteration_is_torchvisions(peer, tmp_path, H, W):
     torch.save(peer.state_dict(), tmp_path / "raft_large.pth")
-    model, (first, second) = networks.load("raft", tmp_path / "raft_large.pth"), pictures(4, H, W).chunk(2)
+    model, (first, second) = published.load("raft", tmp_path / "raft_large.pth"), pictures(4, H, W).chunk(2)
     (first_, crop), (second_, _) = padded(first), padded(second)
     theirs = torch.stack(peer(first_, second_))[crop]
     ours = model(first, second, every=True)
@@ -129,7 +128,7 @@ def test_original_layout(model, tmp_path, prefix, extension):
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
     else:  # raft-things.pth itself is older than today's format
         torch.save(tensors, path, _use_new_zipfile_serialization=extension == "pth")
-    loaded = networks.load("raft", path)
+    loaded = published.load("raft", path)
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
     first, second = pictures(2, 128, 136).split(1)
     assert torch.equal(loaded(first, second, 2), model(first, second, 2))
@@ -145,7 +144,7 @@ def test_the_authors_code(tmp_path, monkeypatch, H, W):
     monkeypatch.delitem(sys.modules, "raft")
     from utils.utils import InputPadder
 
-    from raft import RAFT as Theirs  # theirs, as ours is taken out of sys.modules
+    from networks.raft import RAFT as Theirs  # theirs, as ours is taken out of sys.modules
 
     class Arguments(types.SimpleNamespace):
         def __contains__(self, name):
@@ -153,7 +152,7 @@ def test_the_authors_code(tmp_path, monkeypatch, H, W):
 
     theirs = randomise(nn.DataParallel(Theirs(Arguments(small=False, mixed_precision=False))))
     torch.save(theirs.state_dict(), tmp_path / "raft-things.pth", _use_new_zipfile_serialization=False)
-    model = networks.load("raft", tmp_path / "raft-things.pth")
+    model = published.load("raft", tmp_path / "raft-things.pth")
     first, second = ((pictures(2, H, W) + 1) * 127.5).round().split(1)
     padder = InputPadder(first.shape)
     flows = theirs(*padder.pad(first, second))
@@ -252,7 +251,8 @@ def test_any_size(model, H, W):
 
 def test_half_precision_on_request(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "raft.pth")
-    half, (first, second) = networks.load("raft", tmp_path / "raft.pth", torch.bfloat16), pictures(2, 128, 128).split(1)
+    half = published.load("raft", tmp_path / "raft.pth", torch.bfloat16)
+    first, second = pictures(2, 128, 128).split(1)
     assert half.mask_predictor.conv.weight.dtype == torch.bfloat16
     ours, theirs = half(first, second, 2), model(first, second, 2)
     assert ours.dtype == torch.float32 and error(ours, theirs) < 0.1

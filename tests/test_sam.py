@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-import networks
-import sam
-from automask import automatic_masks, cut_off, point_grid, segments, suppress, without_small_regions
-from sam import CONFIGS, SAM, SAMConfig, config_from_shapes
+from networks import published, sam
+from networks.automask import automatic_masks, cut_off, point_grid, segments, suppress, without_small_regions
+from networks.sam import CONFIGS, SAM, SAMConfig, config_from_shapes
 
 TOY = CONFIGS["toy"]  # 8 x 8 patches, and windows of 5 x 5: the last are filled up
 
@@ -87,7 +86,7 @@ def toy(peer, tmp_path_factory):
     """(the authors' model, ours loaded from its file, the file)"""
     model, file = peer_model(peer, TOY), tmp_path_factory.mktemp("sam") / "sam_toy.pth"
     torch.save(model.state_dict(), file)
-    return model, networks.load("sam", file), file
+    return model, published.load("sam", file), file
 
 
 def sharp_models(peer, c):
@@ -322,7 +321,7 @@ def test_published_sizes_load(peer, tmp_path, name):
         shapes = {k: v.shape for k, v in peer.sizes[name]().state_dict().items()}
     one = torch.zeros(1)  # of which the file holds one copy
     torch.save({k: one.expand(shape) for k, shape in shapes.items()}, tmp_path / "sam.pth")
-    model = networks.load("sam", tmp_path / "sam.pth")  # it raises for missing and unexpected ones
+    model = published.load("sam", tmp_path / "sam.pth")  # it raises for missing and unexpected ones
     assert model.config == CONFIGS[name]
     assert {k: v.shape for k, v in model.state_dict().items()} == shapes
     assert not any(p.requires_grad or p.is_meta for p in model.parameters())
@@ -342,7 +341,7 @@ def test_toy_configuration_is_read_off_the_tensors(toy):
 
 def test_bf16(toy):
     _, ours, file = toy
-    half, image = networks.load("sam", file, torch.bfloat16), picture(96, 128)
+    half, image = published.load("sam", file, torch.bfloat16), picture(96, 128)
     assert half.image_encoder.pos_embed.dtype == torch.bfloat16
     assert torch.equal(half.prompt_encoder.grid(), ours.prompt_encoder.grid())  # the frequencies keep their digits
     a, b = half.encode(image), ours.encode(image)

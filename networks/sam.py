@@ -3,7 +3,7 @@
 Kirillov et al. 2023, *Segment Anything*, section 3 and appendix A. Attribute names are the published checkpoints' key
 names (sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth), so that loading is `load_state_dict`.
 
-    sam = networks.load("sam", "sam_vit_b_01ec64.pth")
+    sam = published.load("sam", "sam_vit_b_01ec64.pth")
     encoded = sam.encode(image)                                    # (H, W, 3) uint8; once per picture, the slow part
     masks, iou, low_res = sam.predict(encoded, points=[[[x, y]]])  # then as many prompts as you like
     segmenter(sam)(image, (x, y))                                  # the mask at one click, as collage.py asks for it

@@ -1,6 +1,6 @@
 """RAFT-Large: dense optical flow. Teed & Deng 2020, *RAFT: Recurrent All-Pairs Field Transforms for Optical Flow*.
 
-    model = networks.load("raft", "raft-things.pth")         from torchvision's file or the authors'
+    model = published.load("raft", "raft-things.pth")         from torchvision's file or the authors'
     model(first, second)                                     (B, 3, H, W) twice, in [-1, 1] -> flow (B, 2, H, W)
     model.flows(frames)                                      a clip (N, 3, H, W) -> (N - 1, 2, H, W)
     clip_flows(model, pictures)                              the same of uint8 pictures, as Magic Fixup makes its pairs

@@ -13,13 +13,10 @@ from pathlib import Path
 
 import torch
 
-import lpips
-import midas
-import raft
-import sam
 from layouts import misfits, read
+from networks import lpips, midas, raft, sam
 
-FOLDER = Path(__file__).parent / "weights"
+FOLDER = Path(__file__).parent.parent / "weights"
 PUBLISHED = {  # kind: what it is, its files from the first choice to the last, and where they come from
     "raft": ("RAFT-Large", ("raft_large_C_T_SKHT_V2-ff5fadd5.pth", "raft-things.pth"),
              "torchvision's Raft_Large_Weights.C_T_SKHT_V2, or the models of github.com/princeton-vl/RAFT"),

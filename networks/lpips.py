@@ -1,6 +1,6 @@
 """LPIPS 0.1: how different two pictures look, as a pretrained network sees them. Zhang et al. 2018, arXiv 1801.03924.
 
-    model = networks.load_lpips("alexnet-owt-7be5be79.pth", "alex.pth")
+    model = published.load_lpips("alexnet-owt-7be5be79.pth", "alex.pth")
     d = model(x, y)                   one distance per pair: 0 = the same, larger = less alike
     d = model(x, y, spatial=True)     where they differ: a map of the pictures' size
 
@@ -107,7 +107,7 @@ class Head(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """network: a name in NETWORKS. networks.load_lpips makes one with weights."""
+    """network: a name in NETWORKS. published.load_lpips makes one with weights."""
 
     def __init__(self, network):
         super().__init__()

@@ -6,7 +6,7 @@ blocks is *reassembled* into a feature map, the earlier the finer, and *fused* f
     blocks 6, 12, 18, 24  ->  tokens (B, 1 + hw, D)  --reassemble-->  (B, C_s, H/s, W/s), s = 4, 8, 16, 32
     refinenet 4, 3, 2, 1  ->  (B, F, H/2, W/2)       --output_conv-->  inverse depth (B, H, W)
 
-    model = networks.load("midas", "dpt_large_384.pt")
+    model = published.load("midas", "dpt_large_384.pt")
     d = depth(model, image)                        (H, W), larger = nearer, up to an unknown scale and shift
 
 Attribute names are the published file's key names, so that loading is `load_state_dict`.
@@ -162,7 +162,7 @@ def twice(x):
 
 
 class DPT(nn.Module):
-    """The whole network, from a DPTConfig. networks.load makes one with weights."""
+    """The whole network, from a DPTConfig. published.load makes one with weights."""
 
     def __init__(self, config):
         super().__init__()

@@ -1,0 +1,1 @@
+"""Networks that the papers lean on, beyond Stable Diffusion: flow, segments, depth, perceptual distance."""
