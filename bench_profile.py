@@ -23,9 +23,9 @@ import pairs
 from bench_clock import alternate, held, in_own_process, ratio, summary, synchronize
 from bench_edits import STEPS
 from bench_models import CONFIGS, NAMES, SIDES, part, quick, without_text
+from kernels.winograd import hold_memory
 from programs import make_fast
 from sample import fixup
-from winograd import hold_memory
 
 # What an operator's name, without `aten::` and underscores around it, has to match. The first kind that fits counts.
 KINDS = {

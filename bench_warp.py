@@ -6,9 +6,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-import native
 import splat
 from bench_clock import alternate, compare
+from kernels import compile as native
 
 CPU_SHAPES = ((1, 3, 512, 512), (1, 6, 1080, 1920))
 GPU_SHAPES = (*CPU_SHAPES, (8, 6, 1080, 1920))

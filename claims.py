@@ -18,8 +18,8 @@ import diffusion
 import pictures
 import sd
 import toyworld
+from kernels.winograd import quicken
 from networks import lpips, published
-from winograd import quicken
 
 HELD_OUT = 10**9  # loop.at() stays below it for the seeds that train.py takes
 TRUE, PART, FALSE, OPEN = "came true", "came true in part", "did not come true", "not measured"  # a verdict is one

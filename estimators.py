@@ -119,7 +119,7 @@ def midas_depth(dpt, image, flow):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# By name. A network's function takes its model before the rest, and the name that its file has in networks/published.py.
+# By name. A network takes its model before the rest, and has the name that its file has in networks/published.py.
 
 
 FLOW = {"dis": dis_flows, "raft": raft_flows}  # (N frames) -> N - 1 flows to the next, (2, H, W) float32 in pixels

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from winograd import quicken
+from kernels.winograd import quicken
 
 TOY, TOY_MFX = (Path(__file__).parent / "weights" / name for name in ("toy", "toy-mfx"))  # the shipped models
 

@@ -59,9 +59,9 @@ import page
 import sample
 import sd
 import toyworld
-import winograd
 from claims_mfx import magic_fixup  # noqa: F401, for tests/test_weights.py, as are the next four
 from claims_toy import adherence, autoencoder, gradient, latent_shape  # noqa: F401
+from kernels import winograd
 from networks import lpips
 from programs import Parser, choose_device, choose_precision, mistakes_told
 

@@ -35,6 +35,7 @@ import maps
 import mfx
 import sd
 import vae
+from kernels.winograd import hold_memory
 from networks import published, sam
 from pictures import (
     fit_edit,
@@ -61,7 +62,6 @@ from programs import (
     mistakes_told,
     number,
 )
-from winograd import hold_memory
 
 # Defaults of what is left out: with a prompt, as in the one paper; with a coarse edit, as in the other
 WITH_PROMPT = {"prompt": "", "negative": "", "guidance": 7.5, "steps": 100, "weights": TOY}

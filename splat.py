@@ -2,7 +2,7 @@
 
 It exists twice. `softsplat_plain` is slow, obvious PyTorch. KERNEL is one thread per source pixel in CUDA C, compiled
 at first use by the NVRTC that torch ships, or by g++ behind a few lines that turn the grid into a loop: that is the
-fast path on the CPU. (How, native.py knows.) Without a compiler there is one warning, and the plain version.
+fast path on the CPU. (How, kernels/compile.py knows.) Without a compiler there is one warning, and the plain version.
 
 A flow is (B, 2, H, W) in pixels, x to the right before y down; pixel centres are whole numbers. A vector that is not
 finite says "no correspondence": it lands nowhere.
@@ -14,7 +14,7 @@ import warnings
 import torch
 from torch.autograd.function import once_differentiable
 
-import native
+from kernels import compile as native
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Splatting, the slow and obvious way

@@ -50,11 +50,11 @@ import diffusion
 import loop
 import mfx
 import sd
+from kernels.winograd import hold_memory
 from loop import at, channels_last, digest, made_once, stratified
 from pairs import MODELS, ShardPairs, ToyPairs, toy_pairs
 from programs import TOY, Parser, choose_device, mistakes_told, number
 from train_toys import train_base, train_inpainting, train_vae
-from winograd import hold_memory
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes. What can be changed from the command line is changed by the option of the same name.

@@ -18,7 +18,7 @@ import bench_page
 import bench_profile
 import vae
 from bench_profile import ALL, PATHS, REST, WORKS, by_kind, kind_of, profiled
-from winograd import QuickConv2d, quicken
+from kernels.winograd import QuickConv2d, quicken
 
 CPU = torch.device("cpu")
 

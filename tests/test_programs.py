@@ -9,7 +9,7 @@ from PIL import Image, ImageChops
 import programs
 import sample
 import sd
-from winograd import QuickConv2d
+from kernels.winograd import QuickConv2d
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MAP_EDIT = ("--image", EXAMPLES / "meadow.png", "--change-map", EXAMPLES / "gradient.png", "--prompt", "snow at night")

@@ -19,7 +19,7 @@ import diffusion
 import sample
 import sd
 import unet
-import winograd
+from kernels import winograd
 
 ROOT = Path(sample.__file__).parent
 MEADOW, GRADIENT = str(ROOT / "examples/meadow.png"), str(ROOT / "examples/gradient.png")

@@ -20,7 +20,7 @@ import pictures
 import sample
 import sd
 import unet
-import winograd
+from kernels import winograd
 
 REAL = ROOT / "../shared/real"
 

@@ -11,8 +11,8 @@ import sd
 import toyworld
 import vae
 from costs_dd import peak_memory
+from kernels.winograd import quicken
 from vae import VAE, VAEConfig, cuts, tiled
-from winograd import quicken
 
 SMALL = {"sd": VAEConfig((32, 64, 64, 96)), "toy": VAEConfig((8, 16, 24), 1, 12, 8)}
 

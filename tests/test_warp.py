@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-import native
 import splat
 import warp
+from kernels import compile as native
 
 MODES = ["sum", "avg", "linear", "soft"]
 REAL = Path(__file__).parents[2] / "shared/real"
