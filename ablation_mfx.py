@@ -30,7 +30,7 @@ from claims_mfx import (
     some,
     with_missing,
 )
-from programs import Parser
+from common.cli import Parser
 
 TESTS = ("affine", "flow")
 STEPS = 25  # half of the paper's for a toy, to which they make no difference here: the item measures it

@@ -39,7 +39,8 @@ import bench_scale
 import bench_training
 import bench_warp
 from bench_clock import HELD
-from programs import Parser, choose_device, number
+from common.cli import Parser, number
+from common.devices import choose_device
 
 TOPICS = {  # name: (title, function)
     name: topic

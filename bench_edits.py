@@ -24,9 +24,10 @@ import mfx
 import pairs
 from bench_clock import compare, difference, held, in_own_process, side_by_side, synchronize, turns
 from bench_models import NAMES, SIDES, precisions, stable_diffusion, without_text
+from common.cli import TOY_MFX
+from common.devices import choose_precision, make_fast
+from common.pictures import picture_to_tensor, tensor_to_picture
 from kernels.winograd import hold_memory
-from pictures import picture_to_tensor, tensor_to_picture
-from programs import TOY_MFX, choose_precision, make_fast
 from sample import edit, fixup
 
 MEADOW = Path(__file__).parent / "examples" / "meadow.png"

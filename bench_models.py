@@ -16,8 +16,9 @@ import sd
 import unet
 import vae
 from bench_clock import Watch, compare, held, in_own_process, installed, ratio, summary, turns
+from common.cli import TOY
+from common.devices import choose_precision, make_fast
 from kernels.winograd import quicken
-from programs import TOY, choose_precision, make_fast
 
 CONFIGS = {
     "toy": {"unet": unet.CONFIGS["toy"], "vae": vae.CONFIGS["toy"], "text_encoder": clip.CONFIGS["toy"]},

@@ -23,8 +23,8 @@ import pairs
 from bench_clock import alternate, held, in_own_process, ratio, summary, synchronize
 from bench_edits import STEPS
 from bench_models import CONFIGS, NAMES, SIDES, part, quick, without_text
+from common.devices import make_fast
 from kernels.winograd import hold_memory
-from programs import make_fast
 from sample import fixup
 
 # What an operator's name, without `aten::` and underscores around it, has to match. The first kind that fits counts.

@@ -21,7 +21,7 @@ from bench_clock import LIMIT, Watch, in_own_process, summary, synchronize
 from bench_edits import PROMPT, magic_fixup, meadow, ramp
 from bench_models import DTYPES, NAMES, SIDES, stable_diffusion
 from bench_training import PEAK, peak_flops
-from programs import choose_precision
+from common.devices import choose_precision
 from sample import edit, fixup
 
 POINTS = {

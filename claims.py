@@ -15,9 +15,9 @@ import torch
 
 import diffdiff
 import diffusion
-import pictures
 import sd
 import toyworld
+from common import pictures
 from kernels.winograd import quicken
 from networks import lpips, published
 

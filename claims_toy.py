@@ -18,10 +18,10 @@ from tqdm import tqdm
 import diffdiff
 import diffusion
 import layouts
-import pictures
 import sample
 import toyworld
 from claims import DEPTHS, HELD_OUT, OPEN, Outcome, item, judge, toy_distance
+from common import pictures
 from toyworld import COLOUR, COLOURS, FIXED, GROUNDS, KINDS, TIME, TIMES
 
 CHAPTER = "The toy weights"

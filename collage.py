@@ -22,7 +22,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from pictures import open_picture, to_rgb
+from common.pictures import open_picture, to_rgb
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pixels

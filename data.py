@@ -40,10 +40,11 @@ import collage
 import estimators
 import layouts
 import warp
+from common.cli import Parser, number, report_errors
+from common.devices import choose_device
 from estimators import DEPTH, FLOW, SEGMENTS
 from networks import published
 from pairs import ShardPairs, ToyPairs, affine_edit, flow_edit, toy_pairs
-from programs import Parser, choose_device, mistakes_told, number
 from shards import in_order, summary, totals_of, work, write_preview, write_shard
 from videos import LONGEST, find_clips, is_cut, read_window
 
@@ -305,7 +306,7 @@ def parse(argv):
 def main(argv=None):
     parser, args = parse(argv)
     try:
-        with mistakes_told(parser, "fewer --workers, or --device cpu. What is done is kept"):
+        with report_errors(parser, "fewer --workers, or --device cpu. What is done is kept"):
             run(args)
     except BrokenProcessPool:
         parser.error("a worker died: too little memory, or a video that crashes the decoder. What is done is kept")

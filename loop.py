@@ -37,7 +37,7 @@ from tqdm import tqdm
 import diffusion
 import layouts
 import unet
-from programs import choose_precision
+from common.devices import choose_precision
 
 KEPT = 3  # training states: the newest to go on from, the others should a disk or a learning rate have spoiled it
 EVERY = 50  # steps between two looks at the losses on a GPU, each of which waits until it has done all its work

@@ -61,9 +61,10 @@ import sd
 import toyworld
 from claims_mfx import magic_fixup  # noqa: F401, for tests/test_weights.py, as are the next four
 from claims_toy import adherence, autoencoder, gradient, latent_shape  # noqa: F401
+from common.cli import Parser, report_errors
+from common.devices import choose_device, choose_precision
 from kernels import winograd
 from networks import lpips
-from programs import Parser, choose_device, choose_precision, mistakes_told
 
 HERE = Path(__file__).parent
 CHAPTERS = (claims_dd.CHAPTER, claims_mfx.CHAPTER, claims_toy.CHAPTER)  # of the page, in this order
@@ -284,7 +285,7 @@ def main(argv=None):
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="default: reproduced, or with --quick reproduced/quick")
     args = parser.parse_args(argv)
-    with mistakes_told(parser, "a smaller --weights, or --device cpu. What is finished is kept"):
+    with report_errors(parser, "a smaller --weights, or --device cpu. What is finished is kept"):
         run(args)
 
 

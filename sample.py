@@ -35,9 +35,9 @@ import maps
 import mfx
 import sd
 import vae
-from kernels.winograd import hold_memory
-from networks import published, sam
-from pictures import (
+from common.cli import TOY, TOY_MFX, Parser, number, report_errors
+from common.devices import choose_device, choose_precision, compile_unets, make_fast
+from common.pictures import (
     fit_edit,
     fitted_size,
     labelled,
@@ -51,17 +51,8 @@ from pictures import (
     tensor_to_picture,
     to_rgb,
 )
-from programs import (
-    TOY,
-    TOY_MFX,
-    Parser,
-    choose_device,
-    choose_precision,
-    compile_unets,
-    make_fast,
-    mistakes_told,
-    number,
-)
+from kernels.winograd import hold_memory
+from networks import published, sam
 
 # Defaults of what is left out: with a prompt, as in the one paper; with a coarse edit, as in the other
 WITH_PROMPT = {"prompt": "", "negative": "", "guidance": 7.5, "steps": 100, "weights": TOY}
@@ -391,7 +382,7 @@ def run(args):
 def main(argv=None):
     parser, args = parse(argv)
     warnings.showwarning = lambda message, *_: print(f"{parser.prog}: warning: {message}", file=sys.stderr)
-    with mistakes_told(parser, "try a smaller --size, or half precision"):
+    with report_errors(parser, "try a smaller --size, or half precision"):
         run(args)
 
 

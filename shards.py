@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import layouts
-from pictures import labelled
+from common.pictures import labelled
 
 
 def work(recipe, clips):

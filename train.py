@@ -50,10 +50,11 @@ import diffusion
 import loop
 import mfx
 import sd
+from common.cli import TOY, Parser, number, report_errors
+from common.devices import choose_device
 from kernels.winograd import hold_memory
 from loop import at, channels_last, digest, made_once, stratified
 from pairs import MODELS, ShardPairs, ToyPairs, toy_pairs
-from programs import TOY, Parser, choose_device, mistakes_told, number
 from train_toys import train_base, train_inpainting, train_vae
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,7 +328,7 @@ def main(argv=None):
     if args.out is None:  # a folder of its own: it would write its model over the one that it was made of
         args.out = Path({"mfx": "runs/mfx", "inpainting": "runs/toy-inpainting"}.get(args.stage, "runs/toy"))
     try:
-        with mistakes_told(parser, "try a smaller --micro-batch or --batch, or --checkpointing"):
+        with report_errors(parser, "try a smaller --micro-batch or --batch, or --checkpointing"):
             recipe = choose_recipe(args)
             device = loop.join(choose_device(args.device))
             args.out.mkdir(parents=True, exist_ok=True)

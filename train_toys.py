@@ -22,8 +22,8 @@ import sd
 import toyworld
 import unet
 import vae
+from common.cli import TOY
 from loop import at, channels_last, digest, made_once, stratified
-from programs import TOY
 
 # Autoencoder
 CROP = 64  # pixels; three quarters of the crops are centred on an object, since the background teaches little

@@ -1,4 +1,4 @@
-"""programs.py: what is told of wrong numbers and devices; edits with compiled UNets are the same edits."""
+"""common/cli.py: what is told of wrong numbers and devices; edits with compiled UNets are the same edits."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-import programs
 import sample
 import sd
+from common import cli, devices
 from kernels.winograd import QuickConv2d
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -17,8 +17,8 @@ MAP_EDIT = ("--image", EXAMPLES / "meadow.png", "--change-map", EXAMPLES / "grad
 
 @pytest.mark.parametrize("text", ["0", "11", "2.5", "x", "nan"])
 def test_a_number_out_of_its_range_is_told(text, capsys):
-    parser = programs.Parser(prog="it")
-    parser.add_argument("--n", type=programs.number(int, 1, 10))
+    parser = cli.Parser(prog="it")
+    parser.add_argument("--n", type=cli.number(int, 1, 10))
     with pytest.raises(SystemExit) as e:
         parser.parse_args(["--n", text])
     assert e.value.code == 2
@@ -27,7 +27,7 @@ def test_a_number_out_of_its_range_is_told(text, capsys):
 
 def test_a_device_that_is_not_there_is_told():
     with pytest.raises(ValueError, match="--device abacus cannot be used here"):
-        programs.choose_device("abacus")
+        devices.choose_device("abacus")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -37,7 +37,7 @@ def test_a_fast_model_is_the_same_model(device):
     z, t, context = torch.randn(1, 12, 16, 16), torch.tensor([500]), torch.randn(1, 5, 128)
     with torch.inference_mode():
         want = model.unet(z, t, context), model.encode_image(x)
-        assert programs.make_fast(model, torch.device(device)) is model
+        assert devices.make_fast(model, torch.device(device)) is model
         got = model.unet(z, t, context), model.encode_image(x)
     for a, b in zip(got, want):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
@@ -96,7 +96,7 @@ def frames():
 def test_a_compiled_step_gives_memory_of_its_own():
     """As with CUDA graphs, which have one memory for all results."""
     memory = torch.zeros(2)
-    step = programs.fresh(lambda x: memory.copy_(x))
+    step = devices.fresh(lambda x: memory.copy_(x))
     first, second = step(torch.ones(2)), step(torch.full((2,), 2.0))
     assert first.tolist() == [1, 1] and second.tolist() == [2, 2]
 

@@ -16,10 +16,10 @@ from test_sample import GRADIENT, MEADOW, ROOT, fails, half_white
 import collage
 import diffusion
 import mfx
-import pictures
 import sample
 import sd
 import unet
+from common import pictures
 from kernels import winograd
 
 REAL = ROOT / "../shared/real"

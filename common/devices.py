@@ -1,58 +1,16 @@
-"""What the programs here have in common: mistakes told in one line, a device, a precision, networks made fast.
+"""Where a program computes, in what precision, and how fast.
 
-    parser = Parser(prog="sample.py")            an error is one line, exit status 2
-    with mistakes_told(parser, "use less"): ..   so are those of the program itself
     device = choose_device("auto")               cuda, mps or cpu
     dtype = choose_precision("auto", device)     half where that is faster
     make_fast(model, device)                     the fastest way for each layer, without waiting for it
     seconds = compile_unets(model, run)          faster still after minutes of compiling; run() is a first short edit
 """
 
-import argparse
-import contextlib
 import time
-from pathlib import Path
 
 import torch
 
 from kernels.winograd import quicken
-
-TOY, TOY_MFX = (Path(__file__).parent / "weights" / name for name in ("toy", "toy-mfx"))  # the shipped models
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def number(kind, low, high):
-    """A `type` for add_argument: int or float within these bounds."""
-
-    def read(text):
-        try:
-            if low <= (value := kind(text)) <= high:
-                return value
-        except ValueError:
-            pass
-        what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what} in {low} .. {high}")
-
-    return read
-
-
-@contextlib.contextmanager
-def mistakes_told(parser, memory):
-    """with mistakes_told(parser, "try a smaller --size"): what a person can put right is told in one line, with exit
-    status 2. `memory` is what to do where there is too little of it."""
-    try:
-        yield
-    except (ValueError, OSError, FloatingPointError) as e:
-        parser.error((str(e).strip().splitlines() or [type(e).__name__])[-1])  # a worker's begins with its traceback
-    except (RuntimeError, MemoryError) as e:  # PyTorch has one error of its own for a GPU's memory, and none for others
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
-            raise
-        parser.error(f"out of memory: {memory}")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where, and in what precision
