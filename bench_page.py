@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-import layouts
+from common.files import atomic_write
 
 BUSY = 0.2  # cores at work for others: from here on it is said
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "torchvision", "segment-anything", "lpips")
@@ -234,5 +234,5 @@ def page(records, topics, folder):
 def write(path, records, topics):
     path = Path(path)
     text = page(records, topics, path.parent)
-    with layouts.whole(path) as out:
+    with atomic_write(path) as out:
         out.write_text(text, encoding="utf-8")

@@ -14,7 +14,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import charts
-import layouts
 import pairs
 import train
 from bench_clock import LIMIT, Watch, in_own_process, summary, synchronize
@@ -22,6 +21,7 @@ from bench_edits import PROMPT, magic_fixup, meadow, ramp
 from bench_models import DTYPES, NAMES, SIDES, stable_diffusion
 from bench_training import PEAK, peak_flops
 from common.devices import choose_precision
+from common.files import atomic_write
 from sample import edit, fixup
 
 POINTS = {
@@ -120,7 +120,7 @@ def draw(records, folder):
         for i, one in enumerate(drawn):
             sheet.paste(one, (i * one.width, 0))
         path = Path(folder) / f"{what}-{records[0]['device']}.png"
-        with layouts.whole(path) as tmp:
+        with atomic_write(path) as tmp:
             sheet.save(tmp, "PNG")
         made.append((path, sheet.width // charts.SCALE, f"{' and '.join(told)} against {label}"))
     return made

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 import diffdiff
 import diffusion
-import layouts
 import sample
 import toyworld
 from claims import DEPTHS, HELD_OUT, OPEN, Outcome, item, judge, toy_distance
 from common import pictures
+from common.files import write_json
 from toyworld import COLOUR, COLOURS, FIXED, GROUNDS, KINDS, TIME, TIMES
 
 CHAPTER = "The toy weights"
@@ -174,7 +174,7 @@ def examples(toy, quick, out):
     mask.save(folder / "mask.png")
     for k, name in ((2, "tree"), (3, "ball")):
         Image.fromarray((frame.segments[0] == k).byte().mul(255).numpy()).save(folder / f"{name}.png")
-    layouts.write_json(folder / "edits.json", {"image": "meadow.png", "segments": [
+    write_json(folder / "edits.json", {"image": "meadow.png", "segments": [
         {"mask": "ball.png", "edits": [{"translate": [-45, 2]}]}, {"mask": "tree.png", "edits": [{"delete": True}]},
     ]})
     return {"written": [f"examples/{name}" for name in (

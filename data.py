@@ -38,10 +38,10 @@ from tqdm import tqdm
 
 import collage
 import estimators
-import layouts
 import warp
 from common.cli import Parser, number, report_errors
 from common.devices import choose_device
+from common.files import write_json
 from estimators import DEPTH, FLOW, SEGMENTS
 from networks import published
 from pairs import ShardPairs, ToyPairs, affine_edit, flow_edit, toy_pairs
@@ -222,7 +222,7 @@ def run(args):
     elif args.out.is_dir() and any(args.out.glob("*.tar")):
         raise ValueError(f"{args.out} holds shards, but no manifest.json: choose another --out")
     else:
-        layouts.write_json(begun, manifest)
+        write_json(begun, manifest)
 
     part, parts = args.shard
     todo = [s for s in range(part, len(shards), parts) if not (args.out / f"pairs-{s:06d}.json").exists()]
@@ -249,14 +249,14 @@ def run(args):
                 write_shard(path, samples)
             if rows:
                 write_preview(path.with_suffix(".png"), rows)
-            layouts.write_json(path.with_suffix(".json"), {"kept": len(samples), "rejected": rejected})
+            write_json(path.with_suffix(".json"), {"kept": len(samples), "rejected": rejected})
     if numbers:
         seconds = time.perf_counter() - begin
         rate = len(numbers) / recipe.pairs / seconds
         print(f"{args.out}: {summary(counts)} in {seconds:.0f} s, {rate:.2f} clips/s")
     done, counts = totals_of(args.out, len(shards))
     if done == len(shards):
-        layouts.write_json(begun, manifest | {"totals": dict(sorted(counts.items()))})
+        write_json(begun, manifest | {"totals": dict(sorted(counts.items()))})
         if not counts["kept"]:
             raise ValueError(f"{args.out}: {summary(counts)}: there is nothing to train on")
     print(f"{args.out}: {done} of {len(shards)} shards are there: {summary(counts)}")

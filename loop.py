@@ -35,9 +35,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import diffusion
-import layouts
 import unet
 from common.devices import choose_precision
+from common.files import atomic_write
 
 KEPT = 3  # training states: the newest to go on from, the others should a disk or a learning rate have spoiled it
 EVERY = 50  # steps between two looks at the losses on a GPU, each of which waits until it has done all its work
@@ -107,7 +107,7 @@ def made_once(path, made_from, make):
     made_from = {"made_from": made_from}
     if rank() == 0 and not fresh(path, made_from):
         tensors = make()
-        with layouts.whole(path) as tmp:
+        with atomic_write(path) as tmp:
             save_file(tensors, tmp, made_from)
     if world() > 1:
         dist.barrier()
@@ -289,7 +289,7 @@ def save(out, stage, model, average, owner, losses, validation, recipe):
         header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [end, end := end + 4 * t.numel()]}
     header = json.dumps(header).encode()
     header += b" " * (-len(header) % 8)
-    with layouts.whole(out / f"{stage}-state-{len(losses):07d}.safetensors") as tmp, open(tmp, "wb") as file:
+    with atomic_write(out / f"{stage}-state-{len(losses):07d}.safetensors") as tmp, open(tmp, "wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         for t in tensors.values():
             file.write(t.detach().to("cpu", torch.float32).contiguous().numpy().data)
@@ -348,7 +348,7 @@ def draw_sheet(images, path):
     """images (rows, columns, 3, H, W) in [0, 1] as a grid PNG."""
     rows, columns, _, h, w = images.shape
     grid = images.clamp(0, 1).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, 3)
-    with layouts.whole(path) as tmp:
+    with atomic_write(path) as tmp:
         tmp.write_bytes(cv2.imencode(".png", (grid.float().numpy()[..., ::-1] * 255).round().astype(np.uint8))[1])
 
 
@@ -369,5 +369,5 @@ def draw_curve(losses, validation, path, width=900, height=400):
         cv2.putText(canvas, f"{math.exp(value):.3g}", (8, where), **text)
     told = f"step 1 .. {len(losses)} (log), loss (log)" + (", of held-out pairs orange" if validation else "")
     cv2.putText(canvas, told, (60, height - 12), **text)
-    with layouts.whole(path) as tmp:
+    with atomic_write(path) as tmp:
         tmp.write_bytes(cv2.imencode(".png", canvas)[1])

@@ -31,8 +31,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import diffusion
+from checkpoints.names import IGNORED, translate
+from checkpoints.read import read_tensors, uncollected
+from common.files import read_json, write_json
 from diffusion import BETAS, Schedule, T
-from layouts import IGNORED, read, read_json, translate, uncollected, write_json
 from sd import StableDiffusion, build, latent_side, load_part, save_part, schedule_from_json, schedule_to_json
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,7 +311,8 @@ def recognises(path):
     """Is there a Magic Fixup at that path, whole or not? For a word of help where something else was expected."""
     path = Path(path)
     with contextlib.suppress(ValueError, OSError):
-        return (path / "synthesizer").is_dir() or any(name.startswith(PREFIX["extractor"]) for name in read(path))
+        prefix = PREFIX["extractor"]
+        return (path / "synthesizer").is_dir() or any(name.startswith(prefix) for name in read_tensors(path))
     return False
 
 
@@ -360,7 +363,7 @@ UNUSED = re.compile(
 
 
 def load_released(path, dtype, device):
-    tensors = read(path)
+    tensors = read_tensors(path)
     names = [name for name in tensors if not (UNUSED.fullmatch(name) or IGNORED.fullmatch(name))]
     unknown = [name for name in names if not name.startswith(tuple(PREFIX.values()))]
 

@@ -53,7 +53,6 @@ import costs_dd  # noqa: F401, likewise
 import diffdiff
 import figures_dd  # noqa: F401, its items
 import figures_mfx  # noqa: F401, likewise
-import layouts
 import mfx
 import page
 import sample
@@ -63,6 +62,7 @@ from claims_mfx import magic_fixup  # noqa: F401, for tests/test_weights.py, as 
 from claims_toy import adherence, autoencoder, gradient, latent_shape  # noqa: F401
 from common.cli import Parser, report_errors
 from common.devices import choose_device, choose_precision
+from common.files import atomic_write, read_json, write_json
 from kernels import winograd
 from networks import lpips
 
@@ -145,7 +145,7 @@ def fingerprint(path):
 def fixup_fingerprint(path):
     """Of a Magic Fixup, and of the autoencoder elsewhere that it may lean on."""
     index = Path(path or "", mfx.INDEX)
-    elsewhere = layouts.read_json(index).get("vae") if path and index.is_file() else None
+    elsewhere = read_json(index).get("vae") if path and index.is_file() else None
     return fingerprint(path) + (fingerprint(Path(path, str(elsewhere))) if elsewhere else "")
 
 
@@ -185,7 +185,7 @@ def run_item(item, lab, digest):
     # As the file has it, so that a run that reads it gives the same page.
     outcome = claims.Outcome(*json.loads(json.dumps(outcome)))
     seconds = round(time.perf_counter() - start, 1)
-    layouts.write_json(lab.out / "cache" / f"{item.name}.json", {"digest": digest, "seconds": seconds}
+    write_json(lab.out / "cache" / f"{item.name}.json", {"digest": digest, "seconds": seconds}
                        | outcome._asdict())
     return outcome, seconds
 
@@ -202,10 +202,10 @@ def write(found, options, out, told):
         (timings if outcome.timings else results)[name] |= {"verdict": verdict, "why": why}
         shown = outcome._replace(pictures=[(out / file, caption) for file, caption in outcome.pictures])
         entries.append(page.Entry(item, shown, verdict, why, seconds, f"python reproduce.py --only {name}{options}"))
-    layouts.write_json(out / "results.json", {"measured with": told, "items": results})
-    layouts.write_json(out / "timings.json", timings)
+    write_json(out / "results.json", {"measured with": told, "items": results})
+    write_json(out / "timings.json", timings)
     missing = [n for n in names if n not in found]
-    with layouts.whole(out / "index.html") as file:
+    with atomic_write(out / "index.html") as file:
         file.write_text(page.page(entries, told, missing), encoding="utf-8")
     return entries
 

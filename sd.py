@@ -5,11 +5,11 @@
     sd = load("sd-v1-4.ckpt")                      the same as a pickle, of which nothing is executed
     save(sd, "folder")                             diffusers' StableDiffusionPipeline opens it
 
-Our modules' attribute names are the Hugging Face key names, so loading is `load_state_dict`; the one table that
-translates the original layout into them is NAMES in layouts.py. A model is built on the meta device, where it has
+Our modules' attribute names are the Hugging Face key names, so loading is `load_state_dict`; NAMES, the one table that
+translates the original layout into them, is in checkpoints/names.py. A model is built on the meta device, where it has
 shapes and no memory, and is given tensors that are views of the file, mapped into memory: a page is read when it is
 first computed with, and the system can drop it again. So loading takes no memory to speak of, unless `dtype` asks for
-another one.
+a cast.
 """
 
 import contextlib
@@ -24,19 +24,10 @@ from safetensors.torch import save_file
 import clip
 import unet
 import vae
+from checkpoints.names import IGNORED, split_parts, translate
+from checkpoints.read import describe_misfits, read_folder, read_tensors, uncollected
+from common.files import atomic_write, read_json, write_json
 from diffusion import BETAS, Schedule, T
-from layouts import (
-    IGNORED,
-    misfits,
-    read,
-    read_folder,
-    read_json,
-    split_parts,
-    translate,
-    uncollected,
-    whole,
-    write_json,
-)
 
 
 @dataclass
@@ -175,7 +166,7 @@ def build(part, tensors, where, config=None, dtype=None, device="cpu"):
             model = network(config)
     except (LookupError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as e:
         raise ValueError(f"{where}: its config.json does not make a {part} ({str(e).splitlines()[0]})") from None
-    if problems := misfits(model, shapes):
+    if problems := describe_misfits(model, shapes):
         raise ValueError(f"{where}, the {part}: {problems}")
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
     return model.requires_grad_(False).eval()
@@ -263,7 +254,7 @@ def latent_side(folder):
 
 
 def load_file(path, dtype, device, prediction):
-    parts, openclip = split_parts(path, read(path))
+    parts, openclip = split_parts(path, read_tensors(path))
     shapes = {name: tuple(tensor.shape) for name, tensor in parts["text_encoder"].items()}
     try:  # which activation is not in the tensors, but OpenCLIP has always had GELU, and OpenAI its own
         text = replace(clip.config_from_shapes(shapes), activation="gelu" if openclip else "quick_gelu")
@@ -300,7 +291,7 @@ def save_part(model, folder, dtype=None, **more):
     to_json = next(to_json for network, _, _, to_json in PARTS.values() if isinstance(model, network))
     stem = "model" if isinstance(model, clip.TextEncoder) else "diffusion_pytorch_model"
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    with whole(folder / f"{stem}.safetensors") as file:
+    with atomic_write(folder / f"{stem}.safetensors") as file:
         save_file(tensors, file, metadata={"format": "pt"})  # transformers insists on that entry
     write_json(folder / "config.json", to_json(model.config) | more)
 
@@ -320,7 +311,7 @@ def save(sd, folder, dtype=None):
         with tempfile.TemporaryDirectory() as made:
             sd.tokenizer.save(made)
             for file in Path(made).iterdir():
-                with whole(folder / "tokenizer" / file.name) as out:
+                with atomic_write(folder / "tokenizer" / file.name) as out:
                     out.write_bytes(file.read_bytes())
     inpainting = sd.unet.config.in_channels > sd.unet.config.out_channels
     write_json(folder / "model_index.json", {

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import layouts
+from common.files import atomic_write
 from common.pictures import labelled
 
 
@@ -37,7 +37,7 @@ def write_shard(path, samples):
     """[(number, {extension: bytes})] -> a .tar, byte for byte the same for the same samples; whole or not at all."""
     for leftover in path.parent.glob(f".{path.name}.*"):  # of a run that was killed: nobody else works on this shard
         leftover.unlink(missing_ok=True)
-    with layouts.whole(path) as temporary, tarfile.open(temporary, "w") as tar:
+    with atomic_write(path) as temporary, tarfile.open(temporary, "w") as tar:
         for k, files in samples:
             for extension, data in files.items():
                 member = tarfile.TarInfo(f"{k:06d}.{extension}")
@@ -50,7 +50,7 @@ def write_preview(path, rows):
     names = ("reference", "target", "flow", "affine", "motion")
     top = labelled([Image.fromarray(picture) for picture in rows[0]], names, gap=0)
     sheet = Image.fromarray(np.concatenate([np.asarray(top), *[np.concatenate(row, 1) for row in rows[1:]]]))
-    with layouts.whole(path) as temporary:
+    with atomic_write(path) as temporary:
         sheet.save(temporary, "PNG")
 
 

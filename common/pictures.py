@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
-import layouts
+from common.files import atomic_write
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In
@@ -153,4 +153,4 @@ def save_pictures(pictures):
         for picture, path, parameters in pictures:
             note = PngImagePlugin.PngInfo()
             note.add_text("parameters", json.dumps(parameters))
-            picture.save(written.enter_context(layouts.whole(path)), "PNG", pnginfo=note)
+            picture.save(written.enter_context(atomic_write(path)), "PNG", pnginfo=note)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from layouts import misfits, read
+from checkpoints.read import describe_misfits, read_tensors
 from networks import lpips, midas, raft, sam
 
 FOLDER = Path(__file__).parent.parent / "weights"
@@ -82,7 +82,7 @@ def load(kind, path, dtype=None, device="cpu"):
     path   .pth, .pt or .safetensors; RAFT in torchvision's or in its authors' layout
     dtype  None: as stored, and on the CPU the weights stay in the file, mapped: processes share its pages
 
-    FileNotFoundError or ValueError, of one line, for a file that is not there, damaged, refused (see `layouts.read`),
+    FileNotFoundError or ValueError, of one line, for a file that is not there, damaged, refused (see `read_tensors`),
     not whole, or another network's.
     """
     what, files, _ = PUBLISHED[kind]
@@ -93,7 +93,7 @@ def load(kind, path, dtype=None, device="cpu"):
     try:
         with torch.device("meta"):
             model = build(shapes(tensors))
-        problems = misfits(model, shapes(tensors))
+        problems = describe_misfits(model, shapes(tensors))
     except KeyError as name:
         problems = f"there is no tensor {name.args[0]}; the first is {next(iter(stored))}"
     except (LookupError, ValueError, RuntimeError, ZeroDivisionError) as e:
@@ -123,12 +123,12 @@ def load_lpips(backbone, heads):
     wanted = {name: shapes(model.state_dict()) for name, model in models.items()}
     name = min(models, key=lambda n: len(set(shapes(features).items()) ^ set(wanted[n].items())))
     rest = {k: shape for k, shape in wanted[name].items() if not k.startswith("features.")}
-    if problems := misfits(models[name], rest | shapes(features)):
+    if problems := describe_misfits(models[name], rest | shapes(features)):
         raise ValueError(f"{backbone}: {expected}, and "
                          f"{recognised(stored, 'backbone') or f'it is closest to {name}, but for {problems}'}")
     expected = f"expected the heads of {name} ({LPIPS[name][1]}), as {backbone} is one"
     found = contents(heads, expected)
-    if problems := misfits(models[name], shapes(features) | shapes(found)):
+    if problems := describe_misfits(models[name], shapes(features) | shapes(found)):
         raise ValueError(f"{heads}: {expected}, and {recognised(found, 'heads') or problems}")
     models[name].load_state_dict(features | found, assign=True)
     return models[name].requires_grad_(False).eval()
@@ -136,7 +136,7 @@ def load_lpips(backbone, heads):
 
 def contents(path, expected):
     try:
-        return read(path)
+        return read_tensors(path)
     except ValueError as e:
         raise ValueError(f"{e}; {expected}") from None
 

@@ -1,7 +1,7 @@
 """sd.py: every layout in, the standard folder out, and what happens to files that are something else.
 
 The original layout is written here by `to_original`, which counts blocks as the original program does, and is read by
-us and by diffusers' own conversion; neither knows the table in layouts.py.
+us and by diffusers' own conversion; neither knows the table in checkpoints/names.py.
 """
 
 import json
@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import clip
 import diffusion
-import layouts
 import sd
 import unet
 import vae
+from checkpoints import names, read
 
 CAPTIONS = ["a red circle on a sandy beach", "two blue squares", "the sea at night", "a photo of 12 cats!"]
 VOCAB, MERGES = clip.learn_bpe(CAPTIONS, 560)
@@ -239,8 +239,8 @@ def test_xl_names_as_diffusers_converts_them():
                              linear_proj=True, context=40, layers=1)
     model = small()
     model.unet = unet.UNet(config)
-    tensors = {k: v for k, v in to_original(model).items() if k.startswith(layouts.PREFIX["unet"])}
-    got = layouts.translate("unet", {k.removeprefix(layouts.PREFIX["unet"]): v for k, v in tensors.items()})
+    tensors = {k: v for k, v in to_original(model).items() if k.startswith(names.PREFIX["unet"])}
+    got = names.translate("unet", {k.removeprefix(names.PREFIX["unet"]): v for k, v in tensors.items()})
     want = convert.convert_ldm_unet_checkpoint(dict(tensors), unet.config_to_json(config))
     assert got.keys() == want.keys() == model.unet.state_dict().keys()
     assert all(torch.equal(got[k], want[k]) for k in want)
@@ -269,7 +269,7 @@ def test_weights_stay_in_the_file(tmp_path):
 
     for file in ("a.safetensors", "a.ckpt"):
         before = private()
-        tensor = layouts.read(tmp_path / file)["a"]
+        tensor = read.read_tensors(tmp_path / file)["a"]
         assert torch.equal(tensor, big)
         assert private() - before < 8 * 1024
 

@@ -182,10 +182,11 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
     """A process that dies inside the write: the file under the final name is the complete old one."""
     path = tmp_path / "state"
     code = f"""
-        import os, layouts
-        with layouts.whole({str(path)!r}) as tmp:
+        import os
+        from common.files import atomic_write
+        with atomic_write({str(path)!r}) as tmp:
             tmp.write_bytes(b"old")
-        with layouts.whole({str(path)!r}) as tmp:
+        with atomic_write({str(path)!r}) as tmp:
             tmp.write_bytes(b"ne")
             os.kill(os.getpid(), 9)
     """

@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 
 import clip
 import diffusion
-import layouts
 import loop
 import mfx
 import pairs
@@ -31,6 +30,7 @@ import sd
 import train
 import unet
 import vae
+from common.files import write_json
 
 ROOT = Path(train.__file__).parent
 UNET = unet.UNetConfig(channels=(16, 32), layers=1, depth=(1, 1), heads=2, context=32, groups=8)
@@ -52,7 +52,7 @@ def write_stable(folder):
     sd.save_part(test_sd.randomise(unet.UNet(UNET)), folder / "unet", sample_size=8)
     sd.save_part(test_sd.randomise(autoencoder), folder / "vae")
     sd.save_part(text, folder / "text_encoder")
-    layouts.write_json(folder / "scheduler/scheduler_config.json",
+    write_json(folder / "scheduler/scheduler_config.json",
                        sd.schedule_to_json(diffusion.Schedule()))
 
 

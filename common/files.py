@@ -1,0 +1,39 @@
+"""Files that are there whole or not at all, and JSON."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+
+def read_json(path):
+    """-> the object {name: value} in that file. FileNotFoundError, or ValueError for anything else that is in it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged ({e}): copy it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it should hold {{...}}, not a {type(found).__name__}. Copy it again")
+    return found
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A name to write to, which becomes `path` if nothing goes wrong: the file is there whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # on the disk before it has the name, also if the power fails
+        os.replace(temporary, path)  # also where the old file is mapped: the map keeps the old contents
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    with atomic_write(path) as out:
+        out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
