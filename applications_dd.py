@@ -12,10 +12,10 @@ import torch.nn.functional as F
 import charts
 import compositing
 import diffdiff
-import maps
 import toyworld
 from claims import Outcome, item, judge, mean_error, plus_minus, sharpness, surely_less, to_bytes, to_picture
 from claims_dd import CHAPTER
+from editing import change_maps as maps
 from networks import midas, published
 
 # ---------------------------------------------------------------------------------------------------------------------

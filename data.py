@@ -37,16 +37,16 @@ import torch
 from tqdm import tqdm
 
 import collage
-import estimators
 import warp
 from common.cli import Parser, number, report_errors
 from common.devices import choose_device
 from common.files import write_json
-from estimators import DEPTH, FLOW, SEGMENTS
 from networks import published
 from pairs import ShardPairs, ToyPairs, affine_edit, flow_edit, toy_pairs
-from shards import in_order, summary, totals_of, work, write_preview, write_shard
-from videos import LONGEST, find_clips, is_cut, read_window
+from video import estimators
+from video.clips import LONGEST, find_clips, is_cut, read_window
+from video.estimators import DEPTH, FLOW, SEGMENTS
+from video.shards import in_order, summary, totals_of, work, write_preview, write_shard
 
 __all__ = ["ShardPairs", "ToyPairs", "toy_pairs"]  # the other half of this idea: reading pairs, from here and elsewhere
 

@@ -1,7 +1,7 @@
 """Edit a picture from the command line, each pixel by as much as you say.
 
     python sample.py --image P.png --change-map M.png --prompt "snow at night"    black changes fully, white stays
-    python sample.py --image P.png --change-map depth --prompt "..."              computed (maps.py); also of segments
+    python sample.py --image P.png --change-map depth --prompt "..."              computed from depth, or from segments
     python sample.py --image P.png --mask M.png --softness 8 --prompt "..."       soft-inpainting: black is repainted
     python sample.py --image P.png --strength-fan 5 --prompt "..."                columns of growing strength
     python sample.py --image P.png --strength 0.6 --prompt "..."                  one strength everywhere (SDEdit)
@@ -31,7 +31,6 @@ from tqdm import tqdm
 import collage
 import diffdiff
 import diffusion
-import maps
 import mfx
 import sd
 import vae
@@ -51,6 +50,7 @@ from common.pictures import (
     tensor_to_picture,
     to_rgb,
 )
+from editing import change_maps as maps
 from kernels.winograd import hold_memory
 from networks import published, sam
 

@@ -20,12 +20,11 @@ import torch
 from torch.utils.data import DataLoader
 
 import data
-import estimators
 import pairs
-import shards
 import toyworld
 import warp
 from pairs import ShardPairs, ToyPairs, toy_pairs
+from video import estimators, shards
 
 threads = torch.get_num_threads()
 shards.quiet()  # what FFmpeg may say is settled at its first use in a process

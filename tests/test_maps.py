@@ -1,4 +1,4 @@
-"""maps.py: transforms, specs, segments into maps; and the command line with a small random SAM and MiDaS."""
+"""change_maps.py: transforms, specs, segments into maps; and the command line with a small random SAM and MiDaS."""
 
 import gc
 import json
@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from test_sample import MEADOW, fails, run
 
-import maps
 import sample
 import sd
+from editing import change_maps as maps
 from networks import midas, published, sam
 
 CLICK = "sam:40,60=0;90,30=0.5"

@@ -12,9 +12,9 @@ import torch
 from test_data import contents, fails, film, picture
 
 import data
-import estimators
 from networks import lpips, midas, published, raft, sam
 from pairs import ShardPairs
+from video import estimators
 
 DPT = midas.DPTConfig(width=64, blocks=4, grid=2, channels=(8, 8, 8, 8), features=8)
 SIDE, PAN = 64, 2.4  # pixels of the pairs, and by how many the film goes left in data.STEP, four frames of 25 a second

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from estimators import dis_flow
 from networks import published, raft
+from video.estimators import dis_flow
 
 SIZES = [(128, 128), (136, 152), (131, 141)]
 

@@ -7,7 +7,7 @@ import cv2
 import torch
 
 import warp
-from estimators import dis_flow
+from video.estimators import dis_flow
 
 LONGEST = 10.0  # seconds between the two frames of a pair, and so of the stretch that is read for one
 STEP = 0.15  # seconds between the frames that flow is estimated for; the release: 20 in each 3-second clip

@@ -1,0 +1,1 @@
+"""Behind sample.py: change maps from depth and segments, edits written down, clicks."""
