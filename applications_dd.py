@@ -12,11 +12,11 @@ import torch.nn.functional as F
 import charts
 import compositing
 import diffdiff
-import toyworld
 from claims import Outcome, item, judge, mean_error, plus_minus, sharpness, surely_less, to_bytes, to_picture
 from claims_dd import CHAPTER
 from editing import change_maps as maps
 from networks import midas, published
+from toy import world as toyworld
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures 6 and 12

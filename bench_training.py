@@ -20,13 +20,13 @@ import diffusion
 import loop
 import mfx
 import pairs
-import toyworld
 import train
 import unet
 import vae
 from bench_clock import Watch, alternate, in_own_process, rates, summary, synchronize
 from bench_models import CONFIGS, NAMES, SIDES, without_text
 from common.pictures import tensor_to_picture
+from toy import world as toyworld
 
 PEAK = {  # bf16 operations a second, without sparsity, of their makers' data sheets: what a GPU's name has in it
     "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,

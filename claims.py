@@ -16,10 +16,10 @@ import torch
 import diffdiff
 import diffusion
 import sd
-import toyworld
 from common import pictures
 from kernels.winograd import quicken
 from networks import lpips, published
+from toy import world as toyworld
 
 HELD_OUT = 10**9  # loop.at() stays below it for the seeds that train.py takes
 TRUE, PART, FALSE, OPEN = "came true", "came true in part", "did not come true", "not measured"  # a verdict is one

@@ -13,10 +13,10 @@ import charts
 import collage
 import diffdiff
 import mfx
-import toyworld
 from claims import HELD_OUT, OPEN, TRUE, Outcome, item, judge, mean_error, plus_minus, quick, resampled, to_picture
 from claims_toy import scenes_of
 from common import pictures
+from toy import world as toyworld
 
 CHAPTER = "Magic Fixup"
 

@@ -18,11 +18,11 @@ from tqdm import tqdm
 import diffdiff
 import diffusion
 import sample
-import toyworld
 from claims import DEPTHS, HELD_OUT, OPEN, Outcome, item, judge, toy_distance
 from common import pictures
 from common.files import write_json
-from toyworld import COLOUR, COLOURS, FIXED, GROUNDS, KINDS, TIME, TIMES
+from toy import world as toyworld
+from toy.world import COLOUR, COLOURS, FIXED, GROUNDS, KINDS, TIME, TIMES
 
 CHAPTER = "The toy weights"
 

@@ -8,7 +8,6 @@ import torch
 import charts
 import diffdiff
 import diffusion
-import toyworld
 from ablation_mfx import STEPS, TESTS, held_out
 from claims import Outcome, item, judge, mean_error, plus_minus, surely_less, to_picture
 from claims_mfx import (
@@ -29,6 +28,7 @@ from claims_mfx import (
     with_missing,
 )
 from claims_toy import scenes_of
+from toy import world as toyworld
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figure 4

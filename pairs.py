@@ -24,8 +24,8 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 import collage
-import toyworld
 import warp
+from toy import world as toyworld
 
 MODELS = ("flow", "affine", "both")  # the motion model of the coarse edit; both: either one, half of the time
 

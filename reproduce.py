@@ -57,7 +57,6 @@ import mfx
 import page
 import sample
 import sd
-import toyworld
 from claims_mfx import magic_fixup  # noqa: F401, for tests/test_weights.py, as are the next four
 from claims_toy import adherence, autoencoder, gradient, latent_shape  # noqa: F401
 from common.cli import Parser, report_errors
@@ -65,6 +64,7 @@ from common.devices import choose_device, choose_precision
 from common.files import atomic_write, read_json, write_json
 from kernels import winograd
 from networks import lpips
+from toy import world as toyworld
 
 HERE = Path(__file__).parent
 CHAPTERS = (claims_dd.CHAPTER, claims_mfx.CHAPTER, claims_toy.CHAPTER)  # of the page, in this order

@@ -19,11 +19,11 @@ import clip
 import diffusion
 import loop
 import sd
-import toyworld
 import unet
 import vae
 from common.cli import TOY
 from loop import at, channels_last, digest, made_once, stratified
+from toy import world as toyworld
 
 # Autoencoder
 CROP = 64  # pixels; three quarters of the crops are centred on an object, since the background teaches little

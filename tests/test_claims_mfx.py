@@ -11,9 +11,9 @@ import claims
 import claims_mfx
 import figures_mfx
 import reproduce
-import toyworld
 from claims import FALSE, OPEN, PART, TRUE
 from claims_mfx import AFFINE, ALONE, FLOW, FULL, TRAINED
+from toy import world as toyworld
 
 
 @pytest.fixture

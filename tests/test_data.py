@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 
 import data
 import pairs
-import toyworld
 import warp
 from pairs import ShardPairs, ToyPairs, toy_pairs
+from toy import world as toyworld
 from video import estimators, shards
 
 threads = torch.get_num_threads()

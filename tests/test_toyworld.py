@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import collage
-import toyworld
 import warp
-from toyworld import COLOURS, GROUNDS, KINDS, TIMES, Scene, captions, random_scenes, render
+from toy import world as toyworld
+from toy.world import COLOURS, GROUNDS, KINDS, TIMES, Scene, captions, random_scenes, render
 
 
 def scene(ground="sand", time="noon", sun=0.6, kind=("ball",), colour=("red",), x=(0.0,), z=(3.0,), size=(0.8,)):

@@ -15,9 +15,9 @@ import diffusion
 import loop
 import sample
 import sd
-import toyworld
 import train
 import train_toys
+from toy import world as toyworld
 
 
 @pytest.fixture(scope="module")

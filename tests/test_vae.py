@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 import sample
 import sd
-import toyworld
 import vae
 from costs_dd import peak_memory
 from kernels.winograd import quicken
+from toy import world as toyworld
 from vae import VAE, VAEConfig, cuts, tiled
 
 SMALL = {"sd": VAEConfig((32, 64, 64, 96)), "toy": VAEConfig((8, 16, 24), 1, 12, 8)}

@@ -12,7 +12,7 @@ import mfx
 import reproduce
 import sample
 import sd
-import toyworld
+from toy import world as toyworld
 
 
 @pytest.fixture(scope="module")
