@@ -79,7 +79,7 @@ def test_penultimate_layer_of_sd2_and_both_of_sdxl(tmp_path):
     # SD 2's folder stores one layer less instead of skipping one.
     shorter = clip.TextEncoder(replace(config, layers=3, skip_last=0))
     shorter.load_state_dict({k: v for k, v in sd2.state_dict().items() if ".layers.3." not in k})
-    assert torch.equal(shorter(ids), sd2(ids))
+    assert relative_error(shorter(ids), sd2(ids)) <= 1e-5  # of weights at other addresses
     sdxl = clip.TextEncoder(replace(config, final_norm=False))
     sdxl.load_state_dict(sd2.state_dict())
     context, pooled = sdxl.encode(ids)
@@ -99,7 +99,9 @@ def test_loads_what_transformers_saves_on_the_meta_device(tmp_path):
         again = clip.TextEncoder(read)
     again.load_state_dict(tensors, assign=True)
     ids = random_ids(config)
-    assert torch.equal(again.eval()(ids), ours(ids))
+    state = ours.state_dict()
+    assert tensors.keys() == state.keys() and all(torch.equal(tensors[k], state[k]) for k in state)
+    assert relative_error(again.eval()(ids), ours(ids)) <= 1e-5  # of weights at other addresses
 
 
 @torch.no_grad()

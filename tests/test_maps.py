@@ -1,8 +1,10 @@
 """change_maps.py: transforms, specs, segments into maps; and the command line with a small random SAM and MiDaS."""
 
+import functools
 import gc
 import json
 import weakref
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -294,7 +296,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def maps_seen(monkeypatch):
+def one_network(monkeypatch):
+    """A run and the test look with the same network of a kind, so that bits can be compared. Of weights at other
+    addresses numbers are the same to a tolerance, and a pixel at a threshold may fall on its other side."""
+    load = published.load
+    once = functools.cache(lambda kind, file: load(kind, file, torch.float32))
+    monkeypatch.setattr(published, "load", lambda kind, file, *_: once(kind, Path(file)))
+
+
+@pytest.fixture
+def maps_seen(monkeypatch, one_network):
     """-> a list that fills with the change maps that the model is given, in place of a model that looks at them"""
     seen = []
 
@@ -407,7 +418,7 @@ def clicks(tmp_path):
 
 
 @pytest.fixture
-def edits_seen(monkeypatch):
+def edits_seen(monkeypatch, one_network):
     """-> a list that fills with what Magic Fixup is given: (reference, coarse, mask, change map)"""
     seen = []
     monkeypatch.setattr(sample, "fixup", lambda model, *given, **_: seen.append(given) or given[1] / 2 + 0.5)

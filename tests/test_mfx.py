@@ -62,6 +62,11 @@ def training_batch(seed=0, batch=4):
     return {"reference": reference, "coarse": coarse, "mask": mask, "target": target}
 
 
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def calls(module, do):
     """How many samples each call of a module had while `do()` ran."""
     seen = []
@@ -390,11 +395,15 @@ def test_begins_as_stable_diffusion_without_its_text(C):
     g = torch.Generator().manual_seed(1)
     z, t = torch.randn(2, 2 * C + 1, 8, 8, generator=g), torch.tensor([10, 900])
     nothing = [torch.zeros(2, f.shape[1], f.shape[2]) for f in new.extractor.features(z, t)]
+    added = []
+    for block in new.synthesizer.transformer_blocks():
+        block.attn2.register_forward_hook(lambda module, args, out: added.append(out))
     got = new.synthesizer(z, t, new.synthesizer.keys_values(nothing))
-    assert relative_error(got, textless(z[:, : stable.unet.config.in_channels], t, ())) < 1e-6
-    widened = unet.UNet(new.extractor.config)  # the same sums in the same order: the same bits
+    assert relative_error(got, textless(z[:, : stable.unet.config.in_channels], t, ())) <= 1e-5
+    widened = unet.UNet(new.extractor.config)
     widened.load_state_dict(textless.state_dict() | {"conv_in.weight": new.extractor.conv_in.weight})
-    assert torch.equal(got, widened(z, t, ()))
+    assert relative_error(got, widened(z, t, ())) <= 1e-5
+    assert len(added) == len(nothing) and not any(out.any() for out in added)  # exactly nothing
     assert not new.extractor.conv_in.weight[:, C:].any() and new.extractor.conv_in.weight[:, :C].any()
     assert not any(p.requires_grad for p in new.parameters())
 
@@ -477,7 +486,8 @@ def test_without_cross_reference_attention(tmp_path):
     ablated.loss(training_batch()).backward()
     mfx.save(ablated, tmp_path / "ablated")
     again = mfx.load(tmp_path / "ablated")
-    assert again.extractor is None and torch.equal(again.sample(reference, coarse, mask, steps=3), got)
+    assert again.extractor is None and same_weights(again, ablated)
+    assert relative_error(again.sample(reference, coarse, mask, steps=3), got) <= 1e-5
 
 
 def test_any_noise_schedule_by_name():
@@ -636,9 +646,11 @@ def test_save_and_load(tmp_path, model):
     again = mfx.load(tmp_path / "saved")
     assert (again.size, again.schedule.name) == (16, "scaled_linear")
     assert again.synthesizer.config == model.synthesizer.config and again.extractor.config == model.extractor.config
-    assert torch.equal(again.sample(*edit(), steps=3), model.sample(*edit(), steps=3))
+    assert same_weights(again, model)  # bit for bit; what is computed of weights at other addresses is not
+    assert relative_error(again.sample(*edit(), steps=3), model.sample(*edit(), steps=3)) <= 1e-5
     picture = torch.rand(1, 3, 16, 16)
-    assert torch.equal(again.decode(again.encode_image(picture)), model.decode(model.encode_image(picture)))
+    there, here = (m.decode(m.encode_image(picture)) for m in (again, model))
+    assert relative_error(there, here) <= 1e-5
     model.size, before = 32, model.size
     mfx.save(model, tmp_path / "saved")
     model.size = before
@@ -650,7 +662,8 @@ def test_a_released_file_saved_anew(tmp_path, released):
     mfx.save(ours, tmp_path / "saved")
     again = mfx.load(tmp_path / "saved")
     assert again.schedule.name == "zero_snr"
-    assert torch.equal(again.sample(*edit(4), steps=3), ours.sample(*edit(4), steps=3))
+    assert same_weights(again, ours)
+    assert relative_error(again.sample(*edit(4), steps=3), ours.sample(*edit(4), steps=3)) <= 1e-5
 
 
 def test_the_schedule_is_the_file_s_own(tmp_path, released):

@@ -229,7 +229,8 @@ def test_what_estimators_give(folder, quick):
         assert np.isfinite(new).all() and (new.min() >= 0 or what != "segments")
     near = midas.depth(published.load("midas", weights["midas"]), first).numpy()
     far = estimators.estimator(estimators.DEPTH, "midas", weights)(first, None)
-    assert near.std() > 0 and (far.ravel()[near.argmax()], far.ravel()[near.argmin()]) == (far.min(), far.max())
+    ends = far.ravel()[near.argmax()], far.ravel()[near.argmin()]
+    assert near.std() > 0 and ends == pytest.approx((far.min(), far.max()), rel=1e-4)  # of two loaded networks
 
 
 def test_a_stretch_of_flows_is_estimated_once_and_together():

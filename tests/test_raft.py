@@ -131,7 +131,7 @@ def test_original_layout(model, tmp_path, prefix, extension):
     loaded = published.load("raft", path)
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
     first, second = pictures(2, 128, 136).split(1)
-    assert torch.equal(loaded(first, second, 2), model(first, second, 2))
+    assert error(loaded(first, second, 2), model(first, second, 2)) <= 1e-5  # of weights at other addresses
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
 

@@ -68,6 +68,29 @@ def decoded(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def encoded(monkeypatch):
+    """-> a list that fills with the latents of the pictures that are encoded"""
+    seen, encode = [], sd.StableDiffusion.encode_image
+
+    def watched(self, *args):
+        seen.append(encode(self, *args))
+        return seen[-1].clone()
+
+    monkeypatch.setattr(sd.StableDiffusion, "encode_image", watched)
+    return seen
+
+
+def relative_error(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def same_picture(a, b):
+    """To one grey level: every run reads its weights anew, and a network of weights at other addresses gives the same
+    numbers to a tolerance."""
+    return a.shape == b.shape and np.abs(a - b).max() <= 1
+
+
 def half_white(path):
     """Black, a ramp, and the right half white."""
     ramp = np.clip(np.arange(128) * 8 - 256, 0, 255).astype(np.uint8)
@@ -76,12 +99,13 @@ def half_white(path):
 
 
 @pytest.mark.parametrize("sampler", list(diffusion.SAMPLERS))
-def test_change_map(tmp_path, sampler, decoded, z_init, round_trip):
-    """White latents are the original's, bit for bit, and black ones are not; in pixels, the decoder's norms and its
-    attention look at the whole picture, so that white ones follow a little."""
+def test_change_map(tmp_path, sampler, decoded, encoded, z_init, round_trip):
+    """White latents are the original's in the same run, bit for bit, and black ones are not; in pixels, the decoder's
+    norms and its attention look at the whole picture, so that white ones follow a little."""
     image = run(tmp_path, "--image", MEADOW, "--change-map", half_white(tmp_path / "map.png"),
                 "--prompt", "snow at night", "--sampler", sampler)
-    assert torch.equal(decoded[0][..., 8:], z_init[..., 8:])
+    assert len(encoded) == 1 and torch.equal(decoded[0][..., 8:], encoded[0][..., 8:])
+    assert relative_error(encoded[0], z_init) <= 1e-5  # by another copy of the weights
     assert (decoded[0][..., :4] - z_init[..., :4]).abs().mean() > 0.5
     change = np.abs(image - round_trip).mean((0, 2))
     assert change[-64:].mean() < 10 < 25 < change[:32].mean()
@@ -99,21 +123,22 @@ def test_white_is_change_turns_the_map_round(tmp_path):
     a = run(tmp_path, "--image", MEADOW, "--change-map", GRADIENT, "--prompt", "snow at night")
     b = run(tmp_path, "--image", MEADOW, "--change-map", tmp_path / "flipped.png", "--white-is-change",
             "--prompt", "snow at night")
-    assert np.array_equal(a, b)
+    assert same_picture(a, b)
 
 
-def test_white_map_is_the_round_trip_and_costs_no_step(tmp_path, round_trip, monkeypatch):
+def test_white_map_is_the_round_trip_and_costs_no_step(tmp_path, round_trip, decoded, encoded, monkeypatch):
     monkeypatch.setattr(unet.UNet, "forward", None)  # calling it would be an error
     Image.new("L", (64, 64), 255).save(tmp_path / "white.png")
     image = run(tmp_path, "--image", MEADOW, "--change-map", tmp_path / "white.png", "--prompt", "snow at night")
-    assert np.array_equal(image, round_trip)
+    assert len(decoded) == len(encoded) == 1 and torch.equal(decoded[0], encoded[0])  # in the same run
+    assert same_picture(image, round_trip)
 
 
 def test_strength_is_a_grey_map(tmp_path):
     Image.new("L", (128, 128), 51).save(tmp_path / "grey.png")  # 51 / 255 = 0.2
     a = run(tmp_path, "--image", MEADOW, "--strength", "0.8", "--prompt", "sand at sunset")
     b = run(tmp_path, "--image", MEADOW, "--change-map", tmp_path / "grey.png", "--prompt", "sand at sunset")
-    assert np.array_equal(a, b)
+    assert same_picture(a, b)
 
 
 def test_soft_inpainting_and_fan_and_text(tmp_path, round_trip):
@@ -180,10 +205,12 @@ def test_map_follows_the_picture_when_it_is_cut():
 
 
 def test_same_seed_same_picture_and_skipping_is_exact(tmp_path):
+    """On one machine and by one number of threads, bit for bit: half-precision weights are made fp32 as they are read,
+    and so always lie where PyTorch aligns them."""
     argv = ["--image", MEADOW, "--strength", "0.5", "--prompt", "snow at night"]
     a = run(tmp_path, *argv)
     assert np.array_equal(a, run(tmp_path, *argv)) and np.array_equal(a, run(tmp_path, *argv, "--no-skip"))
-    assert not np.array_equal(a, run(tmp_path, *argv, "--seed", "1"))
+    assert not same_picture(a, run(tmp_path, *argv, "--seed", "1"))
 
 
 def test_guidance_one_needs_no_unconditional_pass(toy):

@@ -220,7 +220,8 @@ def test_copies_do_not_share_what_is_kept():
     want = conv(x)
     for other in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
         assert other.kept is None and conv.kept is not None
-        assert torch.equal(other(x), want)
+        assert torch.equal(other.weight, conv.weight)
+        assert relative_error(other(x), want) <= 1e-5  # of weights at other addresses
         other.weight.zero_()
         assert torch.equal(other(x), other.bias[:, None, None].expand_as(want)) and torch.equal(conv(x), want)
 
@@ -237,7 +238,8 @@ def test_gradients_are_the_plain_ones():
             y = x.clone().requires_grad_()
             c(y).square().sum().backward()
             results.append([y.grad, *(p.grad for p in c.parameters() if learning)])
-        assert len(results[0]) == (3 if learning else 1) and all(map(torch.equal, *results))
+        assert len(results[0]) == len(results[1]) == (3 if learning else 1)
+        assert all(relative_error(b, a) <= 1e-5 for a, b in zip(*results))  # of weights at other addresses
 
 
 @pytest.mark.parametrize("case", ["bfloat16", "autocast", "grouped", "dilated", "reflect", "same", "circular"])
