@@ -290,7 +290,7 @@ def small_sam():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("networks")
     torch.save(small_sam().state_dict(), folder / "sam_vit_b_01ec64.pth")
-    tensors = test_midas.random_tensors(test_midas.published(**test_midas.SMALL))
+    tensors = test_midas.random_tensors(test_midas.published_shapes(**test_midas.SMALL))
     torch.save(tensors, folder / "dpt_large_384.pt")
     return folder
 
