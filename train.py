@@ -55,7 +55,7 @@ from common.devices import choose_device
 from kernels.winograd import hold_memory
 from loop import at, channels_last, digest, made_once, stratified
 from pairs import MODELS, ShardPairs, ToyPairs, toy_pairs
-from train_toys import train_base, train_inpainting, train_vae
+from reproduce.train_toys import train_base, train_inpainting, train_vae
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes. What can be changed from the command line is changed by the option of the same name.
@@ -313,7 +313,7 @@ def main(argv=None):
     parser.add_argument("--scenes", type=number(int, 0, 10**9), help="stage mfx: pairs to encode once; 0: as they come")
     parser.add_argument("--lr", type=number(float, 1e-9, 1))
     parser.add_argument("--offset", type=number(float, 0, 1))
-    parser.add_argument("--seed", type=number(int, 0, 900))  # the seeds above belong to reproduce.py's held-out scenes
+    parser.add_argument("--seed", type=number(int, 0, 900))  # the seeds above belong to -m reproduce's held-out scenes
     parser.add_argument("--motion", choices=MODELS, help="stage mfx: of the coarse edits (default: both)")
     parser.add_argument("--prediction", choices=["epsilon", "v_prediction"], help="stage mfx: what to learn")
     parser.add_argument("--held-out", type=number(int, 0, 4096), help="stage mfx: pairs to validate on; 0: don't")

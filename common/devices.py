@@ -37,7 +37,7 @@ def choose_precision(name, device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.float16
-    # bf16 instructions without AMX tiles (AVX512-BF16 alone) are slower than single precision: python bench.py unet
+    # bf16 instructions without AMX tiles (AVX512-BF16 alone) are slower than single precision: python -m bench unet
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""bench.py's own parts on invented timings and logs, and its peers' loops, which must give what ours give."""
+"""-m bench's own parts on invented timings and logs, and its peers' loops, which must give what ours give."""
 
 import ctypes
 import itertools
@@ -16,22 +16,22 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-import bench_clock
-import bench_edits
-import bench_models
-import bench_page
-import bench_peers
-import bench_scale
-import bench_training
-import bench_warp
 import diffusion
 import mfx
 import pairs
 import splat
 import unet
 import vae
-from bench_clock import alternate, compare, ratio, summary, turns
+from bench import __main__ as bench
+from bench import clock as bench_clock
+from bench import edits as bench_edits
+from bench import models as bench_models
+from bench import page as bench_page
+from bench import peers as bench_peers
+from bench import scale as bench_scale
+from bench import training as bench_training
+from bench import warp as bench_warp
+from bench.clock import alternate, compare, ratio, summary, turns
 from sample import edit, fixup
 
 
@@ -106,11 +106,11 @@ def test_a_ratio_is_the_medians_and_its_spread_the_rounds():
 
 
 def test_a_process_of_its_own(monkeypatch):
-    assert bench_clock.in_own_process("bench_page.short", x=2) == "2"
+    assert bench_clock.in_own_process("bench.page.short", x=2) == "2"
     failed = SimpleNamespace(returncode=1, stdout="", stderr="Traceback ..\n  ..\nValueError: broken\n")
     monkeypatch.setattr(bench_clock.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(RuntimeError, match="ValueError: broken"):
-        bench_clock.in_own_process("bench_page.short", x=2)
+        bench_clock.in_own_process("bench.page.short", x=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def record(topic="unet", row="SD", run="2030-01-01T00:00:00Z", device="cpu", fig
     if figures is None:
         figures = {"ours": summary([0.05, 0.04, 0.06], "s"), "peer": "diffusers"}
     return {"topic": topic, "device": device, "row": row, "figures": figures, "run": run,
-            "command": f"python bench.py {topic}", "versions": {"torch": "9.9", "ours": "abc"},
+            "command": f"python -m bench {topic}", "versions": {"torch": "9.9", "ours": "abc"},
             "machine": {"cpu": "A processor", "cores": 2, "threads": 2, "gpu": gpu, "others": 0}}
 
 
@@ -187,7 +187,7 @@ def test_the_page_without_a_gpu(tmp_path, monkeypatch):
     text = (tmp_path / "BENCHMARKS.md").read_text()
     assert "| SD  | 50 ms (40 .. 60) | diffusers |" in text
     assert "A processor, 2 cores, 2 threads; torch 9.9.\n" in text  # once, as it is the same for all
-    assert "`python bench.py unet`, 2030-01-01, code at abc.\n" in text and text.count("A processor") == 1
+    assert "`python -m bench unet`, 2030-01-01, code at abc.\n" in text and text.count("A processor") == 1
     assert text.index("## On a CPU") < text.index("## On a GPU") < text.index("Not measured: no GPU was at hand.")
     assert "is open: no GPU was at hand" in text and text.endswith("## Profiles\n\nBy hand.\n")
     assert "One step of the UNet" in text  # what is measured, from the topic's docstring

@@ -1,4 +1,4 @@
-"""bench_profile.py: every operator has a kind, none counts twice, and before and after are what they are said to be."""
+"""bench/profile.py: every operator has a kind, none counts twice, and before and after are what they are said to be."""
 
 import json
 from dataclasses import replace
@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.autograd import DeviceType
 
-import bench
-import bench_clock
-import bench_models
-import bench_page
-import bench_profile
 import vae
-from bench_profile import ALL, PATHS, REST, WORKS, by_kind, kind_of, profiled
+from bench import __main__ as bench
+from bench import clock as bench_clock
+from bench import models as bench_models
+from bench import page as bench_page
+from bench import profile as bench_profile
+from bench.profile import ALL, PATHS, REST, WORKS, by_kind, kind_of, profiled
 from kernels.winograd import QuickConv2d, quicken
 
 CPU = torch.device("cpu")
@@ -126,7 +126,7 @@ def test_the_rows(small_sizes, monkeypatch, tmp_path):
 
     def here(function, **arguments):
         started.append(arguments["after"])
-        assert function == "bench_profile.once"
+        assert function == "bench.profile.once"
         return json.loads(json.dumps(bench_profile.once(**json.loads(json.dumps(arguments)))))
 
     monkeypatch.setattr(bench_profile, "in_own_process", here)

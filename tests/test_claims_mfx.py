@@ -1,4 +1,4 @@
-"""Magic Fixup's items of reproduce.py: the verdicts on invented results, the measures on made-up pictures, a run."""
+"""Magic Fixup's items of -m reproduce: the verdicts on invented results, the measures on made-up pictures, a run."""
 
 import json
 from types import SimpleNamespace
@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import ablation_mfx
-import claims
-import claims_mfx
-import figures_mfx
-import reproduce
-from claims import FALSE, OPEN, PART, TRUE
-from claims_mfx import AFFINE, ALONE, FLOW, FULL, TRAINED
+from reproduce import __main__ as reproduce
+from reproduce import lab as claims
+from reproduce import mfx_ablation as ablation_mfx
+from reproduce import mfx_figures as figures_mfx
+from reproduce import mfx_tables as claims_mfx
+from reproduce.lab import FALSE, OPEN, PART, TRUE
+from reproduce.mfx_tables import AFFINE, ALONE, FLOW, FULL, TRAINED
 from toy import world as toyworld
 
 
@@ -136,7 +136,8 @@ def test_kept_results_notice_any_of_the_weights(tmp_path):
 
 def test_the_source_of_an_item_holds_what_a_cache_wraps():
     code = reproduce.source(claims.ITEMS["cross_reference"].run)
-    assert {"claims_mfx.fixed_eight", "claims_mfx.fix_up", "claims_mfx.edits_of", "mfx", "collage"} <= set(code)
+    called = {f"reproduce.mfx_tables.{name}" for name in ("fixed_eight", "fix_up", "edits_of")}
+    assert called | {"mfx", "collage"} <= set(code)
 
 
 def test_without_models_a_run_goes_on_and_says_how_they_are_trained(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""reproduce.py's own parts: metrics on made-up data, what is kept and what is run again, the page, a run end to end."""
+"""-m reproduce's own parts: metrics on made-up data, what is kept and what is run again, the page, a run end to end."""
 
 import json
 import os
@@ -13,14 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-import charts
-import claims
-import claims_dd
-import compositing
 import diffdiff
-import page
-import reproduce
-from claims import FALSE, OPEN, PART, TRUE, Item, Outcome, judge
+from reproduce import __main__ as reproduce
+from reproduce import baselines as compositing
+from reproduce import charts
+from reproduce import dd_tables as claims_dd
+from reproduce import lab as claims
+from reproduce import report as page
+from reproduce.lab import FALSE, OPEN, PART, TRUE, Item, Outcome, judge
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -166,7 +166,8 @@ def test_a_digest_changes_with_options_weights_and_code_that_is_called(monkeypat
 
 def test_digests_are_the_same_in_every_process():
     """What holds an address, or has no order, would make a run that was stopped begin anew."""
-    told = "import reproduce, claims; print([reproduce.digest_of(i, {}) for i in claims.ITEMS.values()])"
+    told = ("from reproduce import __main__ as reproduce, lab; "
+            "print([reproduce.digest_of(i, {}) for i in lab.ITEMS.values()])")
     done = [subprocess.run([sys.executable, "-c", told], cwd=reproduce.HERE, env=os.environ | {"PYTHONHASHSEED": seed},
                            capture_output=True, text=True, check=True).stdout for seed in "12"]
     assert done[0] == done[1] and done[0].count(",") == len(claims.ITEMS) - 1
@@ -174,9 +175,9 @@ def test_digests_are_the_same_in_every_process():
 
 def test_the_source_of_an_item_holds_what_it_calls():
     code = reproduce.source(claims.ITEMS["table1"].run)
-    assert code["claims_dd.table1"].startswith("def table1(lab)")  # what it claims may be said otherwise at any time
-    called = {"claims_dd.table1", "claims_dd.distances", "claims_dd.THRESHOLDS", "claims.resampled"}
-    assert called | {"diffdiff", "diffusion", "charts"} <= set(code)
+    assert code["reproduce.dd_tables.table1"].startswith("def table1(lab)")  # its claim may change
+    called = {"dd_tables.table1", "dd_tables.distances", "dd_tables.THRESHOLDS", "lab.resampled", "charts"}
+    assert {f"reproduce.{name}" for name in called} | {"diffdiff", "diffusion"} <= set(code)
     assert any("lambda" in text for text in code.values())  # those in STRENGTH
 
 
@@ -206,7 +207,7 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_shows(tmp_path):
     picture = tmp_path / "a.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(picture)
     outcome = Outcome({"value": "<b>&</b>"}, [(picture, 'a "caption" <i>')], {})
-    entries = [page.Entry(an_item(), outcome, verdict, "<script>why</script>", 3.2, "python reproduce.py --only probe")
+    entries = [page.Entry(an_item(), outcome, verdict, "<script>why</script>", 3.2, "python -m reproduce --only probe")
                for verdict in (TRUE, PART, FALSE, OPEN)]
     text = page.page(entries, {"weights": "<toy>"}, ["figure9"])
     assert not re.search(r'(src|href)="(?!data:|#)', text) and "http" not in text.replace("http-equiv", "")
@@ -259,7 +260,7 @@ def test_wrong_input_is_told_in_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             reproduce.main(["--quick", "--out", str(tmp_path / "out"), *arguments])
         lines = capsys.readouterr().err.strip().splitlines()
-        assert end.value.code == 2 and lines[-1].startswith("reproduce.py: error: ") and told in lines[-1]
+        assert end.value.code == 2 and lines[-1].startswith("python -m reproduce: error: ") and told in lines[-1]
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import loop
 import train
-import train_toys
 import vae
+from reproduce import train_toys
 
 RECIPE = train.Recipe(steps=12, batch=2, lr=5e-3, warmup=3, ema=0.9, save_every=4)
 

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-import claims
 import diffusion
 import loop
 import sample
 import sd
 import train
-import train_toys
+from reproduce import lab as claims
+from reproduce import train_toys
 from toy import world as toyworld
 
 

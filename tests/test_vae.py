@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import sample
 import sd
 import vae
-from costs_dd import peak_memory
 from kernels.winograd import quicken
+from reproduce.dd_costs import peak_memory
 from toy import world as toyworld
 from vae import VAE, VAEConfig, cuts, tiled
 

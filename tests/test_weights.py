@@ -9,9 +9,9 @@ import torch
 import diffdiff
 import diffusion
 import mfx
-import reproduce
 import sample
 import sd
+from reproduce import __main__ as reproduce
 from toy import world as toyworld
 
 

@@ -1,4 +1,4 @@
-"""bench.py's topics of single models: loading a checkpoint; one pass of the UNet, the autoencoder, the text encoder.
+"""-m bench's topics of single models: loading a checkpoint; one pass of the UNet, the autoencoder, the text encoder.
 
 The weights are random, so nothing is downloaded; `part` and `stable_diffusion` make them for the other topics as well.
 """
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-import bench_peers
 import clip
 import diffusion
 import sd
 import unet
 import vae
-from bench_clock import Watch, compare, held, in_own_process, installed, ratio, summary, turns
+from bench import peers as bench_peers
+from bench.clock import Watch, compare, held, in_own_process, installed, ratio, summary, turns
 from common.cli import TOY
 from common.devices import choose_precision, make_fast
 from kernels.winograd import quicken
@@ -135,7 +135,7 @@ def load(o):
     def row(layout):
         paths, _ = held(make_checkpoints, o.tmp, kind, dtype)
         common = dict(path=str(paths[layout]), dtype=str(dtype)[6:], configs=str(paths["folder"]))
-        once = {who: partial(in_own_process, "bench_models.load_once", who=who, **common)
+        once = {who: partial(in_own_process, "bench.models.load_once", who=who, **common)
                 for who in ("ours", "diffusers")}
         done = turns(once, o)
         megabytes = paths[".safetensors"].stat().st_size / 2**20

@@ -1,8 +1,8 @@
 """Magic Fixup's table of ablations, and the four models that it compares. All four, one after another, by train.py:
 
-    python ablation_mfx.py                           into runs/ablation/, from weights/toy; goes on where it stopped
-    python ablation_mfx.py --steps 200 --scenes 500  what train.py understands is passed on to it
-    python reproduce.py --ablation-weights runs/ablation          measures with them instead of the shipped ones
+    python -m reproduce.mfx_ablation                     into runs/ablation/, from weights/toy; goes on where it stopped
+    python -m reproduce.mfx_ablation --steps 200 --scenes 500  what train.py understands is passed on to it
+    python -m reproduce --ablation-weights runs/ablation    measures with them instead of the shipped ones
 
 The models differ in the motion model that made the coarse edits of their training pairs, 'flow', 'affine' or either;
 and one has no detail extractor. They see as many steps of as many pairs.
@@ -16,8 +16,9 @@ import torch
 import loop
 import pairs
 import train
-from claims import HELD_OUT, Outcome, item, mean_error, plus_minus
-from claims_mfx import (
+from common.cli import Parser
+from reproduce.lab import HELD_OUT, Outcome, item, mean_error, plus_minus
+from reproduce.mfx_tables import (
     AFFINE,
     ALONE,
     CHAPTER,
@@ -30,7 +31,6 @@ from claims_mfx import (
     some,
     with_missing,
 )
-from common.cli import Parser
 
 TESTS = ("affine", "flow")
 STEPS = 25  # half of the paper's for a toy, to which they make no difference here: the item measures it
@@ -146,7 +146,8 @@ def ablation_verdict(results):
 
 
 def main(argv=None):
-    parser = Parser(prog="ablation_mfx.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m reproduce.mfx_ablation", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     args, rest = parser.parse_known_args(argv)
     for name, how in TRAINED.items():
@@ -156,7 +157,7 @@ def main(argv=None):
             continue
         resume = ["--resume"] if loop.states(out, "mfx") else []
         train.main(["--stage", "mfx", "--out", str(out), *how, *TRAINING, *resume, *rest])
-    print(f"python reproduce.py --only ablation cross_reference mfx_figure4 mfx_figure9 --ablation-weights {args.out}")
+    print(f"python -m reproduce --only ablation cross_reference mfx_figure4 mfx_figure9 --ablation-weights {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""bench.py's topic of softmax splatting: the kernel of splat.py, beside what is usual on a CPU and on a GPU."""
+"""-m bench's topic of softmax splatting: the kernel of splat.py, beside what is usual on a CPU and on a GPU."""
 
 import functools
 from functools import partial
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import splat
-from bench_clock import alternate, compare
+from bench.clock import alternate, compare
 from kernels import compile as native
 
 CPU_SHAPES = ((1, 3, 512, 512), (1, 6, 1080, 1920))

@@ -1,4 +1,4 @@
-"""bench.py's topic of the networks that the papers lean on: RAFT, Segment Anything, DPT-Large, LPIPS.
+"""-m bench's topic of the networks that the papers lean on: RAFT, Segment Anything, DPT-Large, LPIPS.
 
 Beside their peers on the same random weights, and at the full size of what is published, each in a process of its own.
 """
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-import bench_peers  # noqa: F401, so that tests/ and torchvision can be imported
-from bench_clock import Watch, compare, held, in_own_process, summary, turns
+from bench import peers as bench_peers  # noqa: F401, so that tests/ and torchvision can be imported
+from bench.clock import Watch, compare, held, in_own_process, summary, turns
 from networks import automask, midas, published, raft, sam
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def full_row(o, kind, dtype):
     with tempfile.TemporaryDirectory(dir=o.tmp) as folder:
         path = Path(folder) / f"{kind}.pth"
         torch.save(FULL[kind][1]().state_dict(), path)
-        once = partial(in_own_process, "bench_networks.network_once", kind=kind, path=str(path), dtype=dtype)
+        once = partial(in_own_process, "bench.networks.network_once", kind=kind, path=str(path), dtype=dtype)
         done = turns({"ours": once}, o, warm=lambda name: None)["ours"]  # each warms itself up
         gigabytes = path.stat().st_size / 1e9
     return {"file GB": gigabytes, "precision": dtype, "load s": summary([r["loading"] for r in done]),

@@ -1,4 +1,4 @@
-"""bench.py's topics of whole edits, from pictures and words to the edited picture: Differential Diffusion, what its
+"""-m bench's topics of whole edits, from pictures and words to the edited picture: Differential Diffusion, what its
 skipping saves, Magic Fixup.
 
 With the shipped toy's weights, and at Stable Diffusion 1.4's size with random ones and few steps: an edit of 100 steps
@@ -18,19 +18,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import bench_peers
 import diffdiff
 import mfx
 import pairs
-from bench_clock import compare, difference, held, in_own_process, side_by_side, synchronize, turns
-from bench_models import NAMES, SIDES, precisions, stable_diffusion, without_text
+from bench import peers as bench_peers
+from bench.clock import compare, difference, held, in_own_process, side_by_side, synchronize, turns
+from bench.models import NAMES, SIDES, precisions, stable_diffusion, without_text
 from common.cli import TOY_MFX
 from common.devices import choose_precision, make_fast
 from common.pictures import picture_to_tensor, tensor_to_picture
 from kernels.winograd import hold_memory
 from sample import edit, fixup
 
-MEADOW = Path(__file__).parent / "examples" / "meadow.png"
+MEADOW = Path(__file__).parent.parent / "examples" / "meadow.png"
 STEPS = {"toy": 50, "full": 4}
 PROMPT = "snow at night"
 STRENGTH = 0.6
@@ -82,7 +82,7 @@ def both(o, what, kind, dtypes, side, steps, name, at_most=None, same=True):
     who = ("ours", "peer") if importlib.util.find_spec("diffusers") else ("ours",)
     with tempfile.TemporaryDirectory(dir=o.tmp) as folder:
         common = dict(what=what, kind=kind, device=str(o.device), side=side, steps=steps, folder=folder)
-        once = {one: partial(in_own_process, "bench_edits.edit_once", who=one, dtype=str(dtype)[6:], **common)
+        once = {one: partial(in_own_process, "bench.edits.edit_once", who=one, dtype=str(dtype)[6:], **common)
                 for one, dtype in zip(who, dtypes)}
         done = turns(once, o, warm=lambda name: None)  # each warms itself up
         x = {one: load_file(Path(folder) / one)["x"] for one in who}

@@ -1,7 +1,7 @@
-"""bench.py's topic of where the time goes: the three slowest paths by kind of work, before and after they were made
+"""-m bench's topic of where the time goes: the three slowest paths by kind of work, before and after they were made
 quick.
 
-    python bench.py profile                     at Stable Diffusion 1.4's size; --model toy for a look
+    python -m bench profile                     at Stable Diffusion 1.4's size; --model toy for a look
     seconds = by_kind(profiled(run, device))    {kind of work: seconds} of a function
 
 "Before" is not an old version: it is the plain twin of what is quick, which is still here. Networks are plain until
@@ -20,9 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import mfx
 import pairs
-from bench_clock import alternate, held, in_own_process, ratio, summary, synchronize
-from bench_edits import STEPS
-from bench_models import CONFIGS, NAMES, SIDES, part, quick, without_text
+from bench.clock import alternate, held, in_own_process, ratio, summary, synchronize
+from bench.edits import STEPS
+from bench.models import CONFIGS, NAMES, SIDES, part, quick, without_text
 from common.devices import make_fast
 from kernels.winograd import hold_memory
 from sample import fixup
@@ -137,7 +137,7 @@ def once(path, kind, side, steps, device, rounds, after):
 
 def both(path, kind, side, steps, device, rounds):
     arguments = dict(path=path, kind=kind, side=side, steps=steps, device=device, rounds=rounds)
-    return [in_own_process("bench_profile.once", after=after, **arguments) for after in (False, True)]
+    return [in_own_process("bench.profile.once", after=after, **arguments) for after in (False, True)]
 
 
 def row(o, work, *what):

@@ -7,11 +7,11 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import charts
 import diffdiff
 import diffusion
-from claims import Outcome, item, judge
-from claims_dd import pattern
+from reproduce import charts
+from reproduce.dd_tables import pattern
+from reproduce.lab import Outcome, item, judge
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Table 4, Figure 23

@@ -1,7 +1,7 @@
-"""What reproduce.py reproduces. A claim of a paper is an `Item`; a `Lab` is what an item has to work with.
+"""What -m reproduce reproduces. A claim of a paper is an `Item`; a `Lab` is what an item has to work with.
 
-The items themselves: claims_dd.py, costs_dd.py, figures_dd.py and applications_dd.py for Differential Diffusion,
-claims_mfx.py for Magic Fixup, claims_toy.py for what both rest upon. How to add one: reproduce.py's docstring.
+The items themselves: dd_tables.py, dd_costs.py, dd_figures.py and dd_applications.py for Differential Diffusion,
+mfx_tables.py for Magic Fixup, reproduce/toy.py for what both rest upon. How to add one: -m reproduce's docstring.
 """
 
 from collections.abc import Callable
@@ -298,7 +298,7 @@ class Lab:
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
-DEPTHS = (0, 1)  # of the encoder's resolutions, those that are compared: `python reproduce.py --only distance` says why
+DEPTHS = (0, 1)  # of the encoder's resolutions, those that are compared: `python -m reproduce --only distance` says why
 
 
 def toy_distance(vae, x, y, depths=DEPTHS):

@@ -6,12 +6,12 @@ ones drawn; the pictures are always the first ones, never chosen.
 
 import torch
 
-import charts
 import diffdiff
 import diffusion
-from claims import Outcome, item, judge, mean_error, plus_minus, sharpness, surely_less, to_picture
-from claims_dd import CHAPTER, pattern, wide_gradient
-from claims_toy import sky_and_ground
+from reproduce import charts
+from reproduce.dd_tables import CHAPTER, pattern, wide_gradient
+from reproduce.lab import Outcome, item, judge, mean_error, plus_minus, sharpness, surely_less, to_picture
+from reproduce.toy import sky_and_ground
 
 
 def by_column(mu, change):

@@ -1,6 +1,6 @@
 """Differential Diffusion's figures of what it is good for: 6 with 12, 7 with 24 and 25, 14, 16.
 
-As in figures_dd.py, what the figures are to show is also measured, and the pictures are the first ones.
+As in dd_figures.py, what the figures are to show is also measured, and the pictures are the first ones.
 """
 
 import math
@@ -9,13 +9,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import charts
-import compositing
 import diffdiff
-from claims import Outcome, item, judge, mean_error, plus_minus, sharpness, surely_less, to_bytes, to_picture
-from claims_dd import CHAPTER
 from editing import change_maps as maps
 from networks import midas, published
+from reproduce import baselines as compositing
+from reproduce import charts
+from reproduce.dd_tables import CHAPTER
+from reproduce.lab import Outcome, item, judge, mean_error, plus_minus, sharpness, surely_less, to_bytes, to_picture
 from toy import world as toyworld
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Sheets of pictures and charts of numbers, drawn with Pillow, for the page that reproduce.py writes."""
+"""Sheets of pictures and charts of numbers, drawn with Pillow, for the page that -m reproduce writes."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont

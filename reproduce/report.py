@@ -1,4 +1,4 @@
-"""What reproduce.py found -> one HTML file that needs nothing else: no script, no font, no link to anywhere."""
+"""What -m reproduce found -> one HTML file that needs nothing else: no script, no font, no link to anywhere."""
 
 import base64
 import html
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from claims import FALSE, OPEN, PART, TRUE, Item, Outcome
+from reproduce.lab import FALSE, OPEN, PART, TRUE, Item, Outcome
 
 MARK = {TRUE: ("yes", "✓"), PART: ("part", "◐"), FALSE: ("no", "✗"), OPEN: ("open", "–")}
 
@@ -71,7 +71,7 @@ def page(entries, options, missing=()):
         "<h1>Two papers, reproduced</h1>",
         "<p>What <em>Differential Diffusion</em> (arXiv 2306.00950) and <em>Magic Fixup</em> (arXiv 2403.13044) claim, "
         "measured again. Every number, chart and picture below was made by one program, "
-        "<code>python reproduce.py</code>, and none by hand; what does not come true here is said to, and why. "
+        "<code>python -m reproduce</code>, and none by hand; what does not come true here is said to, and why. "
         "Values after ± are standard errors.</p>",
         rows([["", ""], *[[k, str(v)] for k, v in options.items()]], head=False),
     ]

@@ -1,4 +1,4 @@
-"""What bench.py measured, kept and told: the log, tables in Markdown, and BENCHMARKS.md.
+"""What -m bench measured, kept and told: the log, tables in Markdown, and BENCHMARKS.md.
 
 The log is a file of JSON lines, one for every row of every run:
 
@@ -66,7 +66,7 @@ def versions():
             pass
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
         found["ours"] = done.stdout.strip() or "unknown"
     except OSError:
         found["ours"] = "unknown"
@@ -93,7 +93,7 @@ def read(path):
     """-> the records of a log, from old to new. FileNotFoundError if there is none, ValueError names a damaged line."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no log {path}: measure first, python bench.py TOPIC, or --log FILE")
+        raise FileNotFoundError(f"there is no log {path}: measure first, python -m bench TOPIC, or --log FILE")
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
@@ -102,7 +102,7 @@ def read(path):
             record["command"], record["machine"]["cpu"], record["versions"]["torch"]
             records.append(record)
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{path}, line {number}, is no record of bench.py: delete that line") from None
+            raise ValueError(f"{path}, line {number}, is no record of -m bench: delete that line") from None
     return records
 
 
@@ -175,7 +175,7 @@ def table(records):
 INTRODUCTION = """# Benchmarks
 
 Ours beside what one would use instead: the same weights, the same inputs, in one run, called in turn. Written by
-`python bench.py --page --log benchmarks/bench.jsonl`, from the log of what was measured; nothing was put in by hand.
+`python -m bench --page --log benchmarks/bench.jsonl`, from the log of what was measured; nothing was put in by hand.
 
 A figure is the median of the rounds, with the least and the largest in brackets, after a call of each to warm up;
 "once" is what was measured once. `ours / peer` is the ratio of times, below 1 where ours is faster; its brackets are
@@ -205,7 +205,7 @@ def page(records, topics, folder):
 
     Charts are drawn into its folder benchmarks/; what lies there as profiles.md is appended.
     """
-    import bench_scale
+    from bench import scale as bench_scale
 
     last, parts = newest(records), [INTRODUCTION]
     for device, heading in (("cpu", "On a CPU"), ("cuda", "On a GPU")):

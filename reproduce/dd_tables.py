@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-import charts
 import diffdiff
-from claims import FALSE, PART, TRUE, Outcome, item, judge, plus_minus, resampled, to_picture
+from reproduce import charts
+from reproduce.lab import FALSE, PART, TRUE, Outcome, item, judge, plus_minus, resampled, to_picture
 
 CHAPTER = "Differential Diffusion"
 

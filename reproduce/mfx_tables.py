@@ -1,7 +1,7 @@
 """Magic Fixup's claims on edits as a user makes them, at toy size: section 4.1, Figure 10, the user study.
 
 The paper shows such edits and asks people. The toy world renders each edit's true result instead. The ablation table is
-in ablation_mfx.py, the other figures in figures_mfx.py.
+in mfx_ablation.py, the other figures in mfx_figures.py.
 """
 
 import functools
@@ -9,13 +9,25 @@ from pathlib import Path
 
 import torch
 
-import charts
 import collage
 import diffdiff
 import mfx
-from claims import HELD_OUT, OPEN, TRUE, Outcome, item, judge, mean_error, plus_minus, quick, resampled, to_picture
-from claims_toy import scenes_of
 from common import pictures
+from reproduce import charts
+from reproduce.lab import (
+    HELD_OUT,
+    OPEN,
+    TRUE,
+    Outcome,
+    item,
+    judge,
+    mean_error,
+    plus_minus,
+    quick,
+    resampled,
+    to_picture,
+)
+from reproduce.toy import scenes_of
 from toy import world as toyworld
 
 CHAPTER = "Magic Fixup"
@@ -55,7 +67,7 @@ def with_missing(missing, *parts):
         commands = ", ".join(" ".join(["python train.py --stage mfx", *TRAINED[name], "--out", f"runs/ablation/{name}"])
                              for name in missing)
         why = (f"{why} Not there: {', '.join(missing)}. Trained by: {commands}; or all four by: "
-               "python ablation_mfx.py. Then: --ablation-weights runs/ablation.").strip()
+               "python mfx_ablation.py. Then: --ablation-weights runs/ablation.").strip()
     return OPEN if missing else verdict, why
 
 

@@ -1,10 +1,10 @@
 """Speed and memory, side by side with what one would use instead. A topic is a table, a row is a pair.
 
-    python bench.py unet vae                 some topics, or `all`; --help lists them
-    python bench.py unet --dtype bf16 --batch 1,2 --rounds 3
-    python bench.py edit mfx --model toy     the shipped weights alone, without what takes minutes
-    python bench.py train splat --device cuda
-    python bench.py --page                   BENCHMARKS.md, from all that was measured so far
+    python -m bench unet vae                 some topics, or `all`; --help lists them
+    python -m bench unet --dtype bf16 --batch 1,2 --rounds 3
+    python -m bench edit mfx --model toy     the shipped weights alone, without what takes minutes
+    python -m bench train splat --device cuda
+    python -m bench --page                   BENCHMARKS.md, from all that was measured so far
 
 Each pair has the same weights and the same inputs, and its two functions are called in turn: medians, the least and the
 largest, and the ratio ours / peer, below 1 where ours is faster. Without --rounds there are five of what is quick and
@@ -14,7 +14,7 @@ installed, our time stands alone. All weights that are not shipped are random: n
 Every row is printed as Markdown at the end of its topic, and kept in a log at once, with the machine and all versions.
 
 To add a topic, write a function in a bench_*.py and name it in that file's TOPICS. It is given the options below, and
-returns {row: function}; each of these returns {column: figure}, as `compare` of bench_clock.py does. Its docstring says
+returns {row: function}; each of these returns {column: figure}, as `compare` of bench/clock.py does. Its docstring says
 on the page what is measured.
 """
 
@@ -30,15 +30,15 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-import bench_edits
-import bench_models
-import bench_networks
-import bench_page
-import bench_profile
-import bench_scale
-import bench_training
-import bench_warp
-from bench_clock import HELD
+from bench import edits as bench_edits
+from bench import models as bench_models
+from bench import networks as bench_networks
+from bench import page as bench_page
+from bench import profile as bench_profile
+from bench import scale as bench_scale
+from bench import training as bench_training
+from bench import warp as bench_warp
+from bench.clock import HELD
 from common.cli import Parser, number
 from common.devices import choose_device
 
@@ -57,7 +57,7 @@ def several(kind, low, high):
 
 def parse(argv):
     about = "\n".join(f"  {name:9} {title}" for name, (title, _) in TOPICS.items())
-    p = Parser(prog="bench.py", description=f"{__doc__}\nTopics:\n{about}",
+    p = Parser(prog="python -m bench", description=f"{__doc__}\nTopics:\n{about}",
                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("topics", nargs="*", metavar="TOPIC")
     p.add_argument("--rounds", type=number(int, 1, 1000), help="timed calls of each (default: 5, fewer if slow)")
@@ -111,10 +111,10 @@ def run(args, argv):
     if args.tmp and not args.tmp.is_dir():
         raise ValueError(f"--tmp {args.tmp} is not a folder")
     about = {"run": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-             "command": shlex.join(["python", "bench.py", *argv]), "versions": bench_page.versions()}
+             "command": shlex.join(["python", "-m", "bench", *argv]), "versions": bench_page.versions()}
     others = bench_page.others() if topics else 0
     if others >= bench_page.BUSY:
-        print(f"bench.py: warning: other programs keep {others:g} cores busy here", file=sys.stderr)
+        print(f"-m bench: warning: other programs keep {others:g} cores busy here", file=sys.stderr)
     failed = False
     for topic in topics:
         here = torch.device("cpu") if topic in CPU_ALONE else device
@@ -138,7 +138,7 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         parser.error(e)
     except KeyboardInterrupt:
-        parser.exit(130, "bench.py: interrupted; the rows that were finished are in the log\n")
+        parser.exit(130, "-m bench: interrupted; the rows that were finished are in the log\n")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from tqdm import tqdm
 import diffdiff
 import diffusion
 import sample
-from claims import DEPTHS, HELD_OUT, OPEN, Outcome, item, judge, toy_distance
 from common import pictures
 from common.files import write_json
+from reproduce.lab import DEPTHS, HELD_OUT, OPEN, Outcome, item, judge, toy_distance
 from toy import world as toyworld
 from toy.world import COLOUR, COLOURS, FIXED, GROUNDS, KINDS, TIME, TIMES
 
@@ -157,7 +157,7 @@ def gradient(toy, quick, out):
 
 def examples(toy, quick, out):
     """The picture, the map, the masks and the collage that the README's commands take."""
-    folder = Path(__file__).parent / "examples"
+    folder = Path(__file__).parent.parent / "examples"
     folder.mkdir(exist_ok=True)
     frame = toyworld.render(toyworld.Scene(
         ground=torch.tensor([0]), time=torch.tensor([0]), horizon=torch.tensor([0.42]), sun=torch.tensor([0.8]),

@@ -1,15 +1,15 @@
 """Both papers' tables and figures, measured again at toy size from the shipped weights, on one page.
 
-    python reproduce.py                            everything, into reproduced/: index.html, results.json, timings.json
-    python reproduce.py --only table1 figure23     some items of the list that --help ends with
-    python reproduce.py --quick                    fewer samples, to see that it works; into reproduced/quick/
-    python reproduce.py --weights sd21.safetensors --images photos/ --networks weights/        at full size
+    python -m reproduce                            everything, into reproduced/: index.html, results.json, timings.json
+    python -m reproduce --only table1 figure23     some items of the list that --help ends with
+    python -m reproduce --quick                    fewer samples, to see that it works; into reproduced/quick/
+    python -m reproduce --weights sd21.safetensors --images photos/ --networks weights/        at full size
 
 A run that is stopped goes on where it was: an item that is finished is kept in reproduced/cache/ and not run again,
 unless its code, its options or the weights have changed since, or --again says so. All that is the same every time is
 in results.json, what a clock measured in timings.json; both and the page have every item that is finished.
 
-To add an item, write in claims_dd.py, figures_dd.py, claims_mfx.py or a module of your own that is imported below
+To add an item, write in dd_tables.py, dd_figures.py, mfx_tables.py or a module of your own that is imported below
 
     @item("figure9", "Figure 9",                       its name for --only; where the paper says it
           claim="...", done="...",                     the paper's claim in your own words; what is done here. {n} in
@@ -43,30 +43,30 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import ablation_mfx  # noqa: F401, its item
-import applications_dd  # noqa: F401, its items
-import claims
-import claims_dd
-import claims_mfx
-import claims_toy
-import costs_dd  # noqa: F401, likewise
 import diffdiff
-import figures_dd  # noqa: F401, its items
-import figures_mfx  # noqa: F401, likewise
 import mfx
-import page
 import sample
 import sd
-from claims_mfx import magic_fixup  # noqa: F401, for tests/test_weights.py, as are the next four
-from claims_toy import adherence, autoencoder, gradient, latent_shape  # noqa: F401
 from common.cli import Parser, report_errors
 from common.devices import choose_device, choose_precision
 from common.files import atomic_write, read_json, write_json
 from kernels import winograd
 from networks import lpips
+from reproduce import dd_applications as applications_dd  # noqa: F401, its items
+from reproduce import dd_costs as costs_dd  # noqa: F401, likewise
+from reproduce import dd_figures as figures_dd  # noqa: F401, its items
+from reproduce import dd_tables as claims_dd
+from reproduce import lab as claims
+from reproduce import mfx_ablation as ablation_mfx  # noqa: F401, its item
+from reproduce import mfx_figures as figures_mfx  # noqa: F401, likewise
+from reproduce import mfx_tables as claims_mfx
+from reproduce import report as page
+from reproduce import toy as claims_toy
+from reproduce.mfx_tables import magic_fixup  # noqa: F401, for tests/test_weights.py, as are the next four
+from reproduce.toy import adherence, autoencoder, gradient, latent_shape  # noqa: F401
 from toy import world as toyworld
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 CHAPTERS = (claims_dd.CHAPTER, claims_mfx.CHAPTER, claims_toy.CHAPTER)  # of the page, in this order
 INPAINTING, ABLATION = HERE / "weights" / "toy-inpainting", HERE / "weights" / "ablation"
 MFX = {"mfx_weights", "ablation_weights"}  # the options that name Magic Fixups
@@ -116,7 +116,7 @@ def in_order(item):
 
 def ours(thing):
     file = getattr(inspect.getmodule(thing), "__file__", None)
-    return bool(file) and Path(file).resolve().parent == HERE.resolve()
+    return bool(file) and HERE.resolve() in Path(file).resolve().parents[:2]
 
 
 def add_module(module, seen):
@@ -201,7 +201,7 @@ def write(found, options, out, told):
         timings[name] = {"seconds": seconds} | outcome.timings
         (timings if outcome.timings else results)[name] |= {"verdict": verdict, "why": why}
         shown = outcome._replace(pictures=[(out / file, caption) for file, caption in outcome.pictures])
-        entries.append(page.Entry(item, shown, verdict, why, seconds, f"python reproduce.py --only {name}{options}"))
+        entries.append(page.Entry(item, shown, verdict, why, seconds, f"python -m reproduce --only {name}{options}"))
     write_json(out / "results.json", {"measured with": told, "items": results})
     write_json(out / "timings.json", timings)
     missing = [n for n in names if n not in found]
@@ -266,7 +266,7 @@ def run(args):
 
 def main(argv=None):
     listed = "".join(f"\n  {n:16} {i.where}" for n, i in claims.ITEMS.items())
-    parser = Parser(prog="reproduce.py", description=__doc__.split("\n\nTo add")[0], epilog="items:" + listed,
+    parser = Parser(prog="python -m reproduce", description=__doc__.split("\n\nTo add")[0], epilog="items:" + listed,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(claims.ITEMS), metavar="NAME", help="these items")
     parser.add_argument("--quick", action="store_true", help="fewer samples and steps")
@@ -275,7 +275,7 @@ def main(argv=None):
     parser.add_argument("--mfx-weights", type=Path, help="the Magic Fixup (default: weights/toy-mfx, which is compared "
                         "with no other --weights)")
     parser.add_argument("--ablation-weights", type=Path, default=ABLATION, metavar="DIR", help="folder with the four "
-                        "Magic Fixups of the ablation; python ablation_mfx.py trains them")
+                        "Magic Fixups of the ablation; python mfx_ablation.py trains them")
     parser.add_argument("--inpainting-weights", type=Path, help="an inpainting model, for Table 1's third method; "
                         "default: beside the toy weights/toy-inpainting, otherwise none")
     parser.add_argument("--networks", type=Path, metavar="DIR", help="folder with LPIPS's two files (default: weights; "

@@ -1,16 +1,16 @@
 """Magic Fixup's figures of what it is made of: 4, latent initialization; 5, motion models; 9, what each one teaches.
 
-As in figures_dd.py: what a figure is to show is also measured, and the pictures are the first ones, never chosen.
+As in dd_figures.py: what a figure is to show is also measured, and the pictures are the first ones, never chosen.
 """
 
 import torch
 
-import charts
 import diffdiff
 import diffusion
-from ablation_mfx import STEPS, TESTS, held_out
-from claims import Outcome, item, judge, mean_error, plus_minus, surely_less, to_picture
-from claims_mfx import (
+from reproduce import charts
+from reproduce.lab import Outcome, item, judge, mean_error, plus_minus, surely_less, to_picture
+from reproduce.mfx_ablation import STEPS, TESTS, held_out
+from reproduce.mfx_tables import (
     AFFINE,
     ALONE,
     CHAPTER,
@@ -27,7 +27,7 @@ from claims_mfx import (
     the_edits,
     with_missing,
 )
-from claims_toy import scenes_of
+from reproduce.toy import scenes_of
 from toy import world as toyworld
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import sd
 import unet
 import vae
 
-sys.path.append(str(Path(__file__).parent / "tests"))  # what the tests know about peers serves here as well
+sys.path.append(str(Path(__file__).parent.parent / "tests"))  # what the tests know about peers serves here as well
 import conftest  # noqa: E402, F401, makes torchvision importable, and so transformers and diffusers
 
 

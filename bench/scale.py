@@ -1,7 +1,7 @@
-"""bench.py's topic of scale: time and memory against size, steps, batch and processes; and what follows for the paper.
+"""-m bench's topic of scale: time and memory against size, steps, batch and processes; and what follows for the paper.
 
 `curves` measures points, `draw` makes charts of them, and `arithmetic` says how long the paper's own training would
-take, from what was measured elsewhere: bench.py --page calls the latter two with the log's records.
+take, from what was measured elsewhere: -m bench --page calls the latter two with the log's records.
 """
 
 import os
@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import charts
 import pairs
 import train
-from bench_clock import LIMIT, Watch, in_own_process, summary, synchronize
-from bench_edits import PROMPT, magic_fixup, meadow, ramp
-from bench_models import DTYPES, NAMES, SIDES, stable_diffusion
-from bench_training import PEAK, peak_flops
+from bench.clock import LIMIT, Watch, in_own_process, summary, synchronize
+from bench.edits import PROMPT, magic_fixup, meadow, ramp
+from bench.models import DTYPES, NAMES, SIDES, stable_diffusion
+from bench.training import PEAK, peak_flops
 from common.devices import choose_precision
 from common.files import atomic_write
+from reproduce import charts
 from sample import edit, fixup
 
 POINTS = {
@@ -84,7 +84,7 @@ def curves(o):
     dtype = DTYPES.get(o.dtype) or choose_precision("auto", o.device)
 
     def point(what, value):
-        done = in_own_process("bench_scale.edit_once", what=what, value=value, kind=kind, dtype=str(dtype)[6:],
+        done = in_own_process("bench.scale.edit_once", what=what, value=value, kind=kind, dtype=str(dtype)[6:],
                               device=str(o.device), rounds=o.rounds or 3)
         return {"what": what, "at": value, "time": summary(done["seconds"], "s"), "peak GiB": done["MiB"] / 1024}
 

@@ -2,10 +2,10 @@
 
     figures = compare(o, ours, peer, "diffusers", at_most=1.0)      a row of a table: both times, their ratio
     seconds = alternate({"ours": f, "theirs": g}, o)                 {name: seconds of a call, one per round}
-    done = in_own_process("bench_models.load_once", path="sd.ckpt")  what that function returns, as a dict
+    done = in_own_process("bench.models.load_once", path="sd.ckpt")  what that function returns, as a dict
     with Watch(device) as w: ...                                     then w.seconds, w.total, w.private
 
-`o` is what every topic of bench.py is given: the options of its command line, of which `device` and `rounds` are read
+`o` is what every topic of -m bench is given: the options of its command line, of which `device` and `rounds` are read
 here. A figure is text, a number, or a `summary` of several numbers.
 """
 
@@ -206,7 +206,7 @@ def in_own_process(function, **arguments):
 
     RuntimeError with the last line of what it said, if it failed.
     """
-    child = [sys.executable, __file__, function, json.dumps(arguments)]
+    child = [sys.executable, "-m", "bench.clock", function, json.dumps(arguments)]
     done = subprocess.run(child, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
@@ -215,5 +215,5 @@ def in_own_process(function, **arguments):
 
 
 if __name__ == "__main__":
-    module, function = sys.argv[1].split(".")
+    module, function = sys.argv[1].rsplit(".", 1)
     print("\n" + json.dumps(getattr(importlib.import_module(module), function)(**json.loads(sys.argv[2]))))

@@ -1,4 +1,4 @@
-"""bench.py's topics of training: a step of Magic Fixup; the toy world's pictures, pairs of them, pairs in shards.
+"""-m bench's topics of training: a step of Magic Fixup; the toy world's pictures, pairs of them, pairs in shards.
 
 Nobody else's program does the same, so that these figures stand alone.
 """
@@ -23,8 +23,8 @@ import pairs
 import train
 import unet
 import vae
-from bench_clock import Watch, alternate, in_own_process, rates, summary, synchronize
-from bench_models import CONFIGS, NAMES, SIDES, without_text
+from bench.clock import Watch, alternate, in_own_process, rates, summary, synchronize
+from bench.models import CONFIGS, NAMES, SIDES, without_text
 from common.pictures import tensor_to_picture
 from toy import world as toyworld
 
@@ -107,7 +107,7 @@ def steps(o):
     plans = [(batch, kind == "full") for batch in o.batch] if o.batch else defaults
 
     def row(batch, checkpointing):
-        done = in_own_process("bench_training.step_once", kind=kind, batch=batch, checkpointing=checkpointing,
+        done = in_own_process("bench.training.step_once", kind=kind, batch=batch, checkpointing=checkpointing,
                               device=str(o.device), rounds=o.rounds or 5)
         per_second, flops = rates(batch, done["seconds"]), step_flops(kind)
         figures = {"a step": summary(done["seconds"], "s"), "samples a second": per_second,

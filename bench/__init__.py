@@ -1,0 +1,1 @@
+"""python -m bench: speed and memory beside what one would use instead."""

@@ -1,0 +1,1 @@
+"""python -m reproduce: the papers' claims, measured again."""
