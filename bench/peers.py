@@ -9,9 +9,7 @@ Both loops give the pictures that ours give (tests/test_bench.py): what differs 
 not installed.
 """
 
-import sys
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -22,8 +20,20 @@ import sd
 import unet
 import vae
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))  # what the tests know about peers serves here as well
-import conftest  # noqa: E402, F401, makes torchvision importable, and so transformers and diffusers
+# ---------------------------------------------------------------------------------------------------------------------
+# torchvision, where it was built for another PyTorch than is here (there is no CPU build of it), lacks two operators that
+# its import, and so transformers' and diffusers', asks for by name. They are declared, and never run.
+
+OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+
+try:
+    import torchvision  # noqa: F401
+except ModuleNotFoundError:
+    pass
+except RuntimeError:
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def with_our_weights(build, model):

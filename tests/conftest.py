@@ -1,15 +1,20 @@
-"""Makes torchvision, a peer, importable where it was built for another PyTorch than is here (there is no CPU build of
-it): two operators are then missing, which its import, and so transformers', asks for by name."""
+"""python -m pytest runs the quick tests, python -m pytest --all also those that are marked slow."""
 
-import torch
+import pytest
 
-OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+import bench.peers  # noqa: F401, makes torchvision importable where it was built for another PyTorch
 
-try:
-    import torchvision  # noqa: F401
-except ModuleNotFoundError:
-    pass
-except RuntimeError:
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the slow tests as well")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than about two seconds; run by --all")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: python -m pytest --all"))

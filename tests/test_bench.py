@@ -9,8 +9,6 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-import test_mfx
-import test_sd
 import torch
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,6 +31,7 @@ from bench import training as bench_training
 from bench import warp as bench_warp
 from bench.clock import alternate, compare, ratio, summary, turns
 from sample import edit, fixup
+from tests import test_mfx, test_sd
 
 
 def options(**more):

@@ -5,8 +5,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import test_mfx
-import test_sd
 import torch
 from torch import nn
 from torch.autograd import DeviceType
@@ -19,6 +17,7 @@ from bench import page as bench_page
 from bench import profile as bench_profile
 from bench.profile import ALL, PATHS, REST, WORKS, by_kind, kind_of, profiled
 from kernels.winograd import QuickConv2d, quicken
+from tests import test_mfx, test_sd
 
 CPU = torch.device("cpu")
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import test_midas
 import torch
 from PIL import Image
-from test_sample import MEADOW, fails, run
 
 import sample
 import sd
 from editing import change_maps as maps
 from networks import midas, published, sam
+from tests import test_midas
+from tests.test_sample import MEADOW, fails, run
 
 CLICK = "sam:40,60=0;90,30=0.5"
 

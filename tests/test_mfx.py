@@ -13,11 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import test_sd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from test_sd import relative_error
 
 import diffdiff
 import diffusion
@@ -25,6 +23,8 @@ import mfx
 import sd
 import unet
 import vae
+from tests import test_sd
+from tests.test_sd import relative_error
 
 TOY = unet.UNetConfig(12, 12, (32, 64), layers=1, depth=(1, 1), heads=4, context=16, groups=8)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_data import contents, fails, film, picture
 
 import data
 from networks import lpips, midas, published, raft, sam
 from pairs import ShardPairs
+from tests.test_data import contents, fails, film, picture
 from video import estimators
 
 DPT = midas.DPTConfig(width=64, blocks=4, grid=2, channels=(8, 8, 8, 8), features=8)

@@ -7,11 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_mfx
-import test_sd
 import torch
 from PIL import Image
-from test_sample import GRADIENT, MEADOW, ROOT, fails, half_white, relative_error, same_picture
 
 import collage
 import diffusion
@@ -21,6 +18,8 @@ import sd
 import unet
 from common import pictures
 from kernels import winograd
+from tests import test_mfx, test_sd
+from tests.test_sample import GRADIENT, MEADOW, ROOT, fails, half_white, relative_error, same_picture
 
 REAL = ROOT / "../shared/real"
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import test_sd
 import torch
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,6 +30,7 @@ import train
 import unet
 import vae
 from common.files import write_json
+from tests import test_sd
 
 ROOT = Path(train.__file__).parent
 UNET = unet.UNetConfig(channels=(16, 32), layers=1, depth=(1, 1), heads=2, context=32, groups=8)

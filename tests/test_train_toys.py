@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import cv2
 import pytest
-import test_sd
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -17,6 +16,7 @@ import sd
 import train
 from reproduce import lab as claims
 from reproduce import train_toys
+from tests import test_sd
 from toy import world as toyworld
 
 

@@ -1,0 +1,1 @@
+"""Our networks beside the peers that they are measured by, on the same random weights."""

@@ -1,0 +1,1 @@
+"""Whole programs, from the command line to the files that they write."""

@@ -1,0 +1,1 @@
+"""Inputs that are wrong: one line that says what and what to do, and nothing half-written."""
