@@ -21,8 +21,8 @@ import unet
 import vae
 
 # ---------------------------------------------------------------------------------------------------------------------
-# torchvision, where it was built for another PyTorch than is here (there is no CPU build of it), lacks two operators that
-# its import, and so transformers' and diffusers', asks for by name. They are declared, and never run.
+# torchvision, where it was built for another PyTorch than is here (there is no CPU build of it), lacks two operators
+# that its import, and so transformers' and diffusers', asks for by name. They are declared, and never run.
 
 OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
 
