@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import io
 import json
 import os
@@ -23,6 +24,7 @@ import data
 import pairs
 import warp
 from pairs import ShardPairs, ToyPairs, toy_pairs
+from tests.runs import contents, film, last_line, picture
 from toy import world as toyworld
 from video import estimators, shards
 
@@ -161,35 +163,7 @@ def grid(size):
 # From a video to a pair
 
 
-def film(path, frames=38, fps=25, size=(96, 64), pan=0.6, seed=0, cut=None):
-    """A landscape of blurred noise that pans by `pan` pixels per frame; at frame `cut` it becomes another one."""
-    w, h = size
-
-    def landscape(seed):
-        coarse = np.random.default_rng(seed).integers(0, 256, (12, 24, 3), np.uint8)
-        return cv2.resize(coarse, (3 * w, h), interpolation=cv2.INTER_CUBIC)
-
-    scenes, pictures = [landscape(seed), landscape(seed + 1000)], []
-    for i in range(frames):
-        shift = np.array([[1, 0, -pan * i], [0, 1, 0]], float)
-        pictures.append(cv2.warpAffine(scenes[cut is not None and i >= cut], shift, (w, h), flags=cv2.INTER_LINEAR))
-    if Path(path).suffix:
-        video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
-        for picture in pictures:
-            video.write(picture)
-        video.release()
-    else:
-        path.mkdir()
-        for i, picture in enumerate(pictures):
-            cv2.imwrite(str(path / f"frame {i + 1}.png"), picture)
-    return path
-
-
 SMALL = data.Recipe(size=64)
-
-
-def picture(files, extension):
-    return cv2.imdecode(np.frombuffer(files[extension], np.uint8), cv2.IMREAD_UNCHANGED)
 
 
 def test_a_pair_lines_up_with_its_target(tmp_path):
@@ -339,10 +313,6 @@ def made(clips, tmp_path_factory):
     return out
 
 
-def contents(out, but=(".png",)):
-    return {p.name: p.read_bytes() for p in sorted(out.iterdir()) if p.suffix not in but}
-
-
 def keys(out):
     return [name.split(".")[0] for path in sorted(out.glob("*.tar")) for name in tarfile.open(path).getnames()]
 
@@ -392,13 +362,7 @@ def test_kill_and_resume(clips, made, tmp_path):
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]  # no worker outlives its parent
 
 
-def fails(capsys, *arguments):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as e:
-        data.main([str(a) for a in arguments])
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and "Traceback" not in err
-    return err.strip().splitlines()[-1]
+fails = functools.partial(last_line, program=data)
 
 
 def test_what_is_wrong_is_said_in_one_line(clips, made, tmp_path, capsys, monkeypatch):

@@ -17,7 +17,7 @@ import sd
 from editing import change_maps as maps
 from networks import midas, published, sam
 from tests import test_midas
-from tests.test_sample import MEADOW, fails, run
+from tests.runs import MEADOW, fails, run
 
 CLICK = "sam:40,60=0;90,30=0.5"
 

@@ -20,25 +20,7 @@ import sample
 import sd
 import unet
 from kernels import winograd
-
-ROOT = Path(sample.__file__).parent
-MEADOW, GRADIENT = str(ROOT / "examples/meadow.png"), str(ROOT / "examples/gradient.png")
-
-
-def run(tmp_path, *argv, out="out.png"):
-    out = tmp_path / out
-    sample.main(["--steps", "4", "--precision", "fp32", "--device", "cpu", *map(str, argv), "--out", str(out)])
-    return np.asarray(Image.open(out).convert("RGB"), int)
-
-
-def fails(capsys, *argv):
-    """-> the one line that a person gets"""
-    with pytest.raises(SystemExit) as stop:
-        sample.main([*map(str, argv)])
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("sample.py: error: "), lines
-    return lines[0]
+from tests.runs import GRADIENT, MEADOW, ROOT, fails, half_white, last_line, relative_error, run, same_picture
 
 
 @pytest.fixture(scope="module")
@@ -79,23 +61,6 @@ def encoded(monkeypatch):
 
     monkeypatch.setattr(sd.StableDiffusion, "encode_image", watched)
     return seen
-
-
-def relative_error(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
-def same_picture(a, b):
-    """To one grey level: every run reads its weights anew, and a network of weights at other addresses gives the same
-    numbers to a tolerance."""
-    return a.shape == b.shape and np.abs(a - b).max() <= 1
-
-
-def half_white(path):
-    """Black, a ramp, and the right half white."""
-    ramp = np.clip(np.arange(128) * 8 - 256, 0, 255).astype(np.uint8)
-    Image.fromarray(np.tile(ramp, (128, 1))).save(path)
-    return path
 
 
 @pytest.mark.parametrize("sampler", list(diffusion.SAMPLERS))
@@ -309,14 +274,6 @@ def test_other_trouble_in_one_line(tmp_path, capsys, monkeypatch):
         assert "out of memory: try a smaller --size" in last_line(capsys, *edit)
     assert "needs --image and --mask" in fails(capsys, *edit, "--weights", ROOT / "weights/toy-inpainting")
     assert not (tmp_path / "out.png").exists()
-
-
-def last_line(capsys, *argv):
-    """-> what a person gets after the progress bar, and perhaps a warning"""
-    with pytest.raises(SystemExit) as stop:
-        sample.main([*map(str, argv)])
-    assert stop.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_steps_too_few_for_full_noise_are_warned_of(tmp_path, capsys):

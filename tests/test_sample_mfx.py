@@ -1,5 +1,6 @@
 """The command line's Magic Fixup modes, on an untrained one made of the toy: what holds whatever the weights."""
 
+import functools
 import json
 import os
 from dataclasses import replace
@@ -19,9 +20,11 @@ import unet
 from common import pictures
 from kernels import winograd
 from tests import test_mfx, test_sd
-from tests.test_sample import GRADIENT, MEADOW, ROOT, fails, half_white, relative_error, same_picture
+from tests.runs import GRADIENT, MEADOW, ROOT, fails, half_white, relative_error, same_picture, save
+from tests.runs import run as run_steps
 
 REAL = ROOT / "../shared/real"
+run = functools.partial(run_steps, steps=10)
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +53,6 @@ def edit(tmp_path):
     x[60:100, 70:110] = x[60:100, 20:60]
     x[60:100, 20:60] = 0
     return save(tmp_path / "edit.png", x), x
-
-
-def save(path, array):
-    Image.fromarray(array).save(path)
-    return path
-
-
-def run(tmp_path, *argv, out="out.png"):
-    out = tmp_path / out
-    sample.main(["--steps", "10", "--precision", "fp32", "--device", "cpu", *map(str, argv), "--out", str(out)])
-    return np.asarray(Image.open(out), int) if out.exists() else None  # several samples have other names
 
 
 @pytest.fixture
