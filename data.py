@@ -151,9 +151,9 @@ def make_pair(recipe, clip, index, preview=False, weights=None, device="cpu"):
             return "too short", None, None, None
         flow, *others = flows_between(estimate_flows, frames, *ends, known)
         for other in others:
-            # warp.compose_flow, but out of frame a pixel goes on as the nearest edge does: little errors would wear the
-            # borders away, and what left with the camera may come back with it.
-            flow = flow + warp.backwarp(other[None], flow[None], "border")[0]
+            # Out of frame a pixel goes on as the nearest edge does: little errors would wear the borders away, and what
+            # left with the camera may come back with it.
+            flow = warp.compose_flow(flow[None], other[None], "border")[0]
         flow = smoothed(flow)
         reason, statistics = motion_of(flow)
         if reason:

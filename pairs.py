@@ -33,25 +33,17 @@ MODELS = ("flow", "affine", "both")  # the motion model of the coarse edit; both
 # The two motion models
 
 
-def importance(image, target, flow):
-    """(B, 3, H, W) twice in [0, 1] and flow (B, 2, H, W) -> (B, 1, H, W): who wins where several pixels land.
-
-    As the release: -20 |I - backwarp(I_gt)|. (Its clipping to -20 .. 20 changes nothing between pictures in [0, 1].)
-    """
-    return -20 * (image - warp.backwarp(target, flow)).abs().mean(1, keepdim=True)
-
-
 def flow_edit(image, target, flow):
     """Model 1: every pixel goes where the flow leads. (B, 3, H, W) twice in [0, 1], (B, 2, H, W) in pixels.
 
       ->  coarse edit (B, 3, H, W), 0 in holes;  holes (B, 1, H, W) bool
     """
-    return warp.softsplat(image, flow, importance(image, target, flow), "soft", holes=True)
+    return warp.softsplat(image, flow, warp.importance(image, target, flow), "soft", holes=True)
 
 
 def affine_edit(image, target, flow, segments, depth):
     """Model 2: a collage of segments (B, H, W), laid from far to near by depth (B, H, W). As `flow_edit`."""
-    metric = importance(image, target, flow)[:, 0]
+    metric = warp.importance(image, target, flow)[:, 0]
     edits = [warp.piecewise_affine_warp(*one)[:2] for one in zip(image, flow, segments, depth, metric)]
     coarse, holes = (torch.stack(part) for part in zip(*edits))
     return coarse, holes[:, None]

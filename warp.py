@@ -56,13 +56,16 @@ def backwarp(x, flow, outside="zeros", *, mask=False):
     return (y, valid) if mask else y
 
 
-def compose_flow(f01, f12):
-    """Flow 0 -> 1 and flow 1 -> 2, both (B, 2, H, W) -> flow 0 -> 2. NaN for a pixel that is out of frame in between.
+def compose_flow(f01, f12, outside="unknown"):
+    """Flow 0 -> 1 and flow 1 -> 2, both (B, 2, H, W) -> flow 0 -> 2.
 
     The next flow is read at the displaced position (Magic Fixup, section 3.5): f02[q] = f01[q] + f12[q + f01[q]].
+    A pixel that is out of frame in between gets NaN. With outside='border' it goes on as the nearest edge does.
     """
-    f12, valid = backwarp(f12, f01, mask=True)
-    return (f01 + f12).where(valid, torch.nan)
+    if outside == "border":
+        return f01 + backwarp(f12, f01, "border")
+    f12, inside = backwarp(f12, f01, mask=True)
+    return (f01 + f12).where(inside, torch.nan)
 
 
 def forward_backward_consistency(f01, f10):
@@ -73,6 +76,14 @@ def forward_backward_consistency(f01, f10):
     residual = compose_flow(f01, f10)  # f + b; NaN, which compares False, out of frame
     f, b, residual = (v.square().sum(1, keepdim=True) for v in (f01, residual - f01, residual))
     return residual < 0.01 * (f + b) + 0.5
+
+
+def importance(image, target, flow):
+    """(B, 3, H, W) twice in [0, 1] and flow (B, 2, H, W) -> (B, 1, H, W): who wins where several pixels land.
+
+    As the release: -20 |I - backwarp(I_gt)|. (Its clipping to -20 .. 20 changes nothing between pictures in [0, 1].)
+    """
+    return -20 * (image - backwarp(target, flow)).abs().mean(1, keepdim=True)
 
 
 FLO_MAGIC = b"PIEH"  # 202021.25 as a float32; then width and height as int32, then x, y in reading order, float32

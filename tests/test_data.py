@@ -132,7 +132,7 @@ def test_affine_edit_of_rigid_objects_is_exact_to_the_pixel():
     a, b = pairs.toy_motion(48, seeded(5))
     first, second = toyworld.render(a), toyworld.render(b)
     flow = toyworld.flow_between(a, b, first)
-    metric, offsets, colours = pairs.importance(first.image, second.image, flow)[:, 0], [], []
+    metric, offsets, colours = warp.importance(first.image, second.image, flow)[:, 0], [], []
     for i in range(len(a)):
         out, holes, source = warp.piecewise_affine_warp(first.image[i], flow[i], first.segments[i], first.depth[i],
                                                         metric[i])
