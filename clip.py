@@ -50,56 +50,6 @@ class TextConfig:
         if self.width % self.heads:
             raise ValueError(f"text encoder width {self.width} does not divide into {self.heads} heads")
 
-    @classmethod
-    def from_json(cls, config: dict) -> "TextConfig":
-        """Reads the config.json of a Hugging Face CLIPTextModel or CLIPTextModelWithProjection. Which layer is read
-        is not in that file: SD 2 stores 23 of ViT-H's 24 layers instead. Raises ValueError if a size is missing."""
-        try:
-            vocab_size, eos = config["vocab_size"], config.get("eos_token_id")
-            if eos in (None, 2):  # files from before 2023 say 2, which no CLIP vocabulary ever meant
-                eos = _last_id(vocab_size)
-            projected = "CLIPTextModelWithProjection" in (config.get("architectures") or [])
-            return cls(vocab_size=vocab_size, width=config["hidden_size"], layers=config["num_hidden_layers"],
-                       heads=config["num_attention_heads"], length=config.get("max_position_embeddings", 77),
-                       mlp_width=config["intermediate_size"], activation=config.get("hidden_act", "quick_gelu"),
-                       eos=eos, projection=config["projection_dim"] if projected else None)
-        except KeyError as missing:
-            raise ValueError(f"the text encoder's config.json has no {missing}") from None
-
-    def to_json(self) -> dict:
-        """The config.json with which transformers opens these weights. It describes every stored layer; `skip_last`
-        and `final_norm` belong to whoever reads the hidden states, and are not in it."""
-        return {
-            "architectures": ["CLIPTextModelWithProjection" if self.projection else "CLIPTextModel"],
-            "model_type": "clip_text_model", "vocab_size": self.vocab_size, "hidden_size": self.width,
-            "intermediate_size": self.mlp_width, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
-            "max_position_embeddings": self.length, "hidden_act": self.activation, "layer_norm_eps": 1e-5,
-            "attention_dropout": 0.0, "projection_dim": self.projection or self.width,
-            "bos_token_id": self.eos - 1, "eos_token_id": self.eos, "pad_token_id": self.eos,
-        }
-
-
-def config_from_shapes(shapes: dict) -> TextConfig:
-    """Reads the configuration off Hugging Face-named tensor shapes, for checkpoints that come without a config.json.
-
-    shapes: tensor name -> shape. Heads are 64 wide and width 768 means quick_gelu, as in every released Stable
-    Diffusion. Raises ValueError if the tensors are not a CLIP text encoder.
-    """
-    try:
-        vocab_size, width = shapes["text_model.embeddings.token_embedding.weight"]
-        length = shapes["text_model.embeddings.position_embedding.weight"][0]
-        mlp_width = shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0]
-    except KeyError as missing:
-        raise ValueError(f"these tensors are not a CLIP text encoder: there is no {missing}") from None
-    layers = len({name.split(".")[3] for name in shapes if name.startswith("text_model.encoder.layers.")})
-    return TextConfig(vocab_size, width, layers, max(1, width // 64), length, mlp_width,
-                      "quick_gelu" if width == 768 else "gelu", _last_id(vocab_size),
-                      projection=shapes["text_projection.weight"][0] if "text_projection.weight" in shapes else None)
-
-
-def _last_id(vocab_size):
-    return min(vocab_size, 49408) - 1  # learned words (textual inversion) stand behind CLIP's own 49408
-
 
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 import clip
 import unet
 import vae
+from checkpoints import configs
 from checkpoints.names import IGNORED, split_parts, translate
 from checkpoints.read import describe_misfits, read_folder, read_tensors, uncollected
 from common.files import atomic_write, read_json, write_json
@@ -135,9 +136,11 @@ def schedule_to_json(schedule):
 
 
 PARTS = {  # name: (network, configuration from shapes, from config.json, to config.json)
-    "unet": (unet.UNet, unet.config_from_shapes, unet.config_from_json, unet.config_to_json),
-    "vae": (vae.VAE, vae.config_from_shapes, vae.config_from_json, vae.config_to_json),
-    "text_encoder": (clip.TextEncoder, clip.config_from_shapes, clip.TextConfig.from_json, clip.TextConfig.to_json),
+    "unet": (unet.UNet, configs.unet_config_from_shapes, configs.unet_config_from_json, configs.unet_config_to_json),
+    "vae": (vae.VAE, configs.vae_config_from_shapes, configs.vae_config_from_json, configs.vae_config_to_json),
+    "text_encoder": (
+        clip.TextEncoder, configs.text_config_from_shapes, configs.text_config_from_json, configs.text_config_to_json
+    ),
 }
 
 
@@ -257,7 +260,7 @@ def load_file(path, dtype, device, prediction):
     parts, openclip = split_parts(path, read_tensors(path))
     shapes = {name: tuple(tensor.shape) for name, tensor in parts["text_encoder"].items()}
     try:  # which activation is not in the tensors, but OpenCLIP has always had GELU, and OpenAI its own
-        text = replace(clip.config_from_shapes(shapes), activation="gelu" if openclip else "quick_gelu")
+        text = replace(configs.text_config_from_shapes(shapes), activation="gelu" if openclip else "quick_gelu")
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     models = [build(part, tensors, path, text if part == "text_encoder" else None, dtype, device)

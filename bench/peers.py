@@ -17,8 +17,7 @@ import torch.nn.functional as F
 
 import diffusion
 import sd
-import unet
-import vae
+from checkpoints import configs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # torchvision, where it was built for another PyTorch than is here (there is no CPU build of it), lacks two operators
@@ -51,7 +50,7 @@ def unet_peer(model):
     import diffusers
 
     c = model.config
-    options = unet.config_to_json(c) | {"cross_attention_dim": c.context or c.channels, "sample_size": 64}
+    options = configs.unet_config_to_json(c) | {"cross_attention_dim": c.context or c.channels, "sample_size": 64}
 
     def build():
         peer = diffusers.UNet2DConditionModel.from_config(options)
@@ -71,7 +70,8 @@ def vae_peer(model):
     """vae.VAE -> diffusers.AutoencoderKL"""
     import diffusers
 
-    return with_our_weights(lambda: diffusers.AutoencoderKL.from_config(vae.config_to_json(model.config)), model)
+    options = configs.vae_config_to_json(model.config)
+    return with_our_weights(lambda: diffusers.AutoencoderKL.from_config(options), model)
 
 
 def text_peer(model):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clip
+from checkpoints import configs
 
 CAPTIONS = ["a red circle on a sandy beach", "Two blue squares, one in front of the other", "a photo of 12 cats!!",
             "the dog's ball isn't here; they've taken it, I'm sure we'll see", "a red circle and a green circle"]
@@ -45,8 +46,8 @@ def ours_and_peer(folder, config):
     for p in ours.parameters():  # every bias and norm gets a value of its own
         p.data += 0.1 * torch.randn(p.shape)
     save_file(ours.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config.to_json()))
-    peer_class = getattr(transformers, config.to_json()["architectures"][0])
+    (folder / "config.json").write_text(json.dumps(configs.text_config_to_json(config)))
+    peer_class = getattr(transformers, configs.text_config_to_json(config)["architectures"][0])
     peer, info = peer_class.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info  # no key missing, unexpected or of another shape
     return ours, peer.eval()
@@ -65,7 +66,7 @@ def test_same_numbers_as_transformers(tmp_path, width, heads, length, activation
     assert relative_error(context, want.last_hidden_state) <= 1e-4
     assert relative_error(pooled, want.pooler_output) <= 1e-4
     assert torch.equal(ours(ids), context)
-    assert clip.TextConfig.from_json(peer.config.to_dict()) == config
+    assert configs.text_config_from_json(peer.config.to_dict()) == config
 
 
 @torch.no_grad()
@@ -93,7 +94,7 @@ def test_loads_what_transformers_saves_on_the_meta_device(tmp_path):
     ours, peer = ours_and_peer(tmp_path, config)
     peer.save_pretrained(tmp_path / "theirs")
     tensors = load_file(tmp_path / "theirs" / "model.safetensors")
-    read = clip.config_from_shapes({k: v.shape for k, v in tensors.items()})
+    read = configs.text_config_from_shapes({k: v.shape for k, v in tensors.items()})
     assert read == config
     with torch.device("meta"):
         again = clip.TextEncoder(read)
@@ -123,22 +124,22 @@ def test_table_has_the_known_sizes_and_shapes_give_it_back(name, count):
     with torch.device("meta"):
         state = clip.TextEncoder(config).state_dict()
     assert sum(p.numel() for p in state.values()) == count
-    read = clip.config_from_shapes({k: tuple(v.shape) for k, v in state.items()})
+    read = configs.text_config_from_shapes({k: tuple(v.shape) for k, v in state.items()})
     assert read == replace(config, skip_last=0, final_norm=True)  # what SDXL reads is not in the tensors
-    assert clip.TextConfig.from_json(config.to_json()) == read
+    assert configs.text_config_from_json(configs.text_config_to_json(config)) == read
 
 
 def test_config_errors_and_old_files():
-    with pytest.raises(ValueError, match="not a CLIP text encoder"):
-        clip.config_from_shapes({"conv.weight": (3, 3)})
-    with pytest.raises(ValueError, match="hidden_size"):
-        clip.TextConfig.from_json({"vocab_size": 49408})
+    with pytest.raises(ValueError, match="no CLIP text encoder"):
+        configs.text_config_from_shapes({"conv.weight": (3, 3)})
+    with pytest.raises(KeyError, match="hidden_size"):
+        configs.text_config_from_json({"vocab_size": 49408})
     with pytest.raises(ValueError, match="relu"):
         clip.TextConfig(activation="relu")
-    old = clip.TextConfig().to_json() | {"eos_token_id": 2}
-    assert clip.TextConfig.from_json(old).eos == 49407
-    learned = clip.TextConfig().to_json() | {"eos_token_id": 2, "vocab_size": 49410}
-    assert clip.TextConfig.from_json(learned).eos == 49407
+    old = configs.text_config_to_json(clip.TextConfig()) | {"eos_token_id": 2}
+    assert configs.text_config_from_json(old).eos == 49407
+    learned = configs.text_config_to_json(clip.TextConfig()) | {"eos_token_id": 2, "vocab_size": 49410}
+    assert configs.text_config_from_json(learned).eos == 49407
 
 
 # ---------------------------------------------------------------------------------------------------------------------

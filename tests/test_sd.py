@@ -20,7 +20,7 @@ import diffusion
 import sd
 import unet
 import vae
-from checkpoints import names, read
+from checkpoints import configs, names, read
 
 CAPTIONS = ["a red circle on a sandy beach", "two blue squares", "the sea at night", "a photo of 12 cats!"]
 VOCAB, MERGES = clip.learn_bpe(CAPTIONS, 560)
@@ -204,7 +204,7 @@ def test_original_layout_as_diffusers_converts_it(tmp_path, kind):
     got = sd.load(file)
     context, predicted, encoded, decoded = numbers(got)
 
-    c = unet.config_to_json(UNETS[kind])
+    c = configs.unet_config_to_json(UNETS[kind])
     peer = diffusers.UNet2DConditionModel.from_config(c).eval()
     peer.load_state_dict(convert.convert_ldm_unet_checkpoint(dict(tensors), c))
     g = torch.Generator().manual_seed(2)
@@ -212,13 +212,13 @@ def test_original_layout_as_diffusers_converts_it(tmp_path, kind):
     x = torch.rand(1, 3, 16, 16, generator=g) * 2 - 1
     assert relative_error(predicted, peer(z, torch.tensor([500]), context).sample) <= 1e-4
 
-    peer = diffusers.AutoencoderKL.from_config(vae.config_to_json(VAE)).eval()
+    peer = diffusers.AutoencoderKL.from_config(configs.vae_config_to_json(VAE)).eval()
     peer.load_state_dict(convert.convert_ldm_vae_checkpoint(dict(tensors), peer.config))
     assert relative_error(encoded, peer.encode(x).latent_dist.mean * 0.18215) <= 1e-4
     assert relative_error(decoded, peer.decode(encoded / 0.18215).sample) <= 1e-4
 
     layers = 3 if kind == "sd2" else 2
-    c = transformers.CLIPTextConfig(**replace(TEXTS[kind], layers=layers).to_json())
+    c = transformers.CLIPTextConfig(**configs.text_config_to_json(replace(TEXTS[kind], layers=layers)))
     peer = transformers.CLIPTextModel(c).eval()
     if kind == "sd2":
         state = convert.convert_open_clip_checkpoint(peer, dict(tensors))
@@ -241,7 +241,7 @@ def test_xl_names_as_diffusers_converts_them():
     model.unet = unet.UNet(config)
     tensors = {k: v for k, v in to_original(model).items() if k.startswith(names.PREFIX["unet"])}
     got = names.translate("unet", {k.removeprefix(names.PREFIX["unet"]): v for k, v in tensors.items()})
-    want = convert.convert_ldm_unet_checkpoint(dict(tensors), unet.config_to_json(config))
+    want = convert.convert_ldm_unet_checkpoint(dict(tensors), configs.unet_config_to_json(config))
     assert got.keys() == want.keys() == model.unet.state_dict().keys()
     assert all(torch.equal(got[k], want[k]) for k in want)
 
@@ -291,13 +291,13 @@ def peer_folder(folder, kind):
     diffusers = pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
     model = small(kind)
-    peer = diffusers.UNet2DConditionModel.from_config(unet.config_to_json(UNETS[kind]) | {"sample_size": 24})
+    peer = diffusers.UNet2DConditionModel.from_config(configs.unet_config_to_json(UNETS[kind]) | {"sample_size": 24})
     peer.load_state_dict(model.unet.state_dict())
     peer.save_pretrained(folder / "unet")
-    peer = diffusers.AutoencoderKL.from_config(vae.config_to_json(VAE))
+    peer = diffusers.AutoencoderKL.from_config(configs.vae_config_to_json(VAE))
     peer.load_state_dict(model.vae.state_dict())
     peer.save_pretrained(folder / "vae")
-    peer = transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXTS[kind].to_json()))
+    peer = transformers.CLIPTextModel(transformers.CLIPTextConfig(**configs.text_config_to_json(TEXTS[kind])))
     short = not any(k.startswith("text_model.") for k in peer.state_dict())
     peer.load_state_dict({k[11:] if short else k: v for k, v in model.text.state_dict().items()})
     peer.save_pretrained(folder / "text_encoder")
@@ -374,12 +374,13 @@ def test_save_and_load(tmp_path, kind):
 def test_config_json_gives_the_configuration_back(name):
     diffusers = pytest.importorskip("diffusers")
     config = unet.CONFIGS[name]
-    c = json.loads(json.dumps(unet.config_to_json(config)))
-    assert unet.config_from_json(c) == config
+    c = json.loads(json.dumps(configs.unet_config_to_json(config)))
+    assert configs.unet_config_from_json(c) == config
     with torch.device("meta"):
         peer = diffusers.UNet2DConditionModel.from_config(c)
         assert peer.state_dict().keys() == unet.UNet(config).state_dict().keys()
-    assert unet.config_from_json(json.loads(peer.to_json_string())) == config  # with all of its defaults spelled out
+    spelled_out = json.loads(peer.to_json_string())  # with all of its defaults
+    assert configs.unet_config_from_json(spelled_out) == config
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import sample
 import sd
 import vae
+from checkpoints import configs
 from kernels.winograd import quicken
 from reproduce.dd_costs import peak_memory
 from toy import world as toyworld
@@ -65,7 +66,7 @@ def test_parameter_count_is_the_published_one():
 def test_shapes_give_the_configuration_back(name):
     with torch.device("meta"):
         shapes = {k: tuple(v.shape) for k, v in VAE(vae.CONFIGS[name]).state_dict().items()}
-    got, want = vae.config_from_shapes(shapes), vae.CONFIGS[name]
+    got, want = configs.vae_config_from_shapes(shapes), vae.CONFIGS[name]
     assert got == VAEConfig(want.channels, want.layers, want.latent_channels, want.groups)
 
 
@@ -162,9 +163,9 @@ def test_a_wrong_size_is_refused_in_tiles_too():
 
 def test_the_size_of_tiles_is_in_the_configuration():
     toy = vae.CONFIGS["toy"]
-    told = vae.config_to_json(toy)
-    assert vae.config_from_json(told).size == toy.size == 128
-    assert vae.config_from_json({name: told[name] for name in told if name != "sample_size"}).size == 512
+    told = configs.vae_config_to_json(toy)
+    assert configs.vae_config_from_json(told).size == toy.size == 128
+    assert configs.vae_config_from_json({name: told[name] for name in told if name != "sample_size"}).size == 512
 
 
 def exaggeration(model, x, z):

@@ -1,0 +1,290 @@
+"""Configurations of the networks: read off shapes, read from config.json, written to config.json.
+
+A Hugging Face folder has a config.json beside each part's weights, a single file has none. So there
+are three functions for each of UNet, VAE and text encoder:
+
+    unet_config_from_shapes({name: shape})   names are Hugging Face's, of that part alone
+    unet_config_from_json(c)                 the content of diffusers' config.json
+    unet_config_to_json(config)              the same, for diffusers to open weights that we write
+
+Reading raises KeyError where a size is missing, ValueError where the network is not one of ours.
+"""
+
+from clip import TextConfig
+from unet import UNetConfig
+from vae import VAEConfig
+
+
+def count_modules(shapes, prefix):
+    """How many modules are in a list: down_blocks.0.x and down_blocks.1.y show 2 'down_blocks.'"""
+    rest = [name.removeprefix(prefix) for name in shapes if name.startswith(prefix)]
+    return len({name.split(".")[0] for name in rest})
+
+
+def read_widths(shapes, prefix):
+    """The width of each level, from the full resolution down, of its first residual block."""
+    levels = range(max(1, count_modules(shapes, prefix)))  # of none, the first is missing
+    return tuple(shapes[f"{prefix}{level}.resnets.0.conv1.weight"][0] for level in levels)
+
+
+def guess_groups(channels):
+    """Shapes do not say how many groups a GroupNorm has: 32, as published, where that divides."""
+    return 32 if all(c % 32 == 0 for c in channels) else 8
+
+
+def refuse_other_options(c, options):
+    """ValueError if a config.json sets an option to another value than our network has built in."""
+    for option, value in options.items():
+        if c.get(option, value) != value and (c[option] or value):  # false is as good as null
+            said = f"its config.json has {option} = {c[option]!r}"
+            raise ValueError(f"{said}; only {value!r} is implemented")
+
+
+# --------------------------------------------------------------------------------------------------
+# UNet: config.json of diffusers' UNet2DConditionModel
+#
+# Its attention_head_dim is, by an old mistake that every checkpoint relies on, the *number* of
+# heads: 8 in SD 1; in SD 2 and XL a list of numbers, which makes all heads equally wide.
+
+DOWN_BLOCKS = "DownBlock2D", "CrossAttnDownBlock2D"  # a level without, with transformers
+UP_BLOCKS = "UpBlock2D", "CrossAttnUpBlock2D"
+
+UNET_OPTIONS = {  # options of that class which published Stable Diffusions leave at these values
+    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "norm_eps": 1e-5, "dropout": 0.0,
+    "downsample_padding": 1, "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default",
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "mid_block_scale_factor": 1,
+    "mid_block_only_cross_attention": None, "only_cross_attention": False,
+    "dual_cross_attention": False, "class_embed_type": None, "num_class_embeds": None,
+    "encoder_hid_dim": None, "flip_sin_to_cos": True, "freq_shift": 0,
+    "time_embedding_type": "positional", "time_embedding_dim": None, "time_cond_proj_dim": None,
+    "resnet_time_scale_shift": "default", "center_input_sample": False,
+}
+
+
+def unet_config_from_shapes(shapes):
+    """{name: shape} -> UNetConfig.
+
+    Heads cannot be read off shapes: SD 1 projects tokens by a convolution and has 8 heads, its
+    successors project by a linear layer and have heads of 64.
+    """
+    channels = read_widths(shapes, "down_blocks.")
+    middle = "mid_block.attentions.0."
+    linear = len(shapes[middle + "proj_in.weight"]) == 2
+    depth = tuple(
+        count_modules(shapes, f"down_blocks.{level}.attentions.0.transformer_blocks.")
+        for level in range(len(channels))
+    )
+    # No second attention: width 0. No vector of XL's: likewise.
+    keys = shapes.get(middle + "transformer_blocks.0.attn2.to_k.weight", (0, 0))
+    added = shapes.get("add_embedding.linear_1.weight", (0, 0))
+    return UNetConfig(
+        in_channels=shapes["conv_in.weight"][1],
+        out_channels=shapes["conv_out.weight"][0],
+        channels=channels,
+        layers=count_modules(shapes, "down_blocks.0.resnets."),
+        depth=depth,
+        mid_depth=count_modules(shapes, middle + "transformer_blocks."),
+        heads=None if linear else 8,
+        head_width=64 if linear else None,
+        context=keys[1],
+        linear_proj=linear,
+        groups=guess_groups(channels),
+        added=added[1],
+    )
+
+
+def unet_config_from_json(c):
+    """The content of a config.json -> UNetConfig."""
+    channels = tuple(c["block_out_channels"])
+    cross = ["CrossAttn" in kind for kind in c["down_block_types"]]  # levels that have transformers
+    added = c.get("addition_embed_type")
+    refuse_other_options(c, UNET_OPTIONS | {
+        "down_block_types": [DOWN_BLOCKS[x] for x in cross],
+        "up_block_types": [UP_BLOCKS[x] for x in reversed(cross)],
+        "addition_embed_type": added and "text_time",
+    })
+
+    # Depth and heads are a number for all levels, or a list of one per level.
+    depth = list_per_level(c.get("transformer_layers_per_block", 1), channels)
+    heads = list_per_level(c.get("num_attention_heads") or c.get("attention_head_dim", 8), channels)
+    head_widths = {width // n for width, n in zip(channels, heads)}
+    same_number = len(set(heads)) == 1
+    if not same_number and len(head_widths) > 1:
+        said = f"its config.json has {tuple(heads)} attention heads"
+        raise ValueError(f"{said}; only an equal number or width is implemented")
+
+    return UNetConfig(
+        in_channels=c["in_channels"],
+        out_channels=c["out_channels"],
+        channels=channels,
+        layers=c["layers_per_block"],
+        depth=tuple(d if x else 0 for d, x in zip(depth, cross)),
+        mid_depth=depth[-1],
+        heads=heads[0] if same_number else None,
+        head_width=None if same_number else head_widths.pop(),
+        context=c["cross_attention_dim"],
+        linear_proj=c.get("use_linear_projection", False),
+        groups=c.get("norm_num_groups", 32),
+        added=c["projection_class_embeddings_input_dim"] if added else 0,
+    )
+
+
+def list_per_level(value, channels):
+    return value if isinstance(value, list) else [value] * len(channels)
+
+
+def unet_config_to_json(config):
+    """UNetConfig -> the content of a config.json."""
+    # A level without transformers needs a depth all the same: any number does.
+    depth = [d or 1 for d in config.depth[:-1]] + [config.mid_depth]
+    c = {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": config.channels,
+        "layers_per_block": config.layers,
+        "down_block_types": [DOWN_BLOCKS[d > 0] for d in config.depth],
+        "up_block_types": [UP_BLOCKS[d > 0] for d in reversed(config.depth)],
+        "transformer_layers_per_block": depth if len(set(depth)) > 1 else depth[0],
+        "attention_head_dim": config.heads or [config.heads_at(width) for width in config.channels],
+        "cross_attention_dim": config.context,
+        "use_linear_projection": config.linear_proj,
+        "norm_num_groups": config.groups,
+    }
+    if config.added:  # XL: the pooled text, and six sizes as embeddings of 256
+        c["addition_embed_type"] = "text_time"
+        c["addition_time_embed_dim"] = 256
+        c["projection_class_embeddings_input_dim"] = config.added
+    return c
+
+
+# --------------------------------------------------------------------------------------------------
+# VAE: config.json of diffusers' AutoencoderKL
+
+VAE_OPTIONS = {  # likewise
+    "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
+    "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True,
+    "shift_factor": None, "latents_mean": None, "latents_std": None,
+}
+
+
+def vae_config_from_shapes(shapes):
+    """{name: shape} -> VAEConfig. `scaling_factor` and `size` are no shapes: Stable Diffusion's."""
+    channels = read_widths(shapes, "encoder.down_blocks.")
+    return VAEConfig(
+        channels=channels,
+        layers=count_modules(shapes, "encoder.down_blocks.0.resnets."),
+        latent_channels=shapes["post_quant_conv.weight"][0],
+        groups=guess_groups(channels),
+    )
+
+
+def vae_config_from_json(c):
+    """The content of a config.json -> VAEConfig."""
+    levels = len(c["block_out_channels"])
+    refuse_other_options(c, VAE_OPTIONS | {
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    })
+    return VAEConfig(
+        channels=tuple(c["block_out_channels"]),
+        layers=c["layers_per_block"],
+        latent_channels=c["latent_channels"],
+        groups=c.get("norm_num_groups", 32),
+        scaling_factor=c.get("scaling_factor", 0.18215),  # older files do not say it
+        size=c.get("sample_size") or 512,
+    )
+
+
+def vae_config_to_json(config):
+    """VAEConfig -> the content of a config.json."""
+    levels = len(config.channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": config.channels,
+        "layers_per_block": config.layers,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.groups,
+        "scaling_factor": config.scaling_factor,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "sample_size": config.size,
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Text encoder: config.json of transformers' CLIPTextModel and CLIPTextModelWithProjection
+#
+# Which layer the diffusion model reads (`skip_last`, `final_norm`) is in neither shapes nor
+# config.json: SD 2 stores 23 of ViT-H's 24 layers instead.
+
+
+def text_config_from_shapes(shapes):
+    """{name: shape} -> TextConfig. ValueError if the tensors are no CLIP text encoder.
+
+    Heads are 64 wide, and width 768 means quick_gelu, as in every released Stable Diffusion.
+    """
+    try:
+        vocab_size, width = shapes["text_model.embeddings.token_embedding.weight"]
+        length = shapes["text_model.embeddings.position_embedding.weight"][0]
+        mlp_width = shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0]
+    except KeyError as missing:
+        raise ValueError(f"these tensors are no CLIP text encoder: there is no {missing}") from None
+    return TextConfig(
+        vocab_size=vocab_size,
+        width=width,
+        layers=count_modules(shapes, "text_model.encoder.layers."),
+        heads=max(1, width // 64),
+        length=length,
+        mlp_width=mlp_width,
+        activation="quick_gelu" if width == 768 else "gelu",
+        eos=find_end_token(vocab_size),
+        projection=shapes.get("text_projection.weight", (None,))[0],
+    )
+
+
+def text_config_from_json(c):
+    """The content of a config.json -> TextConfig."""
+    eos = c.get("eos_token_id")
+    if eos in (None, 2):  # files from before 2023 say 2, which no CLIP vocabulary ever meant
+        eos = find_end_token(c["vocab_size"])
+    projected = "CLIPTextModelWithProjection" in (c.get("architectures") or [])
+    return TextConfig(
+        vocab_size=c["vocab_size"],
+        width=c["hidden_size"],
+        layers=c["num_hidden_layers"],
+        heads=c["num_attention_heads"],
+        length=c.get("max_position_embeddings", 77),
+        mlp_width=c["intermediate_size"],
+        activation=c.get("hidden_act", "quick_gelu"),
+        eos=eos,
+        projection=c["projection_dim"] if projected else None,
+    )
+
+
+def find_end_token(vocab_size):
+    """CLIP's last token. Learned words (textual inversion) stand behind CLIP's own 49408."""
+    return min(vocab_size, 49408) - 1
+
+
+def text_config_to_json(config):
+    """TextConfig -> the content of a config.json. It describes every stored layer."""
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.length,
+        "hidden_act": config.activation,
+        "layer_norm_eps": 1e-5,
+        "attention_dropout": 0.0,
+        "projection_dim": config.projection or config.width,
+        "bos_token_id": config.eos - 1,
+        "eos_token_id": config.eos,
+        "pad_token_id": config.eos,
+    }
