@@ -3,7 +3,7 @@
     python data.py VIDEO_OR_FOLDER ... --out pairs/      any video that OpenCV opens, or a folder of frames
     python data.py clips/ --out pairs/ --workers 16 --shard 3/40        machine 3 of 0 .. 39; torchrun works as well
     python data.py clips/ --out pairs/ --flow raft --segments sam --depth midas     by the networks that the paper used,
-                                                                        whose files networks/published.py finds
+                                                                        whose files checkpoints/published.py finds
 
 Folders are searched for videos; one that holds pictures is one clip. An interrupted run goes on when it is started
 again with the same words. The list of work is a function of the arguments alone: clip after clip, so many pairs of
@@ -38,10 +38,10 @@ from tqdm import tqdm
 
 import collage
 import warp
+from checkpoints import published
 from common.cli import Parser, number, report_errors
 from common.devices import choose_device
 from common.files import write_json
-from networks import published
 from pairs import ShardPairs, ToyPairs, affine_edit, flow_edit, toy_pairs
 from video import estimators
 from video.clips import LONGEST, find_clips, is_cut, read_window

@@ -34,6 +34,7 @@ import diffusion
 import mfx
 import sd
 import vae
+from checkpoints import published
 from common.cli import TOY, TOY_MFX, Parser, number, report_errors
 from common.devices import choose_device, choose_precision, compile_unets, make_fast
 from common.pictures import (
@@ -52,7 +53,7 @@ from common.pictures import (
 )
 from editing import change_maps as maps
 from kernels.winograd import hold_memory
-from networks import published, sam
+from networks import sam
 
 # Defaults of what is left out: with a prompt, as in the one paper; with a coarse edit, as in the other
 WITH_PROMPT = {"prompt": "", "negative": "", "guidance": 7.5, "steps": 100, "weights": TOY}

@@ -12,7 +12,8 @@ import torch
 
 from bench import peers as bench_peers  # noqa: F401, so that tests/ and torchvision can be imported
 from bench.clock import Watch, compare, held, in_own_process, summary, turns
-from networks import automask, midas, published, raft, sam
+from checkpoints import published
+from networks import automask, midas, raft, sam
 
 # ---------------------------------------------------------------------------------------------------------------------
 # At full size

@@ -1,1 +1,1 @@
-"""Weight files: reading them safely, and the names and configurations of their layouts."""
+"""Weight files: reading them safely, the names of their layouts, and where the published ones of networks/ lie."""

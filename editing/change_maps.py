@@ -88,7 +88,7 @@ TRANSFORMS = {"invert": invert, "gamma": gamma, "window": window, "equalize": eq
 
 
 class Spec(NamedTuple):
-    network: str  # as networks/published.py names it: "midas", or "sam" with either clicks or values
+    network: str  # as checkpoints/published.py names it: "midas", or "sam" with either clicks or values
     transforms: tuple = ()  # (name, arguments), in this order
     clicks: tuple = ()  # (x, y, value)
     values: tuple = ()  # of automatic masks, from the largest on

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import diffdiff
+from checkpoints import published
 from editing import change_maps as maps
-from networks import midas, published
+from networks import midas
 from reproduce import baselines as compositing
 from reproduce import charts
 from reproduce.dd_tables import CHAPTER

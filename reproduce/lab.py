@@ -16,9 +16,10 @@ import torch
 import diffdiff
 import diffusion
 import sd
+from checkpoints import published
 from common import pictures
 from kernels.winograd import quicken
-from networks import lpips, published
+from networks import lpips
 from toy import world as toyworld
 
 HELD_OUT = 10**9  # loop.at() stays below it for the seeds that train.py takes

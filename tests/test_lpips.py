@@ -10,7 +10,8 @@ from unittest import mock
 import pytest
 import torch
 
-from networks import lpips, published
+from checkpoints import published
+from networks import lpips
 
 NAMES = {"alexnet": "alex", "vgg16": "vgg", "squeezenet1_1": "squeeze"}  # torchvision's and ours: the package's
 

@@ -14,8 +14,9 @@ from PIL import Image
 
 import sample
 import sd
+from checkpoints import published
 from editing import change_maps as maps
-from networks import midas, published, sam
+from networks import midas, sam
 from tests import test_midas
 from tests.runs import MEADOW, fails, run
 

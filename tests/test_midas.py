@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from networks import midas, published
+from checkpoints import published
+from networks import midas
 
 SMALL = {"width": 128, "blocks": 8, "grid": 4, "channels": (8, 16, 32, 32), "features": 32}
 LARGE = {"width": 1024, "blocks": 24, "grid": 24, "channels": (256, 512, 1024, 1024), "features": 256}

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import data
-from networks import lpips, midas, published, raft, sam
+from checkpoints import published
+from networks import lpips, midas, raft, sam
 from pairs import ShardPairs
 from tests.runs import contents, film, last_line, picture
 from video import estimators

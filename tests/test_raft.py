@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from networks import published, raft
+from checkpoints import published
+from networks import raft
 from video.estimators import dis_flow
 
 SIZES = [(128, 128), (136, 152), (131, 141)]
@@ -141,10 +142,8 @@ def test_original_layout(model, tmp_path, prefix, extension):
 def test_the_authors_code(tmp_path, monkeypatch, H, W):
     monkeypatch.syspath_prepend(os.path.join(os.environ["RAFT_REPO"], "core"))
     monkeypatch.setitem(sys.modules, "scipy", types.SimpleNamespace(interpolate=None))  # imported, not used here
-    monkeypatch.delitem(sys.modules, "raft")
+    from raft import RAFT as Theirs
     from utils.utils import InputPadder
-
-    from networks.raft import RAFT as Theirs  # theirs, as ours is taken out of sys.modules
 
     class Arguments(types.SimpleNamespace):
         def __contains__(self, name):

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from networks import published, sam
+from checkpoints import published
+from networks import sam
 from networks.automask import automatic_masks, cut_off, point_grid, segments, suppress, without_small_regions
 from networks.sam import CONFIGS, SAM, SAMConfig, config_from_shapes
 

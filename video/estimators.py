@@ -1,7 +1,7 @@
 """What pairs from video need to know about pictures: flow, segments, depth. Each by name, in the tables at the end.
 
 Classical means need no file of weights. The networks that the paper used, RAFT-Large, Segment Anything and MiDaS,
-give the same kind of result, and need a file each (networks/published.py). Pictures are (H, W, 3) uint8 RGB.
+give the same kind of result, and need a file each (checkpoints/published.py). Pictures are (H, W, 3) uint8 RGB.
 """
 
 import functools
@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 import torch
 
-from networks import automask, midas, published, raft
+from checkpoints import published
+from networks import automask, midas, raft
 
 SMALLEST = 300  # pixels of a 512x512 picture; the release drops smaller segments
 CPU_MEMORY = 2**29  # bytes for RAFT on a CPU: one pair of frames at a time, where several at once are no faster
@@ -119,7 +120,7 @@ def midas_depth(dpt, image, flow):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# By name. A network takes its model before the rest, and has the name that its file has in networks/published.py.
+# By name. A network takes its model before the rest, and has the name that its file has in checkpoints/published.py.
 
 
 FLOW = {"dis": dis_flows, "raft": raft_flows}  # (N frames) -> N - 1 flows to the next, (2, H, W) float32 in pixels
