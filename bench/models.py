@@ -73,7 +73,7 @@ def without_text(kind):
 
 def make_checkpoints(tmp, kind, dtype):
     """A random Stable Diffusion in three layouts -> {layout: path}, and the folder, which goes when nobody holds it."""
-    from test_sd import to_original  # the original layout, written independently of sd.py
+    from tests.small import to_original  # the original layout, written independently of sd.py
 
     torch.manual_seed(0)
     temporary = tempfile.TemporaryDirectory(dir=tmp)

@@ -31,7 +31,7 @@ from bench import training as bench_training
 from bench import warp as bench_warp
 from bench.clock import alternate, compare, ratio, summary, turns
 from sample import edit, fixup
-from tests import test_mfx, test_sd
+from tests import small
 
 
 def options(**more):
@@ -277,7 +277,7 @@ def picture(size=16, seed=0):
 def test_the_published_loop_gives_our_change_map_edit(prediction):
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
-    model, mu = test_sd.small(prediction=prediction), bench_edits.ramp(16)
+    model, mu = small.stable_diffusion(prediction=prediction), bench_edits.ramp(16)
     pipe = bench_peers.pipeline(model, torch.float32)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     got = edit(model, "a blue circle", picture(), mu, steps=5)
@@ -290,7 +290,7 @@ def test_the_published_loop_gives_our_change_map_edit(prediction):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_straightforward_loop_gives_our_magic_fixup(prediction):
     pytest.importorskip("diffusers")
-    model = test_mfx.magic_fixup(prediction)
+    model = small.magic_fixup(prediction)
     peer = bench_peers.fixup_peer(model)
     inputs = picture(), picture(seed=1), (picture(seed=2)[:, :1] > 0).float()
     got = fixup(model, *inputs, steps=5, seeds=[3])
@@ -302,7 +302,7 @@ def test_the_straightforward_loop_gives_our_magic_fixup(prediction):
 @pytest.fixture
 def small_sizes(monkeypatch):
     """A full size that is none, so that the code for it runs: the toy's sizes likewise."""
-    parts = {"unet": test_sd.SD1, "vae": vae.VAEConfig((32, 64)), "text_encoder": replace(test_sd.TEXT, vocab_size=600)}
+    parts = {"unet": small.SD1, "vae": vae.VAEConfig((32, 64)), "text_encoder": replace(small.TEXT, vocab_size=600)}
     monkeypatch.setattr(bench_edits, "in_own_process", lambda _, **arguments: bench_edits.edit_once(**arguments))
     monkeypatch.setattr(bench_edits, "hold_memory", lambda: None)
     for kind in ("full", "toy"):
@@ -346,7 +346,7 @@ def test_a_training_step_is_timed_and_nothing_is_kept():
 
 
 def test_operations_are_counted_without_being_done(small_sizes):
-    c = replace(test_sd.SD1, in_channels=9)
+    c = replace(small.SD1, in_channels=9)
     parts = unet.UNet(replace(c, context=None)), unet.UNet(replace(c, context=0)), vae.VAE(vae.VAEConfig((32, 64)))
     model = mfx.MagicFixup(*parts, diffusion.Schedule())
     model.unfreeze()

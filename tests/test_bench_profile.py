@@ -17,7 +17,7 @@ from bench import page as bench_page
 from bench import profile as bench_profile
 from bench.profile import ALL, PATHS, REST, WORKS, by_kind, kind_of, profiled
 from kernels.winograd import QuickConv2d, quicken
-from tests import test_mfx, test_sd
+from tests import small
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def small_sizes(monkeypatch):
     """A full size that is none."""
-    parts = {"unet": test_sd.SD1, "vae": vae.VAEConfig((32, 64)), "text_encoder": replace(test_sd.TEXT, vocab_size=600)}
+    parts = {"unet": small.SD1, "vae": vae.VAEConfig((32, 64)), "text_encoder": replace(small.TEXT, vocab_size=600)}
     monkeypatch.setitem(bench_models.CONFIGS, "full", parts)
     monkeypatch.setitem(bench_models.SIDES, "full", 16)
     bench_clock.HELD.clear()
@@ -109,14 +109,14 @@ def test_before_and_after_give_the_same(path, networks, expected, small_sizes):
         assert [kept(network) for network in networks(run)] == (expected if after else [set()] * len(expected))
         with torch.inference_mode():
             results.append(run())
-    assert test_sd.relative_error(*results) <= 1e-4
+    assert small.relative_error(*results) <= 1e-4
 
 
 @pytest.mark.parametrize(("after", "batches", "ends"), [(False, [1, 1, 1, 1], [1, 1, 1, 1]), (True, [1, 3], [])])
 def test_the_extractor_before_and_after(after, batches, ends, small_sizes):
     run = bench_profile.whole_fixup("full", 16, 4, CPU, after)
     extractor = run.args[0].extractor
-    began, (ended, _) = test_mfx.calls(extractor.conv_in, lambda: test_mfx.calls(extractor.conv_out, run))
+    began, (ended, _) = small.count_calls(extractor.conv_in, lambda: small.count_calls(extractor.conv_out, run))
     assert (began, ended) == (batches, ends)
 
 

@@ -1,11 +1,9 @@
 """mfx.py against the released program, and what must hold of Magic Fixup whatever its weights.
 
-The release (github.com/adobe-research/MagicFixup) may not be copied here. `Plain`, below, computes what it computes, in
-its layout, as directly as possible; `test_as_the_released_program` holds both to the real one where a checkout of it
-is at hand (MAGICFIXUP=/path/to/MagicFixup pytest tests/test_mfx.py; needs einops).
+tests/released.py computes what the release computes; `test_as_the_released_program` holds both to the real one where a
+checkout of it is at hand (MAGICFIXUP=/path/to/MagicFixup pytest tests/test_mfx.py; needs einops).
 """
 
-import math
 import os
 import sys
 import types
@@ -23,18 +21,9 @@ import mfx
 import sd
 import unet
 import vae
-from tests import test_sd
-from tests.test_sd import relative_error
-
-TOY = unet.UNetConfig(12, 12, (32, 64), layers=1, depth=(1, 1), heads=4, context=16, groups=8)
-
-
-def stable_diffusion(config=TOY, prediction="epsilon"):
-    torch.manual_seed(3)
-    parts = unet.UNet(config), vae.VAE(vae.VAEConfig((8, 16), 1, config.out_channels, groups=8))
-    return sd.StableDiffusion(
-        *map(test_sd.randomise, parts), None, diffusion.Schedule(prediction=prediction), None, 16
-    )
+from tests import small
+from tests.released import PlainMagicFixup, released_tensors
+from tests.small import count_calls, edit, magic_fixup, relative_error, same_weights, training_batch, without_text
 
 
 @pytest.fixture(scope="module")
@@ -42,226 +31,17 @@ def model():
     return magic_fixup()
 
 
-def magic_fixup(prediction="epsilon"):
-    made = mfx.from_stable_diffusion(stable_diffusion(prediction=prediction))
-    for network in (made.synthesizer, made.extractor):
-        test_sd.randomise(network, seed=4)
-    return made
-
-
-def edit(C=12, batch=1, h=8, w=8, seed=0):
-    """reference, coarse, mask"""
-    g = torch.Generator().manual_seed(seed)
-    reference, coarse = torch.randn(2, batch, C, h, w, generator=g)
-    return reference, coarse, (torch.rand(batch, 1, h, w, generator=g) > 0.3).float()
-
-
-def training_batch(seed=0, batch=4):
-    reference, coarse, mask = edit(batch=batch, seed=seed)
-    target = torch.randn(coarse.shape, generator=torch.Generator().manual_seed(seed + 1))
-    return {"reference": reference, "coarse": coarse, "mask": mask, "target": target}
-
-
-def same_weights(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def calls(module, do):
-    """How many samples each call of a module had while `do()` ran."""
-    seen = []
-    hook = module.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
-    result = do()
-    hook.remove()
-    return seen, result
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # As the release computes it
-
-
-class PlainAttention(nn.Module):
-    def __init__(self, width, context, heads):
-        super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(c, width, bias=False) for c in (width, context, context))
-        self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.0))
-        self.merge_attentions = nn.Conv2d(3 * heads, heads, 1)  # in the file, and never used
-        self.merge_attentions_missing = nn.Conv2d(2 * heads, heads, 1)
-
-    def forward(self, x, context):
-        parts = []
-        every = self.to_q(x), self.to_k(context), self.to_v(context)
-        for q, k, v in zip(*(y.chunk(self.heads, dim=2) for y in every)):
-            parts.append((q @ k.mT / math.sqrt(q.shape[2])).softmax(dim=2) @ v)
-        return self.to_out(torch.cat(parts, dim=2))
-
-
-class PlainBlock(nn.Module):
-    def __init__(self, width, context, heads):
-        super().__init__()
-        self.attn1, self.attn2, self.attn3 = (PlainAttention(width, c, heads) for c in (width, context, width))
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
-        gated = nn.Module()
-        gated.proj = nn.Linear(width, 8 * width)
-        self.ff = nn.Module()
-        self.ff.net = nn.ModuleList([gated, nn.Dropout(0.0), nn.Linear(4 * width, width)])
-
-    def forward(self, x, feature):
-        own = self.norm1(x)
-        x = x + self.attn1(own, own)
-        if feature is not None:
-            x = x + self.attn3(self.norm2(x), feature)
-        value, gate = self.ff.net[0].proj(self.norm3(x)).chunk(2, dim=2)
-        return x + self.ff.net[2](value * F.gelu(gate)), own
-
-
-class PlainTransformer(nn.Module):
-    def __init__(self, width, context, heads):
-        super().__init__()
-        self.norm = nn.GroupNorm(32, width, eps=1e-6)
-        self.proj_in, self.proj_out = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
-        self.transformer_blocks = nn.ModuleList([PlainBlock(width, context, heads)])
-
-    def forward(self, x, feature):
-        y = self.proj_in(self.norm(x))
-        y, own = self.transformer_blocks[0](y.flatten(2).mT, feature)
-        return x + self.proj_out(y.mT.reshape(x.shape)), own
-
-
-class PlainResnet(nn.Module):
-    def __init__(self, c_in, c_out, c_time):
-        super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(c_time, c_out))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, c_out), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(c_out, c_out, 3, padding=1)
-        )
-        self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
-    def forward(self, x, time):
-        h = self.in_layers(x) + self.emb_layers(time)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
-
-
-class PlainDown(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.op = nn.Conv2d(c, c, 3, stride=2, padding=1)
-
-    def forward(self, x):
-        return self.op(x)
-
-
-class PlainUp(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2))
-
-
-class Plain(nn.Module):
-    """One UNet of the release: (z, t, features or None) -> output, own features."""
-
-    def __init__(self, width=32, times=(1, 2), attends=(True, False), context=64, heads=8):
-        super().__init__()
-        self.width, c_time = width, 4 * width
-        self.time_embed = nn.Sequential(nn.Linear(width, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
-        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(9, width, 3, padding=1)])])
-        c, widths = width, [width]
-        for level, factor in enumerate(times):
-            for _ in range(2):
-                layers, c = [PlainResnet(c, factor * width, c_time)], factor * width
-                layers += [PlainTransformer(c, context, heads)] * attends[level]
-                self.input_blocks.append(nn.ModuleList(layers))
-                widths.append(c)
-            if level + 1 < len(times):
-                self.input_blocks.append(nn.ModuleList([PlainDown(c)]))
-                widths.append(c)
-        self.middle_block = nn.ModuleList(
-            [PlainResnet(c, c, c_time), PlainTransformer(c, context, heads), PlainResnet(c, c, c_time)]
-        )
-        self.output_blocks = nn.ModuleList()
-        for level in reversed(range(len(times))):
-            for i in range(3):
-                layers, c = [PlainResnet(c + widths.pop(), times[level] * width, c_time)], times[level] * width
-                layers += [PlainTransformer(c, context, heads)] * attends[level]
-                layers += [PlainUp(c)] * (level > 0 and i == 2)
-                self.output_blocks.append(nn.ModuleList(layers))
-        self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, 4, 3, padding=1))
-
-    def forward(self, z, t, features=None):
-        angle = t[:, None] * 10000 ** -(torch.arange(self.width // 2) / (self.width // 2))
-        time = self.time_embed(torch.cat([angle.cos(), angle.sin()], dim=1))
-        given, own = iter(features or ()), []
-
-        def run(layers, h):
-            for layer in layers:
-                if isinstance(layer, PlainTransformer):
-                    h, feature = layer(h, next(given, None))
-                    own.append(feature)
-                else:
-                    h = layer(h, time) if isinstance(layer, PlainResnet) else layer(h)
-            return h
-
-        skips = [z]
-        for layers in self.input_blocks:
-            skips.append(run(layers, skips[-1]))
-        h = run(self.middle_block, skips[-1])
-        for layers in self.output_blocks:
-            h = run(layers, torch.cat([h, skips.pop()], dim=1))
-        return self.out(h), own
-
-
-def plain_abar():
-    """Stable Diffusion's schedule, its signal shifted and scaled to nothing at the end (2305.08891)."""
-    betas = torch.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000, dtype=torch.float64) ** 2
-    root = (1 - betas).cumprod(0).sqrt()
-    return ((root - root[-1]) / (root[0] - root[-1]) * root[0]) ** 2
-
-
-class PlainMagicFixup(nn.Module):
-    def __init__(self, **sizes):
-        super().__init__()
-        self.model = nn.Module()
-        self.model.diffusion_model, self.model.reference_model = Plain(**sizes), Plain(**sizes)
-
-    def forward(self, x_t, t, reference, coarse, mask, noise):
-        abar = plain_abar()[t].float()[:, None, None, None]
-        noisy = abar.sqrt() * reference + (1 - abar).sqrt() * noise
-        _, features = self.model.reference_model(torch.cat([noisy, reference, mask], 1), t)
-        return self.model.diffusion_model(torch.cat([x_t, coarse, mask], 1), t, features)[0]
-
-    def ddim(self, k, noise, reference, coarse, mask, reference_noise):
-        """eta = 0. Timesteps 1, 1 + 1000 / k, ..; the last step ends at t = 0, not at no noise at all."""
-        abar, times = plain_abar(), [i * (1000 // k) + 1 for i in range(k)]
-        x = abar[times[-1]].sqrt().float() * coarse + (1 - abar[times[-1]]).sqrt().float() * noise
-        for i in reversed(range(k)):
-            t = torch.tensor([times[i]])
-            a, a_next = abar[times[i]].float(), abar[times[i - 1] if i else 0].float()
-            eps = self(x, t, reference, coarse, mask, reference_noise(times[i]))
-            x = a_next.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - a_next).sqrt() * eps
-        return x
-
-
-def released_tensors(plain, stable):
-    """What the release's training would save: `plain`, the autoencoder of `stable`, and all that we have no use for."""
-    tensors = dict(plain.state_dict())
-    tensors |= {k: v for k, v in test_sd.to_original(stable).items() if not k.startswith(("model.", "cond_stage"))}
-    others = ("cond_stage_model.dino_model.cls_token", "cond_stage_model.final_ln.weight", "proj_out.weight",
-              "proj_out.bias", "learnable_vector")
-    return tensors | {name: torch.zeros(2) for name in others}
 
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
     """The release on random weights, and the file of them."""
     torch.manual_seed(5)
-    plain = test_sd.randomise(PlainMagicFixup(), seed=6)
+    plain = small.randomise(PlainMagicFixup(), seed=6)
     path = tmp_path_factory.mktemp("released") / "magicfixup.pt"
-    torch.save(released_tensors(plain, test_sd.small()), path)
+    torch.save(released_tensors(plain, small.stable_diffusion()), path)
     return plain, path
 
 
@@ -293,8 +73,8 @@ def test_the_layout_at_full_size(tmp_path):
     """Every tensor of the release at Stable Diffusion 1.4's size, each a view of a single number."""
     with torch.device("meta"), sd.Bare():
         plain = PlainMagicFixup(width=320, times=(1, 2, 4, 4), attends=(True, True, True, False), context=768)
-        stable = types.SimpleNamespace(unet=unet.UNet(test_sd.SD1), vae=vae.VAE(vae.VAEConfig()), text=nn.Module())
-        stable.text.config = test_sd.TEXT
+        stable = types.SimpleNamespace(unet=unet.UNet(small.SD1), vae=vae.VAE(vae.VAEConfig()), text=nn.Module())
+        stable.text.config = small.TEXT
     tensors = {k: torch.zeros(()).expand(v.shape) for k, v in released_tensors(plain, stable).items()}
     torch.save({"state_dict": tensors}, tmp_path / "full.ckpt")
     ours = mfx.load(tmp_path / "full.ckpt")
@@ -346,7 +126,7 @@ def released_program(monkeypatch, folder):
     )
     sampler = ddim.DDIMSampler(model)
     sampler.register_buffer = lambda name, value: setattr(sampler, name, value)  # its own insists on a GPU
-    return test_sd.randomise(model, seed=8), sampler
+    return small.randomise(model, seed=8), sampler
 
 
 @pytest.mark.skipif("MAGICFIXUP" not in os.environ, reason="needs a checkout of adobe-research/MagicFixup")
@@ -387,7 +167,8 @@ def test_as_the_released_program(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("C", [12, 4])
 def test_begins_as_stable_diffusion_without_its_text(C):
-    stable = stable_diffusion(replace(TOY, in_channels=2 * C + 1 if C == 4 else C, out_channels=C))  # 4: for inpainting
+    C_in = 2 * C + 1 if C == 4 else C  # 4: for inpainting
+    stable = without_text(replace(small.TOY, in_channels=C_in, out_channels=C))
     new = mfx.from_stable_diffusion(stable)
     textless = unet.UNet(replace(stable.unet.config, context=0))
     textless.load_state_dict(stable.unet.state_dict(), strict=False)
@@ -409,7 +190,7 @@ def test_begins_as_stable_diffusion_without_its_text(C):
 
 
 def test_what_is_trained(model):
-    stable = stable_diffusion()
+    stable = without_text()
     new = mfx.from_stable_diffusion(stable)
     parameters = new.unfreeze()
     new.loss(training_batch(), torch.Generator().manual_seed(0)).backward()
@@ -422,7 +203,7 @@ def test_what_is_trained(model):
 
 
 def test_the_loss_falls():
-    new = mfx.from_stable_diffusion(stable_diffusion())
+    new = mfx.from_stable_diffusion(without_text())
     optimizer, batch = torch.optim.Adam(new.unfreeze(), lr=2e-3), training_batch(batch=2)
     batch |= mfx.draws(batch["target"].shape, torch.Generator().manual_seed(0))
     losses = []
@@ -477,7 +258,7 @@ def test_coarse_edit_and_mask_are_hidden_together(model):
 
 
 def test_without_cross_reference_attention(tmp_path):
-    ablated = mfx.from_stable_diffusion(stable_diffusion(), cross_reference=False)
+    ablated = mfx.from_stable_diffusion(without_text(), cross_reference=False)
     assert ablated.extractor is None and not any("attn2" in name for name in ablated.state_dict())
     (reference, coarse, mask), (other, *_) = edit(), edit(seed=1)
     got = ablated.sample(reference, coarse, mask, steps=3)
@@ -492,7 +273,7 @@ def test_without_cross_reference_attention(tmp_path):
 
 def test_any_noise_schedule_by_name():
     for name, prediction in (("linear", "epsilon"), ("scaled_linear", "v_prediction"), ("zero_snr", "epsilon")):
-        made = mfx.from_stable_diffusion(stable_diffusion(), schedule=diffusion.Schedule(name, prediction))
+        made = mfx.from_stable_diffusion(without_text(), schedule=diffusion.Schedule(name, prediction))
         assert made.schedule.name == name and made.sample(*edit(), steps=2).isfinite().all()
     assert diffusion.Schedule("zero_snr").alphas_cumprod[-1] == 0
 
@@ -508,7 +289,7 @@ def test_the_extractor_stops_at_its_last_feature(model):
     model.extractor(z, t, (), taps=taps)
     last = [m for m in model.extractor.modules() if isinstance(m, unet.SpatialTransformer)][-1]
     for after in (last.transformer_blocks[0].attn1.to_q, last.transformer_blocks[0].ff, model.extractor.conv_out):
-        seen, features = calls(after, lambda: model.extractor.features(z, t))
+        seen, features = count_calls(after, lambda: model.extractor.features(z, t))
         assert not seen
     assert len(features) == len(taps) == 7 and all(map(torch.equal, features, taps))
 
@@ -520,7 +301,7 @@ def test_several_timesteps_in_one_batch(model):
 
     def sample(**options):
         denoise = model.denoiser(reference, coarse, mask, **options)
-        return calls(model.extractor.conv_in, lambda: diffusion.sample(denoise, z, sampler))
+        return count_calls(model.extractor.conv_in, lambda: diffusion.sample(denoise, z, sampler))
 
     one_by_one, want = sample()
     assert one_by_one == [2] * 10  # two edits, ten steps
@@ -546,7 +327,7 @@ def test_samplers_that_look_ahead(model):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_samples_of_one_edit_in_one_batch(model, eta):
     reference, coarse, mask = edit(batch=2)
-    seen, got = calls(model.extractor.conv_in,
+    seen, got = count_calls(model.extractor.conv_in,
                       lambda: model.sample(reference, coarse, mask, seeds=[3, 1, 4], steps=4, eta=eta))
     assert got.shape == (6, 12, 8, 8) and sum(seen) == 2 * 4  # an extractor pass per edit and step, whatever N
     first = [model.sample(reference[:1], coarse[:1], mask[:1], seeds=[s], steps=4, eta=eta) for s in (3, 1, 4)]
@@ -685,9 +466,9 @@ def assert_refused(path, *words, error=ValueError):
 
 def test_files_that_are_no_magic_fixup(tmp_path, released):
     assert_refused(tmp_path / "nowhere", "no checkpoint", error=FileNotFoundError)
-    sd.save(test_sd.small(), tmp_path / "sd")
+    sd.save(small.stable_diffusion(), tmp_path / "sd")
     assert_refused(tmp_path / "sd", "not a Magic Fixup", "synthesizer/", error=FileNotFoundError)
-    torch.save(test_sd.to_original(test_sd.small()), tmp_path / "sd.ckpt")
+    torch.save(small.to_original(small.stable_diffusion()), tmp_path / "sd.ckpt")
     assert_refused(tmp_path / "sd.ckpt", "not a whole Magic Fixup", "model.reference_model.")
     (tmp_path / "text.pt").write_text("weights")
     assert_refused(tmp_path / "text.pt", "damaged")
@@ -712,7 +493,7 @@ def test_folders_that_do_not_fit_together(tmp_path, model):
     mfx.save(model, folder)
     sd.save_part(unet.UNet(replace(model.extractor.config, heads=8)), folder / "extractor")
     assert_refused(folder, "extractor")
-    sd.save_part(stable_diffusion().unet, folder / "synthesizer")
+    sd.save_part(without_text().unet, folder / "synthesizer")
     assert_refused(folder, "25 channels in")
     Path(folder / "scheduler" / "scheduler_config.json").unlink()
     assert_refused(folder, "scheduler_config.json", error=FileNotFoundError)

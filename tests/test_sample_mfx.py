@@ -19,7 +19,8 @@ import sd
 import unet
 from common import pictures
 from kernels import winograd
-from tests import test_mfx, test_sd
+from tests import small
+from tests.released import PlainMagicFixup, released_tensors
 from tests.runs import GRADIENT, MEADOW, ROOT, fails, half_white, relative_error, same_picture, save
 from tests.runs import run as run_steps
 
@@ -314,18 +315,18 @@ def test_a_collage_that_does_not_work(tmp_path, capsys, segments, said):
 def test_weights_of_the_wrong_kind(tmp_path, capsys, model, edit):
     this = ["--image", MEADOW, "--edit", edit[0], "--out", tmp_path / "out.png", "--weights"]
     assert "not a Magic Fixup" in fails(capsys, *this, sample.TOY)
-    torch.save(test_sd.to_original(test_sd.small()), tmp_path / "sd.ckpt")
+    torch.save(small.to_original(small.stable_diffusion()), tmp_path / "sd.ckpt")
     assert "not a whole Magic Fixup" in fails(capsys, *this, tmp_path / "sd.ckpt")
     assert "no checkpoint" in fails(capsys, *this, tmp_path / "none")
-    released = test_mfx.released_tensors(test_sd.randomise(test_mfx.PlainMagicFixup()), test_sd.small())
-    torch.save(released, tmp_path / "released.pt")
+    tensors = released_tensors(small.randomise(PlainMagicFixup()), small.stable_diffusion())
+    torch.save(tensors, tmp_path / "released.pt")
     for weights in (model[1], tmp_path / "released.pt"):
         assert "is a Magic Fixup" in fails(capsys, "--prompt", "snow", "--weights", weights)
 
 
 def test_the_released_layout_runs(tmp_path, edit):
-    released = test_mfx.released_tensors(test_sd.randomise(test_mfx.PlainMagicFixup()), test_sd.small())
-    torch.save(released, tmp_path / "released.pt")
+    tensors = released_tensors(small.randomise(PlainMagicFixup()), small.stable_diffusion())
+    torch.save(tensors, tmp_path / "released.pt")
     weights = ["--weights", tmp_path / "released.pt"]
     assert run(tmp_path, "--image", MEADOW, "--edit", edit[0], "--size", "64", *weights).shape == (64, 64, 3)
 
@@ -341,7 +342,7 @@ def test_the_autoencoder_is_not_stored_twice(model, tmp_path):
     toy = sd.load(sample.TOY, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(model.vae.parameters(), toy.vae.parameters()))
     assert model.size == toy.size
-    other = replace(toy, vae=test_sd.randomise(sd.load(sample.TOY, torch.float32).vae))
+    other = replace(toy, vae=small.randomise(sd.load(sample.TOY, torch.float32).vae))
     with pytest.raises(ValueError, match="another autoencoder"):
         mfx.save(mfx.from_stable_diffusion(other), tmp_path / "other", vae=sample.TOY / "vae")
     assert not (tmp_path / "other").exists()

@@ -1,8 +1,4 @@
-"""sd.py: every layout in, the standard folder out, and what happens to files that are something else.
-
-The original layout is written here by `to_original`, which counts blocks as the original program does, and is read by
-us and by diffusers' own conversion; neither knows the table in checkpoints/names.py.
-"""
+"""sd.py: every layout in, the standard folder out, and what happens to files that are something else."""
 
 import json
 import os
@@ -19,206 +15,51 @@ import clip
 import diffusion
 import sd
 import unet
-import vae
 from checkpoints import configs, names, read
-
-CAPTIONS = ["a red circle on a sandy beach", "two blue squares", "the sea at night", "a photo of 12 cats!"]
-VOCAB, MERGES = clip.learn_bpe(CAPTIONS, 560)
-TOKENIZER = clip.Tokenizer(VOCAB, MERGES)
-SD1 = unet.UNetConfig(channels=(32, 64), depth=(1, 0), heads=8, context=64)
-UNETS = {
-    "sd1": SD1,
-    "inpainting": replace(SD1, in_channels=9),
-    "sd2": unet.UNetConfig(channels=(64, 128), depth=(1, 0), heads=None, head_width=64, context=64, linear_proj=True),
-}
-TEXT = clip.TextConfig(len(VOCAB), 64, 2, 1, 77, 128, "quick_gelu", eos=len(VOCAB) - 1)
-TEXTS = {"sd1": TEXT, "inpainting": TEXT, "sd2": replace(TEXT, activation="gelu")}
-VAE = vae.VAEConfig((32, 64))
+from tests import small
 
 
-def randomise(model, seed=0):
-    torch.manual_seed(seed)
-    for p in model.parameters():  # every bias and norm gets a value of its own
-        p.data += 0.05 * torch.randn(p.shape)
-    return model.eval().requires_grad_(False)
-
-
-def small(kind="sd1", prediction="epsilon"):
-    torch.manual_seed(1)
-    parts = unet.UNet(UNETS[kind]), vae.VAE(VAE), clip.TextEncoder(TEXTS[kind])
-    tokenizer = clip.Tokenizer(VOCAB, MERGES, pad="!" if kind == "sd2" else clip.END)
-    return sd.StableDiffusion(*map(randomise, parts), diffusion.Schedule(prediction=prediction), tokenizer, size=16)
-
-
-def relative_error(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
-def numbers(model):
-    """What the three networks make of fixed inputs."""
-    g = torch.Generator().manual_seed(2)
-    z = torch.randn(1, model.unet.config.in_channels, 8, 8, generator=g)
-    x = torch.rand(1, 3, 16, 16, generator=g) * 2 - 1
-    context = model.encode_prompt(["a blue circle"])
-    encoded = model.encode_image(x)
-    return context, model.unet(z, torch.tensor([500]), context), encoded, model.decode(encoded)
-
-
-def weights(model):
-    """{name: tensor} of the three networks, but for the text encoder's last layers where these are not run."""
-    text, skipped = model.text.state_dict(), range(model.text.config.layers)[::-1][: model.text.config.skip_last]
-    text = {k: v for k, v in text.items() if not any(f".layers.{i}." in k for i in skipped)}
-    parts = {"unet": model.unet.state_dict(), "vae": model.vae.state_dict(), "text": text}
-    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-
-
-def same(a, b):
-    """The weights are equal bit for bit. What is made of them is so to a tolerance: they lie at other addresses, and
-    BLAS chooses its path by alignment."""
-    ours, theirs = weights(a), weights(b)
-    return (ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-            and all(relative_error(x, y) <= 1e-5 for x, y in zip(numbers(a), numbers(b), strict=True)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The original layout, as the original program names it
-
-
-def to_original(model, openclip=False):
-    """StableDiffusion -> {name: tensor} as a training program of 2022 would have saved it."""
-    resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-              "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-    blocks = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "out": "out",
-              "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-              "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-              "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
-              "mid_block.resnets.1": "middle_block.2"}
-    n = 0
-    for i, level in enumerate(model.unet.down_blocks):
-        for j in range(len(level.resnets)):
-            n += 1
-            blocks[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{n}.0"
-            blocks[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{n}.1"
-        n += 1
-        blocks[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
-    n = 0
-    for i, level in enumerate(model.unet.up_blocks):
-        for j in range(len(level.resnets)):
-            blocks[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{n}.0"
-            blocks[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{n}.1"
-            n += 1
-        third = 2 if hasattr(level, "attentions") else 1
-        blocks[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{n - 1}.{third}.conv"
-    out = {}
-    for name, tensor in model.unet.state_dict().items():
-        block = next(b for b in sorted(blocks, key=len, reverse=True) if name.startswith(b + "."))
-        inner = name.removeprefix(block + ".")
-        if "resnets" in block:
-            layer, kind = inner.rsplit(".", 1)
-            inner = f"{resnet[layer]}.{kind}"
-        out[f"model.diffusion_model.{blocks[block]}.{inner}"] = tensor
-
-    levels = len(model.vae.config.channels)
-    for name, tensor in model.vae.state_dict().items():
-        for i in range(levels):
-            name = name.replace(f"down_blocks.{i}.", f"down.{i}.").replace(f"up_blocks.{i}.", f"up.{levels - 1 - i}.")
-        name = name.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
-        for new, old in (("resnets", "block"), ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"),
-                         ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"),
-                         ("mid_block.attentions.0", "mid.attn_1"), ("group_norm", "norm"), ("to_q", "q"),
-                         ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
-            name = name.replace(new, old)
-        if "attn_1" in name and tensor.ndim == 2:
-            tensor = tensor[:, :, None, None]
-        out[f"first_stage_model.{name}"] = tensor.contiguous()
-
-    text = {k.removeprefix("text_model."): v for k, v in model.text.state_dict().items()}
-    if not openclip:
-        out |= {f"cond_stage_model.transformer.text_model.{k}": v for k, v in text.items()}
-        out["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    else:
-        prefix = "cond_stage_model.model."
-        out[prefix + "token_embedding.weight"] = text["embeddings.token_embedding.weight"]
-        out[prefix + "positional_embedding"] = text["embeddings.position_embedding.weight"]
-        names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj",
-                 "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-        for kind in ("weight", "bias"):
-            out[f"{prefix}ln_final.{kind}"] = text[f"final_layer_norm.{kind}"]
-            for i in range(model.text.config.layers):
-                here, there = f"encoder.layers.{i}.", f"{prefix}transformer.resblocks.{i}."
-                out |= {f"{there}{old}.{kind}": text[f"{here}{new}.{kind}"] for new, old in names.items()}
-                qkv = [text[f"{here}self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
-                out[f"{there}attn.in_proj_{kind}"] = torch.cat(qkv)
-        out[prefix + "text_projection"] = torch.randn(64, 64)
-        out[prefix + "logit_scale"] = torch.tensor(4.6)
-    out |= {"betas": torch.zeros(1000), "alphas_cumprod_prev": torch.zeros(1000), "sqrt_recipm1_alphas_cumprod":
-            torch.zeros(1000), "log_one_minus_alphas_cumprod": torch.zeros(1000), "model_ema.decay": torch.tensor(0.9),
-            "posterior_mean_coef1": torch.zeros(1000), "sqrt_one_minus_alphas_cumprod": torch.zeros(1000)}
-    return out
-
-
-def write_tokenizer(folder):
-    TOKENIZER.save(folder)
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        (folder / name).unlink()  # as it lies beside a single file: without a word on padding
-
-
-def original_file(folder, kind, suffix):
-    """The file, and the model that is in it as diffusers' own conversion reads it."""
-    model = small(kind)
-    if kind == "sd2":  # three layers in the file, of which the second is read
-        model.text = randomise(clip.TextEncoder(replace(TEXTS[kind], layers=3, skip_last=1)))
-    tensors = to_original(model, openclip=kind == "sd2")
-    file = folder / f"model{suffix}"
-    if suffix == ".safetensors":
-        save_file(tensors, file)
-    else:
-        torch.save({"state_dict": tensors, "epoch": 3, "global_step": 470000}, file)
-    write_tokenizer(folder)
-    return file, tensors, model
-
-
-@pytest.mark.parametrize("kind", UNETS)
+@pytest.mark.parametrize("kind", small.UNETS)
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_original_layout(tmp_path, kind, suffix):
-    file, _, model = original_file(tmp_path, kind, suffix)
+    file, _, model = small.original_file(tmp_path, kind, suffix)
     got = sd.load(file)
-    assert (got.unet.config, got.vae.config) == (UNETS[kind], VAE)
-    assert got.text.config == TEXTS[kind]
+    assert (got.unet.config, got.vae.config) == (small.UNETS[kind], small.VAE)
+    assert got.text.config == small.TEXTS[kind]
     assert got.size == 64 * 2
     assert got.tokenizer.pad == model.tokenizer.pad
     assert not any(p.requires_grad for part in (got.unet, got.vae, got.text) for p in part.parameters())
-    assert same(got, model)
-    assert all(n.dtype == torch.float32 for n in numbers(got))
+    assert small.same_model(got, model)
+    assert all(n.dtype == torch.float32 for n in small.compute(got))
     half = sd.load(file, dtype=torch.float16)
     assert {p.dtype for part in (half.unet, half.vae, half.text) for p in part.parameters()} == {torch.float16}
 
 
-@pytest.mark.parametrize("kind", UNETS)
+@pytest.mark.parametrize("kind", small.UNETS)
 @torch.no_grad()
 def test_original_layout_as_diffusers_converts_it(tmp_path, kind):
     diffusers = pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
     convert = pytest.importorskip("diffusers.loaders.single_file_utils")
-    file, tensors, _ = original_file(tmp_path, kind, ".safetensors")
+    file, tensors, _ = small.original_file(tmp_path, kind, ".safetensors")
     got = sd.load(file)
-    context, predicted, encoded, decoded = numbers(got)
+    context, predicted, encoded, decoded = small.compute(got)
 
-    c = configs.unet_config_to_json(UNETS[kind])
+    c = configs.unet_config_to_json(small.UNETS[kind])
     peer = diffusers.UNet2DConditionModel.from_config(c).eval()
     peer.load_state_dict(convert.convert_ldm_unet_checkpoint(dict(tensors), c))
     g = torch.Generator().manual_seed(2)
-    z = torch.randn(1, UNETS[kind].in_channels, 8, 8, generator=g)
+    z = torch.randn(1, small.UNETS[kind].in_channels, 8, 8, generator=g)
     x = torch.rand(1, 3, 16, 16, generator=g) * 2 - 1
-    assert relative_error(predicted, peer(z, torch.tensor([500]), context).sample) <= 1e-4
+    assert small.relative_error(predicted, peer(z, torch.tensor([500]), context).sample) <= 1e-4
 
-    peer = diffusers.AutoencoderKL.from_config(configs.vae_config_to_json(VAE)).eval()
+    peer = diffusers.AutoencoderKL.from_config(configs.vae_config_to_json(small.VAE)).eval()
     peer.load_state_dict(convert.convert_ldm_vae_checkpoint(dict(tensors), peer.config))
-    assert relative_error(encoded, peer.encode(x).latent_dist.mean * 0.18215) <= 1e-4
-    assert relative_error(decoded, peer.decode(encoded / 0.18215).sample) <= 1e-4
+    assert small.relative_error(encoded, peer.encode(x).latent_dist.mean * 0.18215) <= 1e-4
+    assert small.relative_error(decoded, peer.decode(encoded / 0.18215).sample) <= 1e-4
 
     layers = 3 if kind == "sd2" else 2
-    c = transformers.CLIPTextConfig(**configs.text_config_to_json(replace(TEXTS[kind], layers=layers)))
+    c = transformers.CLIPTextConfig(**configs.text_config_to_json(replace(small.TEXTS[kind], layers=layers)))
     peer = transformers.CLIPTextModel(c).eval()
     if kind == "sd2":
         state = convert.convert_open_clip_checkpoint(peer, dict(tensors))
@@ -230,16 +71,17 @@ def test_original_layout_as_diffusers_converts_it(tmp_path, kind):
     assert not missing and all("position_ids" in k or "text_projection" in k for k in unexpected)
     out = peer(got.tokenizer(["a blue circle"]), output_hidden_states=True)
     norm = (peer if short else peer.text_model).final_layer_norm
-    assert relative_error(context, norm(out.hidden_states[-2]) if kind == "sd2" else out.last_hidden_state) <= 1e-4
+    want = norm(out.hidden_states[-2]) if kind == "sd2" else out.last_hidden_state
+    assert small.relative_error(context, want) <= 1e-4
 
 
 def test_xl_names_as_diffusers_converts_them():
     convert = pytest.importorskip("diffusers.loaders.single_file_utils")
     config = unet.UNetConfig(channels=(32, 32, 64), depth=(0, 1, 2), mid_depth=2, heads=None, head_width=16, added=50,
                              linear_proj=True, context=40, layers=1)
-    model = small()
+    model = small.stable_diffusion()
     model.unet = unet.UNet(config)
-    tensors = {k: v for k, v in to_original(model).items() if k.startswith(names.PREFIX["unet"])}
+    tensors = {k: v for k, v in small.to_original(model).items() if k.startswith(names.PREFIX["unet"])}
     got = names.translate("unet", {k.removeprefix(names.PREFIX["unet"]): v for k, v in tensors.items()})
     want = convert.convert_ldm_unet_checkpoint(dict(tensors), configs.unet_config_to_json(config))
     assert got.keys() == want.keys() == model.unet.state_dict().keys()
@@ -247,7 +89,7 @@ def test_xl_names_as_diffusers_converts_them():
 
 
 def test_v_prediction_and_the_native_size(tmp_path):
-    file, _, _ = original_file(tmp_path, "sd2", ".safetensors")
+    file, _, _ = small.original_file(tmp_path, "sd2", ".safetensors")
     assert (sd.load(file).schedule.prediction, sd.load(file).size) == ("epsilon", 64 * 2)
     got = sd.load(file, prediction="v_prediction")
     assert (got.schedule.prediction, got.size) == ("v_prediction", 96 * 2)
@@ -290,14 +132,14 @@ def peer_folder(folder, kind):
     """A folder as diffusers and transformers write it, of the weights of `small`."""
     diffusers = pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
-    model = small(kind)
-    peer = diffusers.UNet2DConditionModel.from_config(configs.unet_config_to_json(UNETS[kind]) | {"sample_size": 24})
+    model = small.stable_diffusion(kind)
+    peer = diffusers.UNet2DConditionModel.from_config(configs.unet_config_to_json(small.UNETS[kind]) | {"sample_size": 24})
     peer.load_state_dict(model.unet.state_dict())
     peer.save_pretrained(folder / "unet")
-    peer = diffusers.AutoencoderKL.from_config(configs.vae_config_to_json(VAE))
+    peer = diffusers.AutoencoderKL.from_config(configs.vae_config_to_json(small.VAE))
     peer.load_state_dict(model.vae.state_dict())
     peer.save_pretrained(folder / "vae")
-    peer = transformers.CLIPTextModel(transformers.CLIPTextConfig(**configs.text_config_to_json(TEXTS[kind])))
+    peer = transformers.CLIPTextModel(transformers.CLIPTextConfig(**configs.text_config_to_json(small.TEXTS[kind])))
     short = not any(k.startswith("text_model.") for k in peer.state_dict())
     peer.load_state_dict({k[11:] if short else k: v for k, v in model.text.state_dict().items()})
     peer.save_pretrained(folder / "text_encoder")
@@ -308,14 +150,14 @@ def peer_folder(folder, kind):
     return model
 
 
-@pytest.mark.parametrize("kind", UNETS)
+@pytest.mark.parametrize("kind", small.UNETS)
 def test_folder_that_the_peers_wrote(tmp_path, kind):
     model = peer_folder(tmp_path, kind)
     got = sd.load(tmp_path)
-    assert (got.unet.config, got.vae.config, got.text.config) == (UNETS[kind], VAE, TEXTS[kind])
+    assert (got.unet.config, got.vae.config, got.text.config) == (small.UNETS[kind], small.VAE, small.TEXTS[kind])
     assert got.schedule.prediction == ("v_prediction" if kind == "sd2" else "epsilon")
     assert got.size == 24 * 2 and got.tokenizer.pad == model.tokenizer.pad
-    assert same(got, model)
+    assert small.same_model(got, model)
 
 
 def test_other_files_in_a_folder(tmp_path):
@@ -324,7 +166,7 @@ def test_other_files_in_a_folder(tmp_path):
     folder, file = tmp_path / "unet", tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     file.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
-    assert same(sd.load(tmp_path), model)
+    assert small.same_model(sd.load(tmp_path), model)
     (folder / "diffusion_pytorch_model.fp16.safetensors").unlink()
     names = [*tensors]
     shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
@@ -332,7 +174,7 @@ def test_other_files_in_a_folder(tmp_path):
         save_file({k: tensors[k] for k in held}, folder / shard)
     index = {"weight_map": {k: shard for shard, held in shards.items() for k in held}}
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    assert same(sd.load(tmp_path), model)
+    assert small.same_model(sd.load(tmp_path), model)
     (folder / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"b\.safetensors"):
         sd.load(tmp_path)
@@ -340,7 +182,7 @@ def test_other_files_in_a_folder(tmp_path):
     torch.save(tensors, folder / "diffusion_pytorch_model.bin")
     (folder / "config.json").unlink()  # then the tensors say it
     assert sd.load(tmp_path).size == 128
-    assert same(sd.load(tmp_path), model)
+    assert small.same_model(sd.load(tmp_path), model)
 
     file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     old = {}
@@ -351,23 +193,23 @@ def test_other_files_in_a_folder(tmp_path):
     save_file(old, file)
     save_file(model.text.state_dict() | {"text_model.embeddings.position_ids": torch.arange(77)[None]},
               tmp_path / "text_encoder" / "model.safetensors")
-    assert same(sd.load(tmp_path), model)
+    assert small.same_model(sd.load(tmp_path), model)
 
 
-@pytest.mark.parametrize("kind", UNETS)
+@pytest.mark.parametrize("kind", small.UNETS)
 def test_save_and_load(tmp_path, kind):
-    model = small(kind)
+    model = small.stable_diffusion(kind)
     sd.save(model, tmp_path)
     got = sd.load(tmp_path)
-    assert same(got, model)
-    assert (got.unet.config, got.vae.config, got.text.config) == (UNETS[kind], VAE, TEXTS[kind])
-    assert got.size == 16 and got.tokenizer.vocab == VOCAB and got.tokenizer.pad == model.tokenizer.pad
+    assert small.same_model(got, model)
+    assert (got.unet.config, got.vae.config, got.text.config) == (small.UNETS[kind], small.VAE, small.TEXTS[kind])
+    assert got.size == 16 and got.tokenizer.vocab == small.VOCAB and got.tokenizer.pad == model.tokenizer.pad
     sd.save(got, tmp_path, dtype=torch.float16)  # over the very files that `got` is a mapping of
-    assert same(got, model)
+    assert small.same_model(got, model)
     assert sd.load(tmp_path).unet.conv_in.weight.dtype == torch.float16
     assert not [f for f in tmp_path.rglob(".*")]
     part = sd.load_part(tmp_path / "vae", "vae", dtype=torch.float32)
-    assert relative_error(part.decode(torch.ones(1, 4, 4, 4)), model.vae.decode(torch.ones(1, 4, 4, 4))) < 1e-2
+    assert small.relative_error(part.decode(torch.ones(1, 4, 4, 4)), model.vae.decode(torch.ones(1, 4, 4, 4))) < 1e-2
 
 
 @pytest.mark.parametrize("name", unet.CONFIGS)
@@ -388,7 +230,7 @@ def test_config_json_gives_the_configuration_back(name):
 def test_same_picture_as_the_peer_pipeline(tmp_path, prediction):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
-    model = small("sd1", prediction)
+    model = small.stable_diffusion("sd1", prediction)
     sd.save(model, tmp_path)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
@@ -408,7 +250,7 @@ def test_same_picture_as_the_peer_pipeline(tmp_path, prediction):
     got = (model.decode(z) / 2 + 0.5).clamp(0, 1)
     assert (got - want).abs().max() <= 2 / 255
     assert want.std() > 0.05
-    assert relative_error(z, pipe(**options, output_type="latent").images) <= 1e-4
+    assert small.relative_error(z, pipe(**options, output_type="latent").images) <= 1e-4
 
 
 @torch.no_grad()
@@ -416,7 +258,7 @@ def test_same_picture_as_the_peer_inpainting_pipeline(tmp_path):
     """The mask and the masked picture in the right order, and polarity. (The latter's latent the peer would draw.)"""
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
-    model = small("inpainting")
+    model = small.stable_diffusion("inpainting")
     sd.save(model, tmp_path)
     pipe = diffusers.StableDiffusionInpaintPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
@@ -434,7 +276,7 @@ def test_same_picture_as_the_peer_inpainting_pipeline(tmp_path):
 
 
 def test_the_posterior(tmp_path):
-    model = small()
+    model = small.stable_diffusion()
     x, noise = torch.rand(1, 3, 16, 16) * 2 - 1, torch.randn(1, 4, 8, 8)
     mean, logvar = model.vae.encode(x)
     assert torch.equal(model.encode_image(x), mean * 0.18215)
@@ -455,7 +297,7 @@ def assert_refused(path, *words, error=ValueError, **options):
 
 
 def test_files_that_are_no_checkpoint(tmp_path):
-    file, tensors, _ = original_file(tmp_path, "sd1", ".safetensors")
+    file, tensors, _ = small.original_file(tmp_path, "sd1", ".safetensors")
     assert_refused(tmp_path / "absent.safetensors", "absent.safetensors", error=FileNotFoundError)
     assert_refused(tmp_path / "absent", "absent", error=FileNotFoundError)
     assert_refused(tmp_path, "unet/", error=FileNotFoundError)
@@ -485,7 +327,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
 
 
 def test_tensors_that_do_not_fit(tmp_path):
-    file, tensors, _ = original_file(tmp_path, "sd1", ".safetensors")
+    file, tensors, _ = small.original_file(tmp_path, "sd1", ".safetensors")
     name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
 
     def write(change):
@@ -500,7 +342,7 @@ def test_tensors_that_do_not_fit(tmp_path):
     assert_refused(write({"model.diffusion_model.conv_in.weight": None, "model.diffusion_model.input_blocks.0.0.weight":
                    None}), "unet", "conv_in.weight")
     narrow = {k: v for k, v in tensors.items() if "cond_stage_model" not in k}
-    narrow |= to_original(replace_text(small(), replace(TEXT, width=128, heads=2)))
+    narrow |= small.to_original(replace_text(small.stable_diffusion(), replace(small.TEXT, width=128, heads=2)))
     save_file(narrow, file)
     assert_refused(file, "do not fit", "128")
 
@@ -511,7 +353,7 @@ def replace_text(model, config):
 
 
 def test_folder_errors(tmp_path):
-    sd.save(small(), tmp_path)
+    sd.save(small.stable_diffusion(), tmp_path)
     config = tmp_path / "unet" / "config.json"
     good = json.loads(config.read_text())
     for change, words in (({"_class_name": "UNet3DConditionModel"}, "UNet3DConditionModel"),
@@ -561,7 +403,7 @@ class Runs:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_would_run_code_does_not(tmp_path, zipped):
-    tensors, touched = to_original(small()), tmp_path / "touched"
+    tensors, touched = small.to_original(small.stable_diffusion()), tmp_path / "touched"
     for content in (tensors | {"x": Runs(touched)}, {"state_dict": tensors, "callbacks": Runs(touched)}):
         torch.save(content, tmp_path / "model.ckpt", _use_new_zipfile_serialization=zipped)
         assert_refused(tmp_path / "model.ckpt", "refused", "safetensors")
@@ -578,28 +420,28 @@ def test_what_lightning_leaves_in_a_checkpoint_is_harmless(tmp_path, monkeypatch
         monkeypatch.setitem(sys.modules, name, module)
     state = module.ModelCheckpoint()
     state.score = 3
-    model = small()
-    content = {"state_dict": to_original(model), "callbacks": {module.ModelCheckpoint: {"best": state}}}
+    model = small.stable_diffusion()
+    content = {"state_dict": small.to_original(model), "callbacks": {module.ModelCheckpoint: {"best": state}}}
     torch.save(content, tmp_path / "model.ckpt")
-    write_tokenizer(tmp_path)
+    small.write_tokenizer(tmp_path)
     monkeypatch.undo()
-    assert same(sd.load(tmp_path / "model.ckpt"), model)
+    assert small.same_model(sd.load(tmp_path / "model.ckpt"), model)
 
 
 def test_old_pickles_that_cannot_be_mapped(tmp_path):
-    torch.save(to_original(small()), tmp_path / "model.pt", _use_new_zipfile_serialization=False)
-    write_tokenizer(tmp_path / "tokenizer")
-    assert same(sd.load(tmp_path / "model.pt"), small())
+    torch.save(small.to_original(small.stable_diffusion()), tmp_path / "model.pt", _use_new_zipfile_serialization=False)
+    small.write_tokenizer(tmp_path / "tokenizer")
+    assert small.same_model(sd.load(tmp_path / "model.pt"), small.stable_diffusion())
 
 
 def test_no_tokenizer(tmp_path):
-    save_file(to_original(small()), tmp_path / "model.safetensors")
+    save_file(small.to_original(small.stable_diffusion()), tmp_path / "model.safetensors")
     got = sd.load(tmp_path / "model.safetensors")
     got.decode(got.encode_image(torch.zeros(1, 3, 16, 16)))
     with pytest.raises(ValueError, match=r"vocab\.json and merges\.txt") as info:
         got.encode_prompt(["a cat"])
     assert str(tmp_path) in str(info.value) and clip.ARCHIVE in str(info.value)
-    sd.save(small(), tmp_path / "folder")
+    sd.save(small.stable_diffusion(), tmp_path / "folder")
     for f in (tmp_path / "folder" / "tokenizer").iterdir():
         f.unlink()
     with pytest.raises(ValueError, match=r"vocab\.json and merges\.txt") as info:
@@ -611,6 +453,6 @@ def test_no_tokenizer(tmp_path):
 
 
 def test_a_tokenizer_of_another_model(tmp_path):
-    save_file(to_original(small()), tmp_path / "model.safetensors")
-    clip.Tokenizer(*clip.learn_bpe([*CAPTIONS, "other words here altogether"], 700)).save(tmp_path)
+    save_file(small.to_original(small.stable_diffusion()), tmp_path / "model.safetensors")
+    clip.Tokenizer(*clip.learn_bpe([*small.CAPTIONS, "other words here altogether"], 700)).save(tmp_path)
     assert_refused(tmp_path / "model.safetensors", "not the text encoder's")

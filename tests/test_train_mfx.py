@@ -30,7 +30,7 @@ import train
 import unet
 import vae
 from common.files import write_json
-from tests import test_sd
+from tests import small
 
 ROOT = Path(train.__file__).parent
 UNET = unet.UNetConfig(channels=(16, 32), layers=1, depth=(1, 1), heads=2, context=32, groups=8)
@@ -49,8 +49,8 @@ def write_stable(folder):
     torch.manual_seed(0)
     text = clip.TextEncoder(replace(clip.CONFIGS["toy"], vocab_size=20, width=32, layers=1, heads=2))
     autoencoder = vae.VAE(vae.VAEConfig((8, 8), 1, 4, groups=4))
-    sd.save_part(test_sd.randomise(unet.UNet(UNET)), folder / "unet", sample_size=8)
-    sd.save_part(test_sd.randomise(autoencoder), folder / "vae")
+    sd.save_part(small.randomise(unet.UNet(UNET)), folder / "unet", sample_size=8)
+    sd.save_part(small.randomise(autoencoder), folder / "vae")
     sd.save_part(text, folder / "text_encoder")
     write_json(folder / "scheduler/scheduler_config.json",
                        sd.schedule_to_json(diffusion.Schedule()))
@@ -144,7 +144,7 @@ class Live(TorchDispatchMode):
 def magic(stable):
     model = mfx.from_stable_diffusion(sd.load(stable))
     for network in (model.synthesizer, model.extractor):
-        test_sd.randomise(network, seed=4)
+        small.randomise(network, seed=4)
     return model.float()
 
 

@@ -16,7 +16,7 @@ import sd
 import train
 from reproduce import lab as claims
 from reproduce import train_toys
-from tests import test_sd
+from tests import small
 from toy import world as toyworld
 
 
@@ -24,7 +24,7 @@ from toy import world as toyworld
 def plain(tmp_path_factory):
     """A tiny Stable Diffusion of 16x16 pictures, its folder."""
     folder = tmp_path_factory.mktemp("plain")
-    sd.save(test_sd.small(), folder, torch.float16)
+    sd.save(small.stable_diffusion(), folder, torch.float16)
     return folder
 
 
@@ -107,7 +107,7 @@ def test_masks():
 
 @torch.no_grad()
 def test_a_widened_unet_is_the_same_until_it_is_trained():
-    model = test_sd.small()
+    model = small.stable_diffusion()
     wide = train_toys.widened(model.unet)
     assert (wide.config.in_channels, wide.config.out_channels) == (9, 4)
     g = torch.Generator().manual_seed(0)
@@ -121,7 +121,7 @@ def test_a_widened_unet_is_the_same_until_it_is_trained():
 
 
 def test_training_and_sampling_show_the_network_the_same():
-    model, shown = test_sd.small("inpainting"), []
+    model, shown = small.stable_diffusion("inpainting"), []
     model.unet.register_forward_pre_hook(lambda _, args: shown.append(args[0][:, 4:]))
     g = torch.Generator().manual_seed(0)
     image = torch.rand(1, 3, 16, 16, generator=g) * 2 - 1
@@ -192,7 +192,7 @@ def test_a_quarter_of_the_masks_cover_everything(plain, tmp_path, monkeypatch):
 
 
 def test_mistakes_get_one_line(plain, tmp_path, capsys):
-    model = test_sd.small()
+    model = small.stable_diffusion()
     model.tokenizer = None
     sd.save(model, tmp_path / "mute")
     out = tmp_path / "out"
