@@ -63,7 +63,7 @@ def differential_diffusion(
     denoise     (z, t) -> the network's output, t (B,) long; guidance and prompt are its own business
     z_init      (B, C, h, w), the encoded original
     change_map  (H, W), (B, 1, H, W) or already at (h, w): 0 = change, 1 = keep
-    sampler     of diffusion.make; None: DDIM, 100 steps, Stable Diffusion's schedule
+    sampler     of diffusion.make_sampler; None: DDIM, 100 steps, Stable Diffusion's schedule
     noise       (B, C, h, w): one draw noises the original to every level, as in the release. Or a function
                 i -> (B, C, h, w), for a fresh draw at each. None: drawn with seed 0
     skip        leave out the steps whose result is overwritten everywhere (section 3.3.1)
@@ -73,7 +73,7 @@ def differential_diffusion(
       ->        z_0 (B, C, h, w).  White pixels of a nested run are z_init's own, bit for bit.
     ValueError for a map outside 0 .. 1, or a stochastic sampler without step_noise.
     """
-    sampler = sampler or diffusion.make("ddim", diffusion.Schedule(), 100)
+    sampler = sampler or diffusion.make_sampler("ddim", diffusion.Schedule(), 100)
     if noise is None:
         noise = torch.randn(z_init.shape, generator=torch.Generator().manual_seed(0)).to(z_init)
     k = sampler.k
@@ -144,7 +144,7 @@ def sdedit(denoise, z_init, strength, sampler, noise, step_noise=None, callback=
     """SDEdit (Meng et al. 2022): one strength in 0 .. 1 for the whole picture. What a constant map amounts to."""
     start = sampler.k - math.floor(strength * sampler.k + 1e-4)
     z = sampler.noise_to(start, z_init, noise) if start < sampler.k else z_init
-    return diffusion.sample(denoise, z, sampler, start, step_noise, callback)
+    return diffusion.run_sampler(denoise, z, sampler, start, step_noise, callback)
 
 
 def blended_latent_diffusion(denoise, z_init, mask, sampler, noise, strength=1.0, **options):
@@ -163,7 +163,7 @@ def masked_noise(denoise, z_init, change_map, sampler, noise, step_noise=None, c
     change map"; as its maps are black where the picture changes, that has to be 1 - mu.)
     """
     noise = noise * (1 - down_sample(change_map.cpu(), z_init.shape[-2:])).to(noise.device)
-    return diffusion.sample(denoise, sampler.noise_to(0, z_init, noise), sampler, 0, step_noise, callback)
+    return diffusion.run_sampler(denoise, sampler.noise_to(0, z_init, noise), sampler, 0, step_noise, callback)
 
 
 def one_strength_at_a_time(edit, image, change_map, levels, keep_outside):

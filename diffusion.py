@@ -8,9 +8,9 @@ and alpha = sqrt(abar), sigma = sqrt(1 - abar), rho = sigma / alpha throughout. 
 is converted inside its two samplers, so that a caller never needs to know which sampler it holds.
 
     schedule = Schedule('scaled_linear')
-    sampler = make('ddim', schedule, k=50)
-    z = sample(model, torch.randn(1, 4, 64, 64), sampler)                        # text to image
-    z = sample(model, sampler.noise_to(20, z_init, noise), sampler, start=20)    # SDEdit at strength 30 / 50
+    sampler = make_sampler('ddim', schedule, k=50)
+    z = run_sampler(model, torch.randn(1, 4, 64, 64), sampler)                        # text to image
+    z = run_sampler(model, sampler.noise_to(20, z_init, noise), sampler, start=20)    # SDEdit at strength 30 / 50
 
 A `model` is any function (z, t) -> output, z (B, C, h, w), t (B,) long, output like z: the predicted noise or velocity.
 
@@ -355,7 +355,7 @@ def step_noise(shape: tuple, seeds: list[int]) -> Callable[[int], Tensor]:
 
 
 @torch.no_grad()
-def sample(model, z: Tensor, sampler: Sampler, start: int = 0, step_noise=None, callback=None) -> Tensor:
+def run_sampler(model, z: Tensor, sampler: Sampler, start: int = 0, step_noise=None, callback=None) -> Tensor:
     """The reverse process: from noise, text to image; from a noised original and start > 0, SDEdit.
 
     model       (z, t) -> the network's output, t (B,) long
@@ -385,7 +385,7 @@ SAMPLERS = {  # name: (schedule, k, options) -> Sampler
 }
 
 
-def make(name: str, schedule: Schedule, k: int, **options) -> Sampler:
+def make_sampler(name: str, schedule: Schedule, k: int, **options) -> Sampler:
     """A sampler by name, for k steps, 1 <= k <= T. The only option is ddim's eta. ValueError says what is wrong."""
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")

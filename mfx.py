@@ -208,7 +208,7 @@ class MagicFixup(nn.Module):
         more         noise and memory, of `denoiser`
           ->         (B N, C, h, w), float32, edit by edit
         """
-        sampler = diffusion.make("ddim", self.schedule, steps, eta=eta)
+        sampler = diffusion.make_sampler("ddim", self.schedule, steps, eta=eta)
         seeds, shape, device = list(seeds), reference.shape[1:], self.synthesizer.conv_in.weight.device
         epsilon = torch.cat([torch.randn(1, *shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         x_T = epsilon.repeat(len(reference), 1, 1, 1).to(device)
@@ -216,7 +216,7 @@ class MagicFixup(nn.Module):
             x_T = sampler.noise_to(0, coarse.to(device).float().repeat_interleave(len(seeds), dim=0), x_T)
         denoise = self.denoiser(reference, coarse, mask, sampler.timesteps, **more)
         step_noise = diffusion.step_noise(shape, seeds * len(reference))
-        return diffusion.sample(denoise, x_T, sampler, step_noise=step_noise, callback=callback)
+        return diffusion.run_sampler(denoise, x_T, sampler, step_noise=step_noise, callback=callback)
 
 
 def draws(shape, generator=None, drop=0.2):

@@ -83,7 +83,7 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
     shape = (config.latent_channels, height // config.factor, width // config.factor)
     beside = None if repaint is None else model.inpainting_channels(picture, repaint)
     z_init = None if picture is None else model.encode_image(picture)
-    sampler = diffusion.make(sampler, model.schedule, steps)
+    sampler = diffusion.make_sampler(sampler, model.schedule, steps)
     denoise = model.denoiser(prompt, negative, guidance, beside, sampler.timesteps)
     return generate(model, denoise, shape, z_init, change_map, sampler, [seed], skip, predictions)
 
@@ -103,7 +103,8 @@ def fixup(model, reference, coarse, mask, change_map=None, *, sampler="ddim", st
     # initialization" (equation 4), so that under a black map it is Magic Fixup, bit for bit.
     I, I_coarse = model.encode_image(reference), model.encode_image(coarse)
     M = diffdiff.down_sample(mask, I.shape[-2:])
-    sampler = diffusion.make(sampler, model.schedule, steps, **{"eta": 1.0} if sampler == "ddim" else {})  # as released
+    options = {"eta": 1.0} if sampler == "ddim" else {}  # as released
+    sampler = diffusion.make_sampler(sampler, model.schedule, steps, **options)
     denoise = model.denoiser(I, I_coarse, M, sampler.timesteps)
     change_map = torch.zeros(1, 1) if change_map is None else change_map
     return generate(model, denoise, I.shape[1:], I_coarse, change_map, sampler, list(seeds), skip, predictions)
@@ -127,7 +128,7 @@ def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, pr
     with tqdm(total=total, unit="step", leave=False) as bar:
         options = dict(step_noise=diffusion.step_noise(shape, seeds), callback=lambda i, z: bar.update())
         if z_init is None:
-            z = diffusion.sample(watched, noise, sampler, **options)
+            z = diffusion.run_sampler(watched, noise, sampler, **options)
         else:
             z_init = z_init.expand_as(noise)
             z = diffdiff.differential_diffusion(watched, z_init, mu_s, sampler, noise, skip=skip, **options)
@@ -324,7 +325,7 @@ def run(args):
     original, coarse, mu = read_inputs(args, dtype, device)  # mistakes in them are told before weights are read
     model = read_model(args, coarse, dtype, device)
     make_fast(model, device)
-    if (first := diffusion.make(args.sampler, model.schedule, args.steps).timesteps[0]) < 900:
+    if (first := diffusion.make_sampler(args.sampler, model.schedule, args.steps).timesteps[0]) < 900:
         warnings.warn(f"{args.steps} steps start at t = {first}, far below full noise: use 10 to 100, or a divisor of "
                       "1000", stacklevel=2)
     if args.vae_memory:

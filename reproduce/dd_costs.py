@@ -42,7 +42,7 @@ def figure23_verdict(results, timings):
 def figure23(lab):
     size, steps, rounds = lab.model.size, lab.steps(50), lab.count(5, 3)
     image = lab.images(4 if lab.quick or lab.full_size else 8)
-    sampler = diffusion.make("ddim", lab.model.schedule, steps)
+    sampler = diffusion.make_sampler("ddim", lab.model.schedule, steps)
     z_init = lab.model.encode_image(image.to(lab.device))
     noise = torch.randn(z_init.shape, generator=torch.Generator().manual_seed(0)).to(lab.device)
     denoise = lab.model.denoiser([lab.options.prompt] * len(image), guidance=7.5)
@@ -154,9 +154,9 @@ def memory(lab):
     z_init = lab.model.encode_image(lab.images(1).to(lab.device))
     denoise = lab.model.denoiser([lab.options.prompt], guidance=7.5)
     denoise(z_init, torch.full((1,), 500, device=lab.device))  # what is made once
-    sampler = diffusion.make("ddim", lab.model.schedule, steps)
+    sampler = diffusion.make_sampler("ddim", lab.model.schedule, steps)
     own, plain = added(denoise, z_init, sampler, pattern("gradient", lab.model.size))
-    sd = diffusion.make("ddim", diffusion.Schedule(), 100)
+    sd = diffusion.make_sampler("ddim", diffusion.Schedule(), 100)
     full, _ = added(lambda z, t: torch.zeros_like(z), torch.zeros(1, 4, 64, 64, device=lab.device), sd,
                     pattern("gradient", 512))
     return Outcome({"steps": steps, "added, Stable Diffusion": full, "added": own, "image to image": plain})

@@ -77,7 +77,7 @@ def figure3(lab):
 )
 def figure4(lab):
     k, image, mu = lab.steps(20), lab.images(1), wide_gradient(lab.model.size)
-    sampler = diffusion.make("ddim", lab.model.schedule, k)
+    sampler = diffusion.make_sampler("ddim", lab.model.schedule, k)
     z_init = lab.model.encode_image(image.to(lab.device))
     noise, mu_s = lab.noise(z_init, 0), diffdiff.down_sample(mu, z_init.shape[-2:])
     denoise = lab.model.denoiser([lab.options.prompt], guidance=7.5)
@@ -129,7 +129,7 @@ def baselines(lab):
     """Section 5.1 and Figure 3 on the gradient, and blended latent diffusion on half of it: CAM, and a sheet."""
     n, size, toy = lab.at_once if lab.full_size else lab.count(16, 2), lab.model.size, lab.model
     image, mu = lab.images(n), pattern("gradient", size)
-    sampler, levels = diffusion.make("ddim", toy.schedule, 20), lab.count(20, 4)
+    sampler, levels = diffusion.make_sampler("ddim", toy.schedule, 20), lab.count(20, 4)
     calls, inner = [], toy.denoiser([lab.options.prompt] * n, guidance=7.5)
 
     def denoise(z, t):

@@ -223,7 +223,7 @@ class Lab:
           ->        (N, 3, H, W) in [-1, 1], on the CPU
         """
         model, prompts, out = self.model, self.prompts_for(prompt, len(image)), []
-        sampler, how = diffusion.make(sampler, model.schedule, steps), how or diffdiff.differential_diffusion
+        sampler, how = diffusion.make_sampler(sampler, model.schedule, steps), how or diffdiff.differential_diffusion
         for i in each(range(0, len(image), self.at_once)):
             batch = image[i : i + self.at_once].to(self.device)
             z_init = model.encode_image(batch)
@@ -244,14 +244,14 @@ class Lab:
         would change everything; that is less than an inpainting model can do, and no measure of the method.
         """
         model, prompts, out = self.inpainting, self.prompts_for(prompt, len(image)), []
-        sampler = diffusion.make(sampler, model.schedule, steps)
+        sampler = diffusion.make_sampler(sampler, model.schedule, steps)
         for i in each(range(0, len(image), self.at_once)):
             batch, mask = image[i : i + self.at_once].to(self.device), mask.to(self.device)
             z_init, beside = model.encode_image(batch), model.inpainting_channels(batch, 1 - mask[None, None])
             noise = self.noise(z_init, i)
             denoise = model.denoiser(prompts[i : i + len(batch)], guidance=guidance, channels=beside)
             step_noise = diffusion.step_noise(z_init.shape[1:], list(range(i, i + len(batch))))
-            z = torch.lerp(z_init, diffusion.sample(denoise, noise, sampler, 0, step_noise), beside[:, :1])
+            z = torch.lerp(z_init, diffusion.run_sampler(denoise, noise, sampler, 0, step_noise), beside[:, :1])
             out.append(model.decode(z).clamp(-1, 1).cpu())
         return torch.cat(out)
 

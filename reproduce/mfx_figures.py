@@ -43,7 +43,7 @@ def drawn(lab, model, edits, latent_init, hidden):
 
     hidden  the model is not shown the coarse edit, as in a fifth of its training; it may still start from it
     """
-    sampler, out = diffusion.make("ddim", model.schedule, STEPS, eta=1.0), []
+    sampler, out = diffusion.make_sampler("ddim", model.schedule, STEPS, eta=1.0), []
     for i in range(0, len(edits["truth"]), 8):
         reference, coarse = (model.encode_image(edits[n][i : i + 8] * 2 - 1) for n in ("reference", "coarse"))
         mask = diffdiff.down_sample(edits["mask"][i : i + 8], coarse.shape[-2:]).to(coarse)
@@ -51,7 +51,7 @@ def drawn(lab, model, edits, latent_init, hidden):
         x_T = sampler.noise_to(0, coarse, epsilon) if latent_init else epsilon  # equation 4
         shown = (0 * coarse, 0 * mask) if hidden else (coarse, mask)
         step_noise = diffusion.step_noise(coarse.shape[1:], list(range(i, i + len(coarse))))
-        z = diffusion.sample(model.denoiser(reference, *shown, sampler.timesteps), x_T, sampler, 0, step_noise)
+        z = diffusion.run_sampler(model.denoiser(reference, *shown, sampler.timesteps), x_T, sampler, 0, step_noise)
         out.append(model.decode(z).float().cpu())
     return (torch.cat(out) / 2 + 0.5).clamp(0, 1)
 

@@ -102,10 +102,11 @@ def adherence(toy, quick, out):
         f"a {COLOURS[colour]} {KINDS[kind]} on {GROUNDS[ground]} at {TIMES[time]}"
         for time, ground, colour, kind in zip(*truth, scenes.kind[:, 0])
     ]
-    sampler, images = diffusion.make("ddim", toy.schedule, 50), []
+    sampler, images = diffusion.make_sampler("ddim", toy.schedule, 50), []
     for i in tqdm(range(0, len(prompts), 32), desc="adherence", leave=False):
         noise = torch.randn(len(prompts[i : i + 32]), *latent_shape(toy), generator=torch.Generator().manual_seed(i))
-        images.append(toy.decode(diffusion.sample(toy.denoiser(prompts[i : i + 32], guidance=7.5), noise, sampler)))
+        denoise = toy.denoiser(prompts[i : i + 32], guidance=7.5)
+        images.append(toy.decode(diffusion.run_sampler(denoise, noise, sampler)))
     images = (torch.cat(images) / 2 + 0.5).clamp(0, 1)
     draw_rows(out / "adherence.png", images[:8], images[8:16])
     result = {}
@@ -137,7 +138,7 @@ def gradient(toy, quick, out):
     z_init = toy.encode_image(image)
     back = toy.decode(z_init)
     mu = torch.linspace(0, 1, image.shape[3]).expand(image.shape[2:])
-    sampler = diffusion.make("ddim", toy.schedule, 50)
+    sampler = diffusion.make_sampler("ddim", toy.schedule, 50)
     denoise = toy.denoiser(["snow at night"] * n, guidance=7.5)
     noise = torch.randn(z_init.shape, generator=torch.Generator().manual_seed(0))
     change = []

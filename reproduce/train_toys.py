@@ -185,7 +185,8 @@ def train_base(recipe, out, resume, device):
         prompts = toyworld.captions(toyworld.random_scenes(16, at(recipe.seed + 2, 0)), at(recipe.seed + 2, 0))
         noise = torch.randn(16, *latents.shape[1:], generator=at(recipe.seed + 2, 0)).to(device)
         with torch.no_grad():
-            z = diffusion.sample(shown.denoiser(prompts, guidance=4.0), noise, diffusion.make("ddim", schedule, 25))
+            sampler = diffusion.make_sampler("ddim", schedule, 25)
+            z = diffusion.run_sampler(shown.denoiser(prompts, guidance=4.0), noise, sampler)
             return shown.decode(z).cpu().unflatten(0, (2, 8)) / 2 + 0.5
 
     average = loop.fit("base", model, loss, sheet, recipe, out, resume)
@@ -270,7 +271,7 @@ def train_inpainting(recipe, out, resume, device):
         painter = replace(toy, unet=average)
         denoise = painter.denoiser(prompts, guidance=4.0, channels=beside)
         with torch.no_grad():
-            z = diffusion.sample(denoise, start, diffusion.make("ddim", toy.schedule, 25))
+            z = diffusion.run_sampler(denoise, start, diffusion.make_sampler("ddim", toy.schedule, 25))
             return torch.stack([image, image * (1 - repaint), painter.decode(z).cpu()]) / 2 + 0.5
 
     average = loop.fit("inpainting", model, loss, sheet, recipe, out, resume)

@@ -21,7 +21,7 @@ def denoise(z, t):
 def setup(name="ddim", k=K):
     g = torch.Generator().manual_seed(3)
     z_init, noise = torch.randn(SHAPE, generator=g), torch.randn(SHAPE, generator=g)
-    sampler = diffusion.make(name, diffusion.Schedule(), k)
+    sampler = diffusion.make_sampler(name, diffusion.Schedule(), k)
     return z_init, noise, sampler, diffusion.step_noise(SHAPE[1:], [5, 6])
 
 
@@ -42,7 +42,7 @@ def test_white_map_returns_the_original(name, skip):
 def test_black_map_is_an_ordinary_run_from_the_noised_start(name):
     z_init, noise, sampler, step_noise = setup(name)
     z = differential_diffusion(denoise, z_init, torch.zeros(8, 8), sampler, noise, step_noise=step_noise)
-    assert torch.equal(z, diffusion.sample(denoise, sampler.noise_to(0, z_init, noise), sampler, 0, step_noise))
+    assert torch.equal(z, diffusion.run_sampler(denoise, sampler.noise_to(0, z_init, noise), sampler, 0, step_noise))
 
 
 # 0.75 * 10 is not whole: Algorithm 1 starts such pixels one step earlier than a strength of 0.25 would.

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusion import SAMPLERS, Schedule, T, make, sample, step_noise
+from diffusion import SAMPLERS, Schedule, T, make_sampler, run_sampler, step_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its NumPy 1 spelling
 
@@ -36,7 +36,7 @@ def mixture(schedule, means=(-1.0, 1.5), std=0.5):
 
 def trajectory(model, z, sampler, **options):
     steps = []
-    sample(model, z, sampler, callback=lambda i, z: steps.append(z), **options)
+    run_sampler(model, z, sampler, callback=lambda i, z: steps.append(z), **options)
     return steps
 
 
@@ -143,7 +143,7 @@ def peer_trajectory(name, options, schedule, k, timesteps, model, z, generator):
 def test_trajectory_is_diffusers(name, options, k, prediction):
     schedule = Schedule(prediction=prediction)
     model, z = mixture(schedule), randn(*SHAPE)
-    sampler = make(name, schedule, k, **options)
+    sampler = make_sampler(name, schedule, k, **options)
     assert len(sampler.timesteps) == sampler.k == k and sampler.timesteps[-1] == 1
     draws = torch.Generator().manual_seed(7)
     ours = trajectory(model, z, sampler, step_noise=lambda i: torch.randn(SHAPE, generator=draws))
@@ -156,9 +156,10 @@ def test_trajectory_is_diffusers(name, options, k, prediction):
 
 
 def test_timesteps():
-    assert make("ddim", Schedule(), 50).timesteps == list(range(981, 0, -20))
-    assert make("ddim", Schedule(), T).timesteps == list(range(999, -1, -1))
-    assert all(make(name, Schedule(), 7).timesteps == make("ddim", Schedule(), 7).timesteps for name in SAMPLERS)
+    assert make_sampler("ddim", Schedule(), 50).timesteps == list(range(981, 0, -20))
+    assert make_sampler("ddim", Schedule(), T).timesteps == list(range(999, -1, -1))
+    seven = make_sampler("ddim", Schedule(), 7).timesteps
+    assert all(make_sampler(name, Schedule(), 7).timesteps == seven for name in SAMPLERS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def gaussian_error(name, k, prediction="epsilon", mean=1.0, std=2.0):
     """Error at the level t = 1, where all samplers' ladders still agree, for data ~ N(mean, std^2): there the exact
     solution of the ODE keeps (z - alpha mean) / sqrt(alpha^2 std^2 + sigma^2) constant."""
     schedule = Schedule(prediction=prediction)
-    sampler = make(name, schedule, k)
+    sampler = make_sampler(name, schedule, k)
     c = randn(1, 1, 1, 64).double()
 
     def exact(t):
@@ -196,9 +197,9 @@ def test_converges_and_higher_order_is_better(prediction):
 @pytest.mark.parametrize("name, options", [("ddpm", {}), ("ddim", {"eta": 1.0})])
 def test_stochastic_samplers_have_the_right_moments(name, options):
     schedule = Schedule()
-    sampler = make(name, schedule, 100, **options)
+    sampler = make_sampler(name, schedule, 100, **options)
     model, shape = mixture(schedule, (0.5, 0.5), 0.7), (1, 100, 100)
-    z = sample(model, randn(1, *shape), sampler, step_noise=step_noise(shape, [3]))
+    z = run_sampler(model, randn(1, *shape), sampler, step_noise=step_noise(shape, [3]))
     assert z.mean().item() == pytest.approx(0.5, abs=0.04) and z.std().item() == pytest.approx(0.7, abs=0.04)
 
 
@@ -235,7 +236,7 @@ def test_a_constant_map_is_sdedit(name, options, prediction, tell_all):
     def model(z, t):  # not pointwise: what happens next door matters
         return pointwise(z, t) + 0.1 * z.roll(1, -1)
 
-    sampler = make(name, schedule, 8, **options)
+    sampler = make_sampler(name, schedule, 8, **options)
     z_init, eps, noise = randn(*SHAPE), randn(*SHAPE, seed=1), step_noise(SHAPE[1:], [5, 6])
     for start in range(8):
         sdedit = trajectory(model, sampler.noise_to(start, z_init, eps), sampler, start=start, step_noise=noise)
@@ -248,12 +249,12 @@ def test_a_constant_map_is_sdedit(name, options, prediction, tell_all):
 def test_each_pixel_starts_where_its_own_override_ends(name, options, tell_all):
     """With a pointwise denoiser every pixel of a mixed map is its own SDEdit, and no pixel disturbs another."""
     schedule = Schedule()
-    model, sampler = mixture(schedule), make(name, schedule, 8, **options)
+    model, sampler = mixture(schedule), make_sampler(name, schedule, 8, **options)
     z_init, eps, noise = randn(*SHAPE), randn(*SHAPE, seed=1), step_noise(SHAPE[1:], [5, 6])
     release = torch.arange(15).view(1, 1, 3, 5) % 8
     end = overridden(model, sampler, z_init, eps, release, noise, tell_all)[-1]
     for start in range(8):
-        sdedit = sample(model, sampler.noise_to(start, z_init, eps), sampler, start=start, step_noise=noise)
+        sdedit = run_sampler(model, sampler.noise_to(start, z_init, eps), sampler, start=start, step_noise=noise)
         here = (release == start).expand(SHAPE)
         torch.testing.assert_close(end[here], sdedit[here], rtol=1e-6, atol=1e-6)
     per_image = torch.stack([release[0], 7 - release[0]])  # (B, 1, h, w): a map of its own for each image
@@ -266,7 +267,7 @@ def test_a_void_past_matters():
     schedule = Schedule()
     model, z_init, eps = mixture(schedule), randn(*SHAPE), randn(*SHAPE, seed=1)
     for name in ("pndm", "dpm++", "deis"):
-        sampler = make(name, schedule, 8)
+        sampler = make_sampler(name, schedule, 8)
         z, state = sampler.step(model, randn(*SHAPE, seed=2), 0)
         z = sampler.noise_to(1, z_init, eps)
         stale, _ = sampler.step(model, z, 1, state)
@@ -283,7 +284,7 @@ def test_model_calls(name, calls):
         seen.append(t)
         return z
 
-    sample(model, randn(*SHAPE), make(name, Schedule(), 8))
+    run_sampler(model, randn(*SHAPE), make_sampler(name, Schedule(), 8))
     assert len(seen) == calls
 
 
@@ -296,9 +297,10 @@ def test_model_calls(name, calls):
 def test_any_number_of_steps_stays_finite(name, options, k):
     schedule = Schedule("linear")
     z = randn(1, 1, 1, 2)
-    out = sample(mixture(schedule), z, make(name, schedule, k, **options), step_noise=step_noise((1, 1, 2), [0]))
+    sampler = make_sampler(name, schedule, k, **options)
+    out = run_sampler(mixture(schedule), z, sampler, step_noise=step_noise((1, 1, 2), [0]))
     assert torch.isfinite(out).all()
-    assert sample(mixture(schedule), z, make(name, schedule, k, **options), start=k) is z
+    assert run_sampler(mixture(schedule), z, sampler, start=k) is z
 
 
 @pytest.mark.parametrize(
@@ -306,14 +308,14 @@ def test_any_number_of_steps_stays_finite(name, options, k):
     [
         (lambda: Schedule("cosine"), "cosine"),
         (lambda: Schedule(prediction="x0"), "x0"),
-        (lambda: make("plms", Schedule(), 10), "plms.*ddpm, ddim, pndm"),
-        (lambda: make("ddim", Schedule(), 0), "1 .. 1000, not 0"),
-        (lambda: make("ddim", Schedule(), T + 1), "not 1001"),
-        (lambda: make("ddim", Schedule(), 10, eta=1.5), "eta"),
-        (lambda: make("ddim", Schedule("zero_snr"), 500), "start at t = 999, where .* nothing of the picture"),
-        (lambda: make("euler", Schedule("zero_snr"), T), "nothing of the picture"),
-        (lambda: make("ddpm", Schedule(), 10).step(lambda z, t: z, randn(*SHAPE), 0), "stochastic"),
-        (lambda: sample(lambda z, t: z, randn(*SHAPE), make("ddim", Schedule(), 10), start=11), "start"),
+        (lambda: make_sampler("plms", Schedule(), 10), "plms.*ddpm, ddim, pndm"),
+        (lambda: make_sampler("ddim", Schedule(), 0), "1 .. 1000, not 0"),
+        (lambda: make_sampler("ddim", Schedule(), T + 1), "not 1001"),
+        (lambda: make_sampler("ddim", Schedule(), 10, eta=1.5), "eta"),
+        (lambda: make_sampler("ddim", Schedule("zero_snr"), 500), "start at t = 999, where .* nothing of the picture"),
+        (lambda: make_sampler("euler", Schedule("zero_snr"), T), "nothing of the picture"),
+        (lambda: make_sampler("ddpm", Schedule(), 10).step(lambda z, t: z, randn(*SHAPE), 0), "stochastic"),
+        (lambda: run_sampler(lambda z, t: z, randn(*SHAPE), make_sampler("ddim", Schedule(), 10), start=11), "start"),
     ],
 )
 def test_errors_are_one_clear_line(call, words):

@@ -296,12 +296,12 @@ def test_the_extractor_stops_at_its_last_feature(model):
 
 def test_several_timesteps_in_one_batch(model):
     reference, coarse, mask = edit(batch=2)
-    sampler = diffusion.make("ddim", model.schedule, 10)
+    sampler = diffusion.make_sampler("ddim", model.schedule, 10)
     z = torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(1))
 
     def sample(**options):
         denoise = model.denoiser(reference, coarse, mask, **options)
-        return count_calls(model.extractor.conv_in, lambda: diffusion.sample(denoise, z, sampler))
+        return count_calls(model.extractor.conv_in, lambda: diffusion.run_sampler(denoise, z, sampler))
 
     one_by_one, want = sample()
     assert one_by_one == [2] * 10  # two edits, ten steps
@@ -316,10 +316,10 @@ def test_several_timesteps_in_one_batch(model):
 def test_samplers_that_look_ahead(model):
     """Heun and PNDM ask for the next timestep, and come back to it."""
     for name in ("heun", "pndm"):
-        sampler = diffusion.make(name, model.schedule, 5)
+        sampler = diffusion.make_sampler(name, model.schedule, 5)
         z = torch.randn(1, 12, 8, 8, generator=torch.Generator().manual_seed(1))
         some, each = (
-            diffusion.sample(model.denoiser(*edit(), sampler.timesteps, memory=m), z, sampler) for m in (10**9, 1)
+            diffusion.run_sampler(model.denoiser(*edit(), sampler.timesteps, memory=m), z, sampler) for m in (10**9, 1)
         )
         assert relative_error(some, each) < 1e-5
 
@@ -348,12 +348,12 @@ def test_steps_seeds_and_beginnings(model):
         return denoise(z, t)
 
     noise = torch.randn(1, 12, 8, 8, generator=torch.Generator().manual_seed(0))
-    sampler = diffusion.make("ddim", model.schedule, 50)
-    want = diffusion.sample(watched, sampler.noise_to(0, coarse, noise), sampler)
+    sampler = diffusion.make_sampler("ddim", model.schedule, 50)
+    want = diffusion.run_sampler(watched, sampler.noise_to(0, coarse, noise), sampler)
     assert [t for t, _ in asked] == list(range(981, 0, -20))
     assert torch.equal(asked[0][1], model.schedule.add_noise(coarse, noise, 981))  # equation 4
     assert relative_error(model.sample(reference, coarse, mask, eta=0.0), want) < 1e-5
-    from_noise = diffusion.sample(denoise, noise, sampler)
+    from_noise = diffusion.run_sampler(denoise, noise, sampler)
     assert relative_error(model.sample(reference, coarse, mask, eta=0.0, latent_init=False), from_noise) < 1e-5
     assert relative_error(from_noise, want) > 1e-3
 
@@ -373,7 +373,7 @@ def test_in_half_precision(tmp_path, model):
 def test_under_a_change_map(model, eta):
     """The two papers together: black is Magic Fixup, white is the collage, and between them is what neither has."""
     reference, coarse, mask = edit()
-    sampler = diffusion.make("ddim", model.schedule, 8, eta=eta)
+    sampler = diffusion.make_sampler("ddim", model.schedule, 8, eta=eta)
     options = dict(noise=torch.randn(1, 12, 8, 8, generator=torch.Generator().manual_seed(5)),
                    step_noise=diffusion.step_noise((12, 8, 8), [5]))
 
