@@ -133,7 +133,8 @@ def peer_folder(folder, kind):
     diffusers = pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
     model = small.stable_diffusion(kind)
-    peer = diffusers.UNet2DConditionModel.from_config(configs.unet_config_to_json(small.UNETS[kind]) | {"sample_size": 24})
+    c = configs.unet_config_to_json(small.UNETS[kind]) | {"sample_size": 24}
+    peer = diffusers.UNet2DConditionModel.from_config(c)
     peer.load_state_dict(model.unet.state_dict())
     peer.save_pretrained(folder / "unet")
     peer = diffusers.AutoencoderKL.from_config(configs.vae_config_to_json(small.VAE))
