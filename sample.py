@@ -7,7 +7,7 @@
     python sample.py --image P.png --strength 0.6 --prompt "..."                  one strength everywhere (SDEdit)
     python sample.py --prompt "..."                                               text to image
     python sample.py --image P.png --edit E.png                  Magic Fixup of a coarse edit; its alpha 0 marks holes
-    python sample.py --collage edits.json                        the same, the edit written down: collage.read_edits
+    python sample.py --collage edits.json                        the same, the edit written down: editing/edits_json.py
     python sample.py --image P.png --edit E.png --change-map M.png        both papers: white stays as it is in the edit
 
 Maps and masks are black where the picture changes and white where it is kept, as in the Differential Diffusion paper;
@@ -52,6 +52,7 @@ from common.pictures import (
     to_rgb,
 )
 from editing import change_maps as maps
+from editing.edits_json import read_edits
 from kernels.winograd import hold_memory
 from networks import sam
 
@@ -276,7 +277,7 @@ def read_inputs(args, dtype, device):
         if fit_edit(coarse, original, original.size).getchannel("A").getextrema()[0] == 255:
             warnings.warn(f"no holes are marked in {args.edit} (by alpha 0): all of it counts as kept", stacklevel=2)
     elif args.collage:
-        made = collage.read_edits(args.collage, segment_at)
+        made = read_edits(args.collage, segment_at)
         own = Image.fromarray(made.image)
         if original and original.size != own.size:
             sizes = f"{original.width}x{original.height} and the picture in {args.collage} {own.width}x{own.height}"

@@ -417,7 +417,7 @@ def config_from_shapes(shapes):
 
 
 def segmenter(sam):
-    """What is at a click, for collage.read_edits: (image (H, W, 3) uint8, (x, y)) -> (H, W) bool
+    """What is at a click, for editing.edits_json: (image (H, W, 3) uint8, (x, y)) -> (H, W) bool
 
     Of the three masks that a click may mean, the one that the model thinks best. x, y as in collage.py, where the first
     pixel's centre is at (0.5, 0.5). The last picture stays encoded for the next click.

@@ -18,6 +18,7 @@ import sample
 import sd
 import unet
 from common import pictures
+from editing.edits_json import read_edits
 from kernels import winograd
 from tests import small
 from tests.released import PlainMagicFixup, released_tensors
@@ -248,7 +249,7 @@ def test_a_collage_is_the_same_edit_written_down(tmp_path, capsys, decoded):
     content = {"image": "p.png", "segments": [{"box": [20, 60, 60, 100], "edits": [{"translate": [50, 0]}]}]}
     (tmp_path / "edits.json").write_text(json.dumps(content))
     Image.open(MEADOW).convert("RGB").save(tmp_path / "p.png")
-    made = collage.read_edits(tmp_path / "edits.json")
+    made = read_edits(tmp_path / "edits.json")
     a = run(tmp_path, "--image", MEADOW, "--edit", save(tmp_path / "edit.png", made.coarse()))
     assert same_picture(a, run(tmp_path, "--collage", tmp_path / "edits.json"))
     assert same_picture(a, run(tmp_path, "--collage", tmp_path / "edits.json", "--image", MEADOW))
