@@ -5,8 +5,8 @@ quick.
     seconds = by_kind(profiled(run, device))    {kind of work: seconds} of a function
 
 "Before" is not an old version: it is the plain twin of what is quick, which is still here. Networks are plain until
-`winograd.quicken` is called on them, a process gives memory back until `hold_memory` is, and `one_step_at_a_time` is
-Magic Fixup without its batches. The second of these cannot be undone, so that each side has a process of its own.
+`winograd.quicken` is called on them, a process gives memory back until `hold_memory` is, and a Magic Fixup without
+memory for it runs its extractor step by step. Memory once held cannot be undone, so each side has its own process.
 """
 
 import re
@@ -100,20 +100,9 @@ def whole_fixup(kind, side, steps, device, after):
     if after:
         make_fast(model, device)
     else:
-        one_step_at_a_time(model)
+        model.denoiser = partial(model.denoiser, memory=0)  # the extractor runs at every step
     pair = pairs.toy_pairs(1, torch.Generator().manual_seed(0), size=side)
     return partial(fixup, model, pair["reference"], pair["coarse"], pair["mask"], steps=steps)
-
-
-def one_step_at_a_time(model):
-    """Let an mfx.MagicFixup run its extractor as the method reads: at every step, and all of it."""
-
-    def features(z, t):
-        taps = []
-        model.extractor(z, t, (), taps=taps)
-        return taps
-
-    model.extractor.features, model.denoiser = features, partial(model.denoiser, memory=0)
 
 
 PATHS = {"a UNet step": unet_step, "decoding": decoding, "a Magic Fixup": whole_fixup}

@@ -112,12 +112,11 @@ def test_before_and_after_give_the_same(path, networks, expected, small_sizes):
     assert small.relative_error(*results) <= 1e-4
 
 
-@pytest.mark.parametrize(("after", "batches", "ends"), [(False, [1, 1, 1, 1], [1, 1, 1, 1]), (True, [1, 3], [])])
-def test_the_extractor_before_and_after(after, batches, ends, small_sizes):
+@pytest.mark.parametrize(("after", "batches"), [(False, [1, 1, 1, 1]), (True, [1, 3])])
+def test_the_extractor_before_and_after(after, batches, small_sizes):
     run = bench_profile.whole_fixup("full", 16, 4, CPU, after)
     extractor = run.args[0].extractor
-    began, (ended, _) = small.count_calls(extractor.conv_in, lambda: small.count_calls(extractor.conv_out, run))
-    assert (began, ended) == (batches, ends)
+    assert small.count_calls(extractor.conv_in, run)[0] == batches
 
 
 def test_the_rows(small_sizes, monkeypatch, tmp_path):

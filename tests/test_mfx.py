@@ -282,18 +282,6 @@ def test_any_noise_schedule_by_name():
 # Sampling
 
 
-def test_the_extractor_stops_at_its_last_feature(model):
-    reference, _, mask = edit()
-    z, t = torch.cat([reference, reference, mask], 1), torch.tensor([500])
-    taps = []
-    model.extractor(z, t, (), taps=taps)
-    last = [m for m in model.extractor.modules() if isinstance(m, unet.SpatialTransformer)][-1]
-    for after in (last.transformer_blocks[0].attn1.to_q, last.transformer_blocks[0].ff, model.extractor.conv_out):
-        seen, features = count_calls(after, lambda: model.extractor.features(z, t))
-        assert not seen
-    assert len(features) == len(taps) == 7 and all(map(torch.equal, features, taps))
-
-
 def test_several_timesteps_in_one_batch(model):
     reference, coarse, mask = edit(batch=2)
     sampler = diffusion.make_sampler("ddim", model.schedule, 10)

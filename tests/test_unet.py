@@ -1,4 +1,4 @@
-"""unet.py against diffusers' UNet2DConditionModel, on random weights at small widths."""
+"""unet.py: what one reads of it holds. That its numbers are diffusers' is in tests/parity."""
 
 from dataclasses import replace
 
@@ -7,77 +7,29 @@ import torch
 
 import unet
 from checkpoints import configs
+from tests.small import TOY, UNETS, randomise, relative_error
 from unet import UNet, UNetConfig
 
-SMALL = {
-    "sd1": UNetConfig(channels=(32, 64), depth=(1, 0), heads=8, context=24),
-    "sd1-inpainting": UNetConfig(in_channels=9, channels=(32, 64, 64), depth=(1, 1, 0), heads=4, context=24),
-    "sd2": UNetConfig(channels=(32, 64), depth=(1, 0), heads=None, head_width=16, linear_proj=True, context=40),
-    "xl": UNetConfig(channels=(32, 32, 64), depth=(0, 1, 2), mid_depth=2, heads=None, head_width=16, linear_proj=True,
-                     context=40, added=6 * 8 + 20),
-    "toy": UNetConfig(12, 12, (32, 64), layers=1, depth=(1, 1), heads=4, context=16, groups=8),
-}
+SMALL = {"sd1": UNETS["sd1"], "sd2": UNETS["sd2"], "toy": TOY}
 
 
-def random_model(config, seed=0):
-    torch.manual_seed(seed)
-    model = UNet(config).eval().requires_grad_(False)
-    for p in model.parameters():  # every bias and norm gets a value of its own
-        p += 0.05 * torch.randn(p.shape)
-    return model
+def random_model(config):
+    torch.manual_seed(0)
+    return randomise(UNet(config))
 
 
-def inputs(config, h=8, w=8, batch=2, length=7, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    z = torch.randn(batch, config.in_channels, h, w, generator=g)
-    context = torch.randn(batch, length, config.context, generator=g)
+def inputs(config, batch=2):
+    g = torch.Generator().manual_seed(1)
+    z = torch.randn(batch, config.in_channels, 8, 8, generator=g)
+    context = torch.randn(batch, 7, config.context or 0, generator=g)
     return z, torch.randint(0, 1000, (batch,), generator=g), context
 
 
-def peer_of(model):
-    """diffusers' model with the same weights. Its options are written out here, independently of sd.py."""
-    diffusers = pytest.importorskip("diffusers")
-    c = model.config
-    cross = [d > 0 for d in c.depth]
-    options = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-               "projection_class_embeddings_input_dim": c.added} if c.added else {}
-    if len({d for d in c.depth if d} | {c.mid_depth}) > 1:
-        options["transformer_layers_per_block"] = [max(1, d) for d in c.depth]
-    peer = diffusers.UNet2DConditionModel(
-        in_channels=c.in_channels, out_channels=c.out_channels, block_out_channels=c.channels,
-        layers_per_block=c.layers, cross_attention_dim=c.context, norm_num_groups=c.groups,
-        down_block_types=["CrossAttnDownBlock2D" if x else "DownBlock2D" for x in cross],
-        up_block_types=["CrossAttnUpBlock2D" if x else "UpBlock2D" for x in reversed(cross)],
-        attention_head_dim=c.heads or [w // c.head_width for w in c.channels],
-        use_linear_projection=c.linear_proj, **options,
-    )
-    return peer
+# ---------------------------------------------------------------------------------------------------------------------
+# The forward pass
 
 
-def relative_error(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
-@pytest.mark.parametrize("size", [(8, 8), (9, 7)])
 @pytest.mark.parametrize("name", SMALL)
-def test_same_numbers_as_diffusers(name, size):
-    config = SMALL[name]
-    model = random_model(config)
-    peer = peer_of(model)
-    peer.load_state_dict(model.state_dict())
-    z, t, context = inputs(config, *size)
-    if config.added:
-        pooled, sizes = torch.randn(2, 20), torch.randint(0, 1024, (2, 6))
-        embedded = unet.timestep_embedding(sizes.flatten(), 8).reshape(2, -1)
-        added, extra = torch.cat([pooled, embedded], dim=1), {"text_embeds": pooled, "time_ids": sizes}
-        got, want = model(z, t, context, added), peer.eval()(z, t, context, added_cond_kwargs=extra).sample
-    else:
-        got, want = model(z, t, context), peer.eval()(z, t, context).sample
-    assert got.shape == (2, config.out_channels, *size)
-    assert relative_error(got, want) <= 1e-4
-
-
-@pytest.mark.parametrize("name", ["sd1", "sd2", "toy"])
 def test_keys_and_values_made_ahead_are_the_same_bits(name):
     model = random_model(SMALL[name])
     z, t, context = inputs(SMALL[name])
@@ -87,31 +39,72 @@ def test_keys_and_values_made_ahead_are_the_same_bits(name):
     assert torch.equal(model(z, t, ahead), model(z, t, context))  # they can be used again
 
 
+def test_every_block_reads_its_own_keys_and_values():
+    """In the order of the forward pass, whatever the others' are: the injection of Magic Fixup."""
+    config = UNetConfig(channels=(32, 64), depth=(2, 0), mid_depth=2, context=24)
+    model = random_model(config)
+    z, t, context = inputs(config)
+    ahead, read = model.keys_values(context), []
+    for block in model.transformer_blocks():
+        block.attn2.register_forward_pre_hook(lambda _, args: read.append(args[1]))
+    model(z, t, ahead)
+    assert len(read) == len(ahead) == 2 * 2 + 2 + 3 * 2
+    assert all(mine is pair for mine, pair in zip(read, ahead))
+    contexts = [context + i for i in range(len(ahead))]  # a list has a context for every block
+    for block, pair, own in zip(model.transformer_blocks(), model.keys_values(contexts), contexts):
+        assert all(map(torch.equal, pair, block.attn2.keys_values(own)))
+
+
 @pytest.mark.parametrize("name", ["sd1", "toy"])
 def test_times_made_ahead_are_the_same_numbers(name):
     model = random_model(SMALL[name])
     z, t, context = inputs(SMALL[name])
-    want, ahead = model(z, t, context), model.times(t)
+    want, ahead = model(z, t, context), model.embed_time(t)
     assert torch.equal(model(z, ahead, context), want)
     steps = model.times_of([900, 501, 1])
-    for step in (501, 7):  # one of the steps, and one that was not told
+    for step in (501, 7):  # one of the steps, and another
         t = torch.full((len(z),), step)
         assert torch.is_tensor(steps(t)) == (step == 7)
         assert relative_error(model(z, steps(t), context), model(z, t, context)) <= 1e-5
     assert model.times_of([])(t) is t
 
 
-def test_taps_are_the_inputs_to_self_attention():
-    model = random_model(SMALL["sd1-inpainting"])
-    z, t, context = inputs(SMALL["sd1-inpainting"])
-    seen, taps = [], []
+def test_every_residual_block_adds_its_own_time():
+    model = random_model(SMALL["sd2"])
+    z, t, context = inputs(SMALL["sd2"])
+    times, read = model.embed_time(t), []
+    for resnet in model.resnets():
+        resnet.register_forward_pre_hook(lambda _, args: read.append(args[1]))
+    model(z, times, context)
+    assert len(read) == len(times) and all(mine is time for mine, time in zip(read, times))
+
+
+@pytest.mark.parametrize("context", [24, 0])
+def test_features_are_the_inputs_to_self_attention(context):
+    config = UNetConfig(9, channels=(32, 64, 64), depth=(1, 1, 0), heads=4, context=context)
+    model = random_model(config)
+    z, t, words = inputs(config)
+    words = words if context else ()
+    seen, features = [], []
     for block in model.transformer_blocks():
         block.attn1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    out = model(z, t, context, taps=taps)
-    assert torch.equal(out, model(z, t, context))
-    want = [(2, 64, 32)] * 2 + [(2, 16, 64)] * 2 + [(2, 4, 64)] + [(2, 16, 64)] * 3 + [(2, 64, 32)] * 3
-    assert [tuple(tap.shape) for tap in taps] == want
-    assert all(torch.equal(a, b) for a, b in zip(taps, seen))
+    out = model(z, t, words, features=features)
+    shapes = [(2, 64, 32)] * 2 + [(2, 16, 64)] * 2 + [(2, 4, 64)] + [(2, 16, 64)] * 3 + [(2, 64, 32)] * 3
+    assert [tuple(f.shape) for f in features] == shapes
+    assert all(map(torch.equal, features, seen))
+    assert torch.equal(out, model(z, t, words))
+    if not context:
+        assert all(map(torch.equal, model.features(z, t), features))
+
+
+def test_half_precision_stays_half():
+    model = random_model(SMALL["sd1"]).bfloat16()
+    z, t, context = inputs(SMALL["sd1"])
+    assert model(z.bfloat16(), t, context.bfloat16()).dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configurations
 
 
 @pytest.mark.parametrize(("name", "count"), [("sd1", 859_520_964), ("sd2", 865_910_724), ("sdxl", 2_567_463_684)])
@@ -122,15 +115,9 @@ def test_parameter_counts_are_the_published_ones(name, count):
 
 @pytest.mark.parametrize("name", unet.CONFIGS)
 def test_shapes_give_the_configuration_back(name):
-    with torch.device("meta"):
-        shapes = {k: tuple(v.shape) for k, v in UNet(unet.CONFIGS[name]).state_dict().items()}
     want = unet.CONFIGS[name]
+    with torch.device("meta"):
+        shapes = {k: tuple(v.shape) for k, v in UNet(want).state_dict().items()}
     if name == "toy":
         want = replace(want, heads=8)  # heads have no shape
     assert configs.unet_config_from_shapes(shapes) == want
-
-
-def test_half_precision_stays_half():
-    model = random_model(SMALL["sd1"]).bfloat16()
-    z, t, context = inputs(SMALL["sd1"])
-    assert model(z.bfloat16(), t, context.bfloat16()).dtype == torch.bfloat16
