@@ -20,6 +20,8 @@ import math
 import cv2
 import numpy as np
 
+import warp
+
 # --------------------------------------------------------------------------------------------------
 # Pixels
 
@@ -70,20 +72,11 @@ def lay(image, mask, matrix):
 
     The pixels are resampled once, however many verbs the matrix is made of.
     """
-    H, W = mask.shape
-    rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
-    if not len(rows):
+    lifted = warp.lift(np.dstack([image, np.full_like(image[..., :1], 255)]), mask, matrix)
+    if lifted is None:
         return None
-    y0, y1, x0, x1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    corners = matrix @ np.array([[x0, x1, x0, x1], [y0, y0, y1, y1], [1, 1, 1, 1]])
-    (u0, v0), (u1, v1) = np.floor(corners.min(1)) - 1, np.ceil(corners.max(1)) + 1  # at most
-    u0, u1, v0, v1 = (int(np.clip(v, 0, n)) for v, n in ((u0, W), (u1, W), (v0, H), (v1, H)))
-    if u0 >= u1 or v0 >= v1:
-        return None
-    # Cut out before it is resampled, so that nothing of its surroundings comes along.
-    piece = np.full((y1 - y0, x1 - x0, 4), 255, np.float32)
-    piece[..., :3] = image[y0:y1, x0:x1]
-    piece *= mask[y0:y1, x0:x1, None]
+    piece, (x0, y0), (v, u) = lifted
+    piece = piece.astype(np.float32)
 
     # A piece that shrinks is averaged over blocks first; interpolation alone would skip pixels.
     scale = math.sqrt(abs(np.linalg.det(matrix[:, :2])))
@@ -96,9 +89,9 @@ def lay(image, mask, matrix):
 
     # From indices of `piece` to indices of the result: an index is a position less a half.
     unpack = np.array([[block, 0, x0 + block / 2], [0, block, y0 + block / 2], [0, 0, 1]])
-    A = matrix @ unpack - [[0, 0, u0 + 0.5], [0, 0, v0 + 0.5]]
-    layer = cv2.warpAffine(piece, A, (u1 - u0, v1 - v0), flags=cv2.INTER_LINEAR)
-    return layer, (slice(v0, v1), slice(u0, u1))
+    A = matrix @ unpack - [[0, 0, u.start + 0.5], [0, 0, v.start + 0.5]]
+    size = u.stop - u.start, v.stop - v.start
+    return cv2.warpAffine(piece, A, size, flags=cv2.INTER_LINEAR), (v, u)
 
 
 def fill_holes(image, holes, dilate=None):
@@ -109,8 +102,8 @@ def fill_holes(image, holes, dilate=None):
     dilate  widens them by a kernel of dilate x dilate pixels, which takes the seams along. None: 7
             for a picture of 512x512 as in the release, in proportion for others, and 3 at least
 
-    Navier-Stokes inpainting (Bertalmio et al. 2001; the paper's [8]) at a radius of 3 pixels, as the
-    Magic Fixup release samples with. With no picture left: mid-grey.
+    Navier-Stokes inpainting (Bertalmio et al. 2001; the paper's [8]) at a radius of 3 pixels, as
+    the Magic Fixup release samples with. With no picture left: mid-grey.
     """
     holes = np.ascontiguousarray(holes, np.uint8)
     if not holes.any():

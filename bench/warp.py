@@ -1,4 +1,4 @@
-"""-m bench's topic of softmax splatting: the kernel of splat.py, beside what is usual on a CPU and on a GPU."""
+"""-m bench's topic of softmax splatting: the kernel of warp.py, beside what is usual on a CPU and on a GPU."""
 
 import functools
 from functools import partial
@@ -6,9 +6,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-import splat
+import warp
 from bench.clock import alternate, compare
-from kernels import compile as native
+from kernels.compile import compile_cuda, load_cuda
 
 CPU_SHAPES = ((1, 3, 512, 512), (1, 6, 1080, 1920))
 GPU_SHAPES = (*CPU_SHAPES, (8, 6, 1080, 1920))
@@ -63,8 +63,8 @@ extern "C" __global__ void splat_each(const float* x, const float* flow, float* 
 
 @functools.cache
 def per_element_kernel(device):
-    code = native.compile_cuda("splat_each", PER_ELEMENT, torch.cuda.get_device_capability(device))
-    return native.load_cuda(device.index or 0, code)
+    code = compile_cuda("splat_each", PER_ELEMENT, torch.cuda.get_device_capability(device))
+    return load_cuda(device.index or 0, code)
 
 
 def per_element_soft(x, flow, metric, launch=None):
@@ -117,11 +117,11 @@ def splatting(o):
     peers = {"index_add_": (index_add_soft, 0.5)}
     if cuda:
         peers["a thread per element"] = per_element_soft, None
-    peers["our plain twin"] = lambda x, flow, metric: splat.softsplat_plain(x, flow, metric, "soft")[0], None
+    peers["our plain twin"] = lambda x, flow, metric: warp.softsplat_plain(x, flow, metric, "soft")[0], None
 
     def row(shape, name):
         x, (peer, limit) = sample(shape, o.device), peers[name]
-        figures = compare(o, partial(splat.softsplat, *x), partial(peer, *x), name, limit)
+        figures = compare(o, partial(warp.softsplat, *x), partial(peer, *x), name, limit)
         return figures | {"of bandwidth": share_of_bandwidth(shape, figures["ours"], available())}
 
     return {f"{W}x{H}x{C}{f', batch {B}' if B > 1 else ''}, {name}": partial(row, (B, C, H, W), name)

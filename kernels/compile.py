@@ -1,6 +1,6 @@
-"""C++ and CUDA source, a string, compiled at first use and called through ctypes. No setup, no CUDA_HOME.
+"""C++ and CUDA files, compiled at first use and called through ctypes. No setup, no CUDA_HOME.
 
-    call = compile_cpu("name", source)              by g++
+    call = compile_cpu(path, *includes)             by g++
     call("function", tensor, 3)
     code = compile_cuda("name", source, (8, 0))     by NVRTC, the run-time compiler that torch ships
     launch = load_cuda(0, code)                     on GPU 0
@@ -24,8 +24,13 @@ import torch
 
 def c_arguments(values):
     """Numbers as C ints, tensors and None as pointers."""
-    return [ctypes.c_int(v) if isinstance(v, int) else ctypes.c_void_p(None if v is None else v.data_ptr())
-            for v in values]
+    arguments = []
+    for value in values:
+        if isinstance(value, int):
+            arguments.append(ctypes.c_int(value))
+        else:
+            arguments.append(ctypes.c_void_p(None if value is None else value.data_ptr()))
+    return arguments
 
 
 def check(status, what):
@@ -34,8 +39,12 @@ def check(status, what):
         raise RuntimeError(f"{what} failed with error {status}")
 
 
-def compile_cpu(name, source):
-    """C++ through g++ into a shared library in the user's cache, called by its name and content.
+# --------------------------------------------------------------------------------------------------
+# For the CPU
+
+
+def compile_cpu(path, *includes):
+    """A C++ file, and what it includes, through g++ into a shared library in the user's cache.
 
       ->  call(function, *arguments)
     """
@@ -43,32 +52,45 @@ def compile_cpu(name, source):
     if compiler is None:
         raise OSError("there is no C++ compiler (g++)")
     # No -march=native: machines with different processors may share a home directory.
-    command = [compiler, "-O3", "-std=c++14", "-shared", "-fPIC", "-pthread", "-w", "-x", "c++", "-", "-o"]
-    key = hashlib.sha256(" ".join([sys.platform, platform.machine(), *command, source]).encode()).hexdigest()[:16]
+    command = [compiler, "-O3", "-std=c++14", "-shared", "-fPIC", "-pthread", "-w"]
+
+    # The library is named by its source, so that another version of it is another file.
+    texts = [file.read_text("utf-8") for file in (path, *includes)]
+    key = " ".join([sys.platform, platform.machine(), *command, *texts])
+    name = f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 
     def build(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = folder / f"{name}-{key}.so"
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as part:  # then renamed: others see all of it or nothing
-                result = subprocess.run([*command, f"{part}/part.so"], input=source, capture_output=True, text=True)
+        library = folder / name
+        if not library.exists():
+            # Compiled under another name, then renamed: other processes see all of it or nothing.
+            with tempfile.TemporaryDirectory(dir=folder) as part:
+                run = [*command, str(path), "-o", f"{part}/part.so"]
+                result = subprocess.run(run, capture_output=True, text=True)
                 if result.returncode:
                     raise RuntimeError(f"{compiler} failed: {result.stderr.strip()[:500]}")
-                os.replace(f"{part}/part.so", path)
-        return ctypes.CDLL(str(path))
+                os.replace(f"{part}/part.so", library)
+        return ctypes.CDLL(str(library))
 
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     try:
-        library = build(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "photo-editing")
-    except (OSError, RuntimeError):  # no home, no room, a file system that runs nothing: for this process only, then
+        library = build(cache / "photo-editing")
+    except (OSError, RuntimeError):
+        # No home, no room, a file system that runs nothing: for this process only, then.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             library = build(Path(scratch))
     return lambda function, *args: library[function](*c_arguments(args))
 
 
+# --------------------------------------------------------------------------------------------------
+# For a GPU
+
+
 def find_nvrtc():
-    """torch is linked to NVRTC through a library of its own, whose symbols, looked up by name, include NVRTC's."""
-    major, folder = (torch.version.cuda or "none").split(".")[0], Path(torch.__file__).parent / "lib"
-    for name in (folder / "libcaffe2_nvrtc.so", f"libnvrtc.so.{major}", f"nvrtc64_{major}0_0.dll"):
+    """torch is linked to NVRTC through a library of its own, in which NVRTC's symbols are found."""
+    major = (torch.version.cuda or "none").split(".")[0]
+    own = Path(torch.__file__).parent / "lib" / "libcaffe2_nvrtc.so"
+    for name in (own, f"libnvrtc.so.{major}", f"nvrtc64_{major}0_0.dll"):
         try:
             library = ctypes.CDLL(str(name))
             if hasattr(library, "nvrtcCreateProgram"):
@@ -79,20 +101,25 @@ def find_nvrtc():
 
 
 def compile_cuda(name, source, capability):
-    """CUDA through NVRTC -> machine code (bytes) for GPUs of that compute capability, (8, 0) for an A100.
+    """CUDA text through NVRTC -> machine code (bytes) for GPUs of a capability, (8, 0) for an A100.
 
     Not torch.cuda._compile_kernel, which is private, new, and asks for CUDA_HOME.
     """
-    nvrtc, program, size = find_nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
-    file = f"{name}.cu".encode()
-    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), file, 0, None, None), "NVRTC")
+    nvrtc = find_nvrtc()
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    created = nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None
+    )
+    check(created, "NVRTC")
     try:
         option = ctypes.c_char_p("--gpu-architecture=sm_{}{}".format(*capability).encode())
-        if status := nvrtc.nvrtcCompileProgram(program, 1, ctypes.byref(option)):
+        status = nvrtc.nvrtcCompileProgram(program, 1, ctypes.byref(option))
+        if status:
             nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
             log = ctypes.create_string_buffer(size.value + 1)
             nvrtc.nvrtcGetProgramLog(program, log)
-            check(status, f"NVRTC ({option.value.decode()}: {log.value.decode(errors='replace').strip()[:500]})")
+            log = log.value.decode(errors="replace").strip()[:500]
+            check(status, f"NVRTC ({option.value.decode()}: {log})")
         check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "nvrtcGetCUBINSize")
         code = ctypes.create_string_buffer(size.value)
         check(nvrtc.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")
@@ -102,25 +129,35 @@ def compile_cuda(name, source, capability):
 
 
 def load_cuda(index, code):
-    """Machine code -> launch(name, (B, H, W), *arguments): one thread per pixel, on torch's current stream."""
+    """Machine code -> launch(name, (B, H, W), *arguments): a thread per pixel, on torch's stream."""
     driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    context, module, functions = ctypes.c_void_p(), ctypes.c_void_p(), {}
-    check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), index), "cuDevicePrimaryCtxRetain")  # torch's own
+    context, module = ctypes.c_void_p(), ctypes.c_void_p()
+    functions = {}
+    retained = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), index)  # torch's own
+    check(retained, "cuDevicePrimaryCtxRetain")
     with torch.cuda.device(index):
         check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
         check(driver.cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
 
     def launch(name, shape, *args):
-        B, H, W = shape
-        grid, block = ((W + 127) // 128, min(H, 65535), B), (128, 1, 1)
         if name not in functions:
             functions[name] = ctypes.c_void_p()
-            check(driver.cuModuleGetFunction(ctypes.byref(functions[name]), module, name.encode()), name)
+            found = driver.cuModuleGetFunction(
+                ctypes.byref(functions[name]), module, name.encode()
+            )
+            check(found, name)
+        B, H, W = shape
+        grid = (W + 127) // 128, min(H, 65535), B
+        block = 128, 1, 1
         values = c_arguments(args)
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         with torch.cuda.device(index):
-            check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")  # autograd's own threads may not have one yet
+            # Autograd's own threads may not have a context yet.
+            check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
             stream = ctypes.c_void_p(torch.cuda.current_stream(index).cuda_stream)
-            check(driver.cuLaunchKernel(functions[name], *grid, *block, 0, stream, pointers, None), f"launching {name}")
+            launched = driver.cuLaunchKernel(
+                functions[name], *grid, *block, 0, stream, pointers, None
+            )
+            check(launched, f"launching {name}")
 
     return launch

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffusion
 import mfx
 import pairs
-import splat
 import unet
 import vae
+import warp
 from bench import __main__ as bench
 from bench import clock as bench_clock
 from bench import edits as bench_edits
@@ -368,9 +369,10 @@ def test_the_kernel_of_a_thread_per_element(tmp_path):
     """As the GPU would run it, thread after thread."""
     if not shutil.which("g++"):
         pytest.skip("no g++")
-    shim, found, _ = splat.SHIM.partition(splat.KERNEL.replace('extern "C" __global__', "__global__"))
+    shim = Path(warp.__file__).parent / "kernels/softsplat_cpu.cpp"
+    shim, found, _ = shim.read_text().partition('#include "softsplat.cu"')
     assert found
-    program = shim + bench_warp.PER_ELEMENT.replace('extern "C" __global__', "__global__") + """
+    program = shim + bench_warp.PER_ELEMENT + """
         extern "C" void run(const float* x, const float* flow, float* out, int planes, int C, int H, int W) {
             Index at = {0, 0, 0};
             for (at.z = 0; at.z < (unsigned)planes; at.z++)
@@ -390,7 +392,7 @@ def test_the_kernel_of_a_thread_per_element(tmp_path):
 
     x, flow, metric = bench_warp.sample((2, 3, 20, 30), "cpu")
     got = bench_warp.per_element_soft(x, flow, metric, launch)
-    ours = splat.softsplat(x, flow, metric)
+    ours = warp.softsplat(x, flow, metric)
     assert relative_error(got, ours) <= 1e-4
     assert relative_error(bench_warp.index_add_soft(x, flow, metric), ours) <= 1e-4
 
