@@ -127,3 +127,18 @@ def test_gpu_is_the_plain_twin(mode):
     x, flow, metric = (t.cuda() for t in random_case(12, 2, 6, 65, 130))
     assert warp.load_kernels(x.device)
     assert_twins(both_ways(x, flow, metric.abs() + 0.1, mode), 1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_plain_gradients_are_finite_differences(mode):
+    x, flow, metric = (t.double() for t in random_case(4, 1, 2, 4, 5, reach=1.5, spread=1.0))
+    flow += 1 / 128  # no position is whole: there the derivative has a kink
+    leaves = [t.requires_grad_() for t in (x, flow, metric.abs() + 0.5)]
+    assert torch.autograd.gradcheck(lambda *a: warp.softsplat(*a, mode), leaves)
+
+
+def test_zero_flow_has_a_useful_gradient():
+    """A network that predicts no motion at first must still learn from it: the derivative at a kink is the right's."""
+    x = torch.arange(5.0).view(1, 1, 1, 5)
+    flow = torch.zeros(1, 2, 1, 5, requires_grad=True)
+    assert torch.autograd.grad(warp.softsplat(x, flow, None, "avg").sum(), flow)[0][0, 0].abs().sum() > 0

@@ -1,10 +1,12 @@
-"""warp.py where flows are lost, segments fit nothing, and arguments are wrong."""
+"""warp.py in finer detail: extreme weights, lost flows, many steps, segments that fit nothing, wrong arguments."""
+
+import math
 
 import pytest
 import torch
 
 import warp
-from tests.flows import random_case, scene
+from tests.flows import random_case, rotation, scene
 
 
 def test_softsplat_says_what_is_wrong():
@@ -47,3 +49,54 @@ def test_a_segment_may_leave_the_picture():
     assert torch.equal(holes, segments == 1) and not out.isnan().any()
     with pytest.raises(ValueError):
         warp.piecewise_affine_warp(image, flow, segments[1:], depth)
+
+
+def test_extreme_metrics_stay_finite_and_the_winner_takes_all():
+    x, flow, _ = random_case(7, 1, 3, 8, 8)
+    for scale in (1000.0, -1000.0):
+        metric = scale * torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        assert warp.softsplat(x, flow, metric).isfinite().all()
+    here, there = torch.zeros(1, 2, 1, 2), torch.tensor([[[[1.0, 0.0]], [[0.0, 0.0]]]])
+    x = torch.tensor([[[[3.0, 5.0]]]])
+    assert torch.equal(warp.softsplat(x, there, torch.tensor([[[[1000.0, -1000.0]]]])), torch.tensor([[[[0.0, 3.0]]]]))
+    # Beyond the clip all are equal, and mix.
+    mixed = warp.softsplat(x, there, torch.tensor([[[[-999.0, -990.0]]]]), clip=20)
+    assert torch.equal(mixed, torch.tensor([[[[0.0, 4.0]]]]))
+    assert torch.equal(warp.softsplat(x, here, torch.tensor([[[[-1e30, 1e30]]]])), x)
+
+
+def test_composed_rotations():
+    flow, step = rotation(3.0), rotation(3.0)
+    for _ in range(9):
+        flow = warp.compose_flow(flow, step)
+    error = (flow - rotation(30.0)).norm(dim=1)
+    middle = error[:, 8:-8, 8:-8]  # never near the edge, beyond which the edge's flow is read for half a pixel
+    assert error.nanmedian() < 1e-4 and middle.max() < 1e-4
+    assert error.nan_to_num(0).max() < 10 * 0.5 * math.radians(3) and error.isfinite().float().mean() > 0.8
+
+
+def test_flow_colours():
+    flow = torch.zeros(1, 2, 1, 5)
+    flow[0, :, 0, 1:] = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [1.0, 0.0], [torch.nan, 0.0]]).T
+    white, red, cyan, pink, black = [[1, 1, 1], [1, 0, 0], [0, 1, 1], [1, 0.5, 0.5], [0, 0, 0]]
+    expected = torch.tensor([white, red, cyan, pink, black]).float()
+    assert torch.allclose(warp.flow_to_colour(flow)[0, :, 0].T, expected, atol=1e-5)
+
+
+def test_a_turned_and_scaled_segment_comes_from_where_it_should():
+    image, flow, segments, depth = scene()
+    image = torch.nn.functional.avg_pool2d(image, 9, 1, 4)  # smooth, so that positions can be read off colours
+    segments[20:40, 30:50] = 3
+    y, x = torch.meshgrid(torch.arange(60.0), torch.arange(80.0), indexing="ij")
+    c, s = 1.4 * math.cos(0.5), 1.4 * math.sin(0.5)
+    X, Y = 40 + c * (x - 40) - s * (y - 30), 30 + s * (x - 40) + c * (y - 30)
+    flow = torch.stack([X - x, Y - y]) * (segments == 3)
+    out, holes, source = warp.piecewise_affine_warp(image, flow, segments, depth)
+    moved = (source[30, 40] - torch.tensor([40.0, 30.0])).abs().max()
+    assert moved < 1e-2
+    u, v = x - 40, y - 30
+    back = torch.stack([40 + (c * u + s * v) / 1.96, 30 + (c * v - s * u) / 1.96], -1)
+    on = (back[..., 0] > 30.5) & (back[..., 0] < 48.5) & (back[..., 1] > 20.5) & (back[..., 1] < 38.5)
+    assert (source[on] - back[on]).abs().max() < 2e-2 and not holes[on].any()
+    flow = (source - torch.stack([x, y], -1)).permute(2, 0, 1)[None]
+    assert ((warp.backwarp(image[None], flow)[0] - out) * on).abs().max() < 1e-3  # the grid and the picture agree

@@ -125,11 +125,25 @@ def ways(network, run):
     found = {}
     for name, conv in network.named_modules():
         if isinstance(conv, QuickConv2d):
-            conv.register_forward_hook(lambda conv, x, _, name=name: found.update({name: conv.way(*x[0].shape[2:])}))
+            conv.register_forward_hook(
+                lambda conv, x, _, name=name: found.update({name: conv.choose_way(*x[0].shape[2:])})
+            )
     run()
     return found
 
 
+@pytest.mark.parametrize(("c_in", "c_out", "side", "more", "way"), [
+    (320, 320, 64, {}, 4), (640, 640, 32, {}, 2), (1280, 1280, 16, {}, 2), (1280, 1280, 8, {}, "product"),
+    (4, 320, 64, {}, "channels last"), (64, 64, 16, {}, "channels first"), (640, 640, 32, {"stride": 2}, "product"),
+    (2560, 1280, 8, {"kernel_size": 1, "padding": 0}, "pointwise"), (960, 320, 64, {"kernel_size": 1, "padding": 0},
+                                                                     "as it comes"),
+])  # fmt: skip
+def test_the_way_of_a_layer(c_in, c_out, side, more, way):
+    with torch.device("meta"):
+        assert quick_layer(c_in, c_out, **more).choose_way(side, side) == way
+
+
+@pytest.mark.slow
 def test_the_ways_of_stable_diffusion():
     with torch.device("meta"):
         network = quicken(unet.UNet(unet.CONFIGS["sd1"]))
@@ -158,7 +172,7 @@ def test_the_toy_unet_is_too_small_for_winograd():
 
 
 # Random weights: every norm sees values of about the same size, as in a trained network.
-WIDE = unet.UNetConfig(channels=(96, 256), layers=1, depth=(1, 1), heads=4, context=16)
+WIDE = unet.UNetConfig(channels=(96, 256), layers=1, depth=(0, 0), heads=4, context=16)
 
 
 @pytest.mark.parametrize(("size", "keep"), [((32, 32), True), ((33, 35), False)])
@@ -267,7 +281,7 @@ def test_slow_halves_are_computed_in_single_and_rounded(dtype, way, keep, size, 
     conv, x = layer(shape[1], shape[1], kernel_size=size, padding=size // 2).to(dtype), torch.randn(shape).to(dtype)
     want = F.conv2d(x.float(), conv.weight.float(), conv.bias.float(), padding=size // 2)
     got = quicken(conv, keep)(x)
-    assert conv.way(*shape[2:]) == way and (conv.kept is not None) == (keep and way == 4)
+    assert conv.choose_way(*shape[2:]) == way and (conv.kept is not None) == (keep and way == 4)
     rounding = torch.finfo(dtype).eps / 2 * want.abs()
     assert got.dtype == dtype and ((got.float() - want).abs() <= 1.02 * rounding + 1e-4).all()
 
