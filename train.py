@@ -1,343 +1,486 @@
-"""Train Magic Fixup, and the toys that it starts from: autoencoder, text-conditional base model, inpainting model.
+"""Train Magic Fixup: section 3.6 of the paper, on pairs of video frames.
 
-    python train.py                        Magic Fixup from weights/toy, on pairs from the toy world; two CPU cores
-    python train.py --resume               goes on exactly where it stopped, with the recipe that it was started with
-    python train.py --init sd-v1-4.ckpt --data pairs/         the paper's recipe, on pairs that data.py made of videos
-    torchrun --nproc-per-node 8 train.py --init sd-v1-4.ckpt --data pairs/                    the same on eight A100s
+    python train.py                                         from weights/toy, on toy pairs
+    python train.py --resume                                goes on exactly where it stopped
+    python train.py --init sd-v1-4.ckpt --data pairs/       the paper's recipe, on data.py's pairs
+    torchrun --nproc-per-node 8 train.py --init sd-v1-4.ckpt --data pairs/       on eight GPUs
 
-    python train.py --stage vae            the toys: an hour or two each, minutes on a GPU
-    python train.py --stage base
-    python train.py --stage inpainting     from weights/toy, which gets more inputs: a mask, and what is left beside it
+The size of the weights chooses the recipe: Stable Diffusion's gets the paper's, anything narrower
+the toy's. OUT holds the last three training states, a loss curve, a sheet of samples and, at the
+end, the model, which `mfx.load` reads.
 
-The weights' size chooses the recipe: Stable Diffusion's gets the paper's, anything narrower the toy's. At full size the
-micro-batch is the largest that the card's free memory holds.
-
-While it runs, OUT holds the loss curve and a sheet of samples as PNG, and the last three training states. Every batch
-is a function of (seed, step) alone, so a resumed run sees the very same data and noise as one that never stopped, and
---micro-batch and the number of processes change no result. The loop itself is in loop.py, the toys' stages in
-train_toys.py, and that of Magic Fixup here.
-
-Memory of the latter at 512x512, in GiB, as tests/test_train_mfx.py counts it on tensors of shapes without content:
-
-                                                        an A100, --micro-batch 4      one sample on a CPU
-    weights in fp32, 865 M and 816 M numbers                       6.3                        6.3
-    Adam's two moments of each                                    12.5                       12.5
-    gradients                                                      6.3                        0    see loop.py, at_once
-    autoencoder, frozen                                            0.3                        0.3
-    activations with --checkpointing, were all fp32                4.8                        1.2
-    together                                                      30.2, and the card 37      20.3
-
-One more sample takes 1.1, or half as much in bf16: 40 GB hold micro-batches of 8, and 80 GB 16 with
---no-checkpointing. A state file has 18.8. One step on a CPU, from any checkpoint of that size, validation left out:
-
-    python train.py --init sd-v1-4.ckpt --steps 1 --batch 1 --held-out 0 --out runs/one
+Every batch is a function of (seed, step) alone. So a resumed run sees the same data and noise as
+one that never stopped, and neither --micro-batch nor the number of processes changes the result.
 """
 
 import argparse
+import contextlib
+import copy
+import functools
 import itertools
 import math
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed as dist
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import diffdiff
 import diffusion
-import loop
 import mfx
 import sd
+import unet
 from common.cli import TOY, Parser, number, report_errors
-from common.devices import choose_device
+from common.devices import choose_device, choose_precision
+from common.processes import (
+    average_over_processes,
+    join_processes,
+    leave_processes,
+    process_count,
+    process_rank,
+    share_loss,
+    slice_batch,
+)
+from common.run_state import (
+    cache_tensors,
+    digest,
+    draw_curve,
+    draw_sheet,
+    prepare_folder,
+    read_recipe,
+    restore_state,
+    save_state,
+    trained_parameters,
+)
+from kernels.blocks import checkpoint_blocks, compile_blocks
 from kernels.winograd import hold_memory
-from loop import at, channels_last, digest, made_once, stratified
 from pairs import MODELS, ShardPairs, ToyPairs, toy_pairs
-from reproduce.train_toys import train_base, train_inpainting, train_vae
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Recipes. What can be changed from the command line is changed by the option of the same name.
+# --------------------------------------------------------------------------------------------------
+# Recipes. An option of the same name on the command line changes a field.
 
 
 @dataclass
 class Recipe:
+    """What the loop needs to know."""
+
     steps: int
     batch: int  # of all processes together
     lr: float  # Adam's, after a linear warm-up
     warmup: int  # steps
-    ema: float  # decay of the weight average that is shipped; ramped up, so that early weights are soon forgotten
+    ema: float  # decay of the weight average that is shipped; 0 = none
     seed: int = 0
     save_every: int = 500
-    # Stage base: distinct scenes; their captions are worded anew every time. Stage inpainting: the same, each with a
-    # mask of its own. Stage mfx: pairs that are encoded once and kept, to be seen several times under new noise; 0 =
-    # pairs without end, encoded as they come.
-    scenes: int = 24_000
-    # Stages base, inpainting: noise of one value per channel and picture, beside the white noise. Stable Diffusion's
-    # noisiest level still shows a picture's mean, which a model learns to trust over the words: noon would never turn
-    # into night.
-    offset: float = 0.2
-    # Stage mfx
-    motion: str = "both"  # how the first frame is warped to the second, 'flow', 'affine' or half of each
-    cross_reference: bool = True  # False: an ablation, without the detail extractor; see mfx.MagicFixup
-    prediction: str | None = None  # 'epsilon', 'v_prediction'; None: that of the weights to start from
-    held_out: int = 64  # pairs, never trained on, for the validation loss and the sheet; 0 = neither of them
-    data: str = "toy"  # or a folder of shards
     init: str | None = None  # the weights to start from
-    # How the optimizer works
-    beta2: float = 0.99  # shorter memory than Adam's usual 0.999: the toys' few thousand steps change fast
+    # The optimizer
+    beta2: float = 0.99  # less memory than Adam's usual 0.999: a few thousand steps change fast
     weight_decay: float = 0.01
-    clip: float | None = 1.0  # largest norm of the gradient; None: as it is
-    cosine: bool = True  # the rate falls to zero along half a cosine; False: it stays
+    clip: float | None = 1.0  # largest norm of the gradient; None = as it is
+    cosine: bool = True  # the rate falls to zero along half a cosine; False = it stays
     # What changes time and memory, but no number
-    micro_batch: int | None = None  # samples that a process computes at once; their gradients add up. None: its share
+    micro_batch: int | None = None  # samples computed at once; None = all of a process's share
     checkpointing: bool = False
     compile: bool = False
 
 
+@dataclass
+class FixupRecipe(Recipe):
+    """The same for Magic Fixup."""
+
+    data: str = "toy"  # or a folder of shards that data.py wrote
+    pairs: int = 0  # encoded once, and seen often under new noise; 0 = encoded as they come
+    motion: str = "both"  # what makes the coarse edits: 'flow', 'affine', or half of each
+    cross_reference: bool = True  # False = the ablation without the detail extractor
+    prediction: str | None = None  # 'epsilon' or 'v_prediction'; None = as the initial weights
+    held_out: int = 64  # pairs for the validation loss and the sheet, never trained on
+
+
 RECIPES = {
-    "toy": {
-        "vae": Recipe(steps=3600, batch=16, lr=1.2e-3, warmup=200, ema=0.998),
-        "base": Recipe(steps=6300, batch=32, lr=1e-3, warmup=300, ema=0.9995),
-        "inpainting": Recipe(steps=1500, batch=16, lr=5e-4, warmup=100, ema=0.995, scenes=8000),
-        "mfx": Recipe(steps=5000, batch=16, lr=8e-4, warmup=300, ema=0.9995, scenes=12_000, prediction="v_prediction"),
-    },
-    "a100": {  # Section 3.6, with the release's warm-up; no clipping and no average of weights, as in both. The weight
-        # decay of the paper's Adam is 0 (the release's AdamW leaves it at 0.01). The noise schedule is that of the
-        # weights to start from; the paper's text says DDPM's linear, the release has Stable Diffusion's, rescaled.
-        "mfx": Recipe(
-            steps=120_000, batch=32, lr=1e-5, warmup=10_000, ema=0, save_every=2000, scenes=0, beta2=0.999,
-            weight_decay=0, clip=None, cosine=False, checkpointing=True,
-        ),
-    },
+    "toy": FixupRecipe(
+        steps=5000, batch=16, lr=8e-4, warmup=300, ema=0.9995, pairs=12_000,
+        prediction="v_prediction",
+    ),
+    # Section 3.6, with the release's warm-up; neither of them clips or averages. The paper's Adam
+    # has no weight decay (the release's AdamW leaves it at 0.01). The noise schedule is that of the
+    # initial weights: the paper's text says DDPM's linear one, the release has Stable Diffusion's.
+    "paper": FixupRecipe(
+        steps=120_000, batch=32, lr=1e-5, warmup=10_000, ema=0, save_every=2000, beta2=0.999,
+        weight_decay=0, clip=None, cosine=False, checkpointing=True,
+    ),
 }
+FULL_WIDTH = 320  # channels of Stable Diffusion's first level: from here on the paper's recipe
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage mfx
+def choose_recipe(init):
+    """The recipe for these weights, by their width."""
+    width = sd.load(init).unet.config.channels[0] if init else 0
+    return replace(RECIPES["paper" if width >= FULL_WIDTH else "toy"], init=init)
 
 
-def shards(recipe, held_out=False, **more):
-    """The pairs in the folder recipe.data: those to train on, or those held out, which are in the last shard, because
-    the others are of other clips."""
-    pairs = ShardPairs(recipe.data, recipe.motion, seed=recipe.seed + 4, **more)
-    if recipe.held_out:
-        if len(pairs.shards) == 1:
-            raise ValueError(f"{recipe.data} has one shard, and no other to hold out for validation: --held-out 0")
-        pairs.shards = pairs.shards[-1:] if held_out else pairs.shards[:-1]
-        pairs.pairs = sum(n for _, n in pairs.shards)
-    return pairs
+def fit_micro_batch(share, device):
+    """The largest micro-batch that divides `share` and fits a GPU's free memory; 1 on a CPU.
 
-
-def held_out_pairs(recipe, size):
-    if recipe.data == "toy":
-        return toy_pairs(recipe.held_out, at(recipe.seed + 2, 0), recipe.motion, size)
-    pairs = shards(recipe, held_out=True, shuffle=0, epochs=1, rank=0, world=1)
-    return next(iter(DataLoader(pairs, recipe.held_out)))
-
-
-def pair_stream(recipe, size, step, device):
-    """This process's micro-batches of pictures, from those of `step` on: an iterator over dicts of (B, .., H, W)"""
-    parts = loop.micro_batches(recipe)
-    n = parts[0].stop - parts[0].start
-    # On a CPU the training has all cores. On a GPU they decode pictures ahead, in processes of their own.
-    workers = min(8, (os.cpu_count() or 1) // loop.world()) if device.type == "cuda" else 0
-    how = dict(num_workers=workers, pin_memory=device.type == "cuda")
-    if recipe.data == "toy":  # number k of the run is the toy world's pair number k
-        places = (range(s * recipe.batch + p.start, s * recipe.batch + p.stop)
-                  for s in range(step, recipe.steps) for p in parts)
-        pairs = ToyPairs(recipe.steps * recipe.batch, recipe.seed + 4, recipe.motion, size)
-        return iter(DataLoader(pairs, batch_sampler=places, **how))
-    pairs = shards(recipe, batch=n, rank=loop.rank(), world=loop.world(), start=step * len(parts))
-    return iter(DataLoader(pairs, n, **how))
-
-
-def pair_latents(recipe, path, autoencoder, size, device):
-    """recipe.scenes pairs as Magic Fixup sees them, encoded once and kept in a file: a dict of (N, ...) in fp16.
-
-    The run shows each of them several times, under new noise; encoding them again would cost as much as the training.
+    GiB at 512x512, counted by tests/test_train.py on tensors without content: weights 6.3, Adam's
+    moments 12.5, gradients 6.3, autoencoder 0.3; 1.2 for the activations of a sample in fp32.
     """
-
-    if recipe.data == "toy":
-        batches = (toy_pairs(32, at(recipe.seed + 4, i), recipe.motion, size) for i in range(0, recipe.scenes, 32))
-        of = ()
-    else:
-        pairs = shards(recipe, batch=32, rank=0, world=1)
-        batches, of = DataLoader(pairs, 32), (recipe.data, [(path.name, n) for path, n in pairs.shards])
-
-    def make():
-        parts, count = [], math.ceil(recipe.scenes / 32)
-        for pairs in tqdm(itertools.islice(batches, count), "pairs", count, unit="batch", mininterval=1):
-            parts.append({name: t.half().cpu() for name, t in encode_pairs(pairs, autoencoder, device).items()})
-        return {name: torch.cat([p[name] for p in parts]).contiguous() for name in parts[0]}
-
-    return made_once(path, digest(autoencoder, recipe.scenes, recipe.seed, recipe.motion, *of), make)
-
-
-@torch.no_grad()
-def encode_pairs(pairs, autoencoder, device):
-    """reference, target, coarse (B, 3, H, W) and mask (B, 1, H, W) -> latents (B, C, h, w), mask (B, 1, h, w)"""
-    factor, latents = autoencoder.config.scaling_factor, {}
-    few = max(1, 32 * 128**2 // pairs["mask"][0].numel())  # pictures whose activations fit beside a large model
-    for name in ("reference", "target", "coarse"):
-        x = channels_last(pairs[name].to(device, non_blocking=True))
-        latents[name] = torch.cat([autoencoder.encode(some)[0].float() for some in x.split(few)]) * factor
-    return latents | {"mask": diffdiff.down_sample(pairs["mask"], latents["target"].shape[-2:]).to(device)}
-
-
-def train_mfx(recipe, out, resume, device):
-    """Both UNets together, from a Stable Diffusion, on pairs of frames: section 3.6 -> OUT/model, as fp16"""
-    loop.micro_batches(recipe)  # what does not fit is told before the weights are read
-    stable = sd.load(recipe.init or TOY)  # as stored: it stays in its file, of which the model is a copy in fp32
-    schedule = diffusion.Schedule(stable.schedule.name, recipe.prediction or stable.schedule.prediction)
-    model = mfx.from_stable_diffusion(stable, recipe.cross_reference, schedule)
-    model = model.float().to(device, memory_format=torch.channels_last)
-    model.unfreeze()
-    latents = recipe.scenes and pair_latents(recipe, out / "pairs.safetensors", model.vae, model.size, device)
-    stream = None
-
-    def loss(step, part):
-        nonlocal stream
-        g = at(recipe.seed + 1, step)
-        if latents:
-            index = torch.randint(len(latents["mask"]), (recipe.batch,), generator=g)[part]
-            batch = {name: t[index].float() for name, t in latents.items()}
-        else:
-            if stream is None:
-                stream = pair_stream(recipe, model.size, step, device)
-            batch = encode_pairs(next(stream), model.vae, device)
-        drawn = mfx.draws((recipe.batch, *batch["target"].shape[1:]), g) | {"t": stratified(recipe.batch, g)}
-        batch |= {name: t[part] for name, t in drawn.items()}
-        return model.loss({name: channels_last(t.to(device)) for name, t in batch.items()})
-
-    validate = sheet = None
-    if recipe.held_out and loop.rank() == 0:
-        shown = held_out_pairs(recipe, model.size)
-        edits = encode_pairs(shown, model.vae, device)
-        n, g = len(edits["mask"]), at(recipe.seed + 2, 1)
-        edits |= mfx.draws(edits["target"].shape, g, drop=0.0) | {"t": stratified(n, g)}
-        shown = torch.stack([shown[name][:8] for name in ("reference", "coarse", "target")])  # (3, 8, 3, H, W)
-
-        def validate(average):
-            few = recipe.micro_batch or recipe.batch
-            parts = [{name: x[i : i + few] for name, x in edits.items()} for i in range(0, n, few)]
-            return sum(average.loss(part) * len(part["t"]) for part in parts) / n
-
-        @torch.no_grad()
-        def sheet(average):
-            z = average.sample(*(edits[name][:8] for name in ("reference", "coarse", "mask")), steps=25)
-            x = torch.cat([average.decode(one) for one in z.split(1)])
-            return torch.stack([shown[0], shown[1], x.cpu(), shown[2]]) / 2 + 0.5
-
-    average = loop.fit("mfx", model, loss, sheet, recipe, out, resume, validate)
-    if loop.rank() == 0:
-        mfx.save(average, out / "model", torch.float16)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
-
-
-def saved_recipe(out, stage):
-    """The recipe of the run that left its state in `out`: what --resume goes on with."""
-    path, told = loop.newest(out, stage)
-    try:
-        return Recipe(**told["recipe"])
-    except TypeError as e:
-        raise ValueError(f"{path} is the state of another version of this program ({e})") from None
-
-
-# Stages that an option is for; any other is for all of them.
-ONLY_FOR = dict.fromkeys(
-    ("data", "motion", "cross_reference", "prediction", "held_out", "micro_batch", "checkpointing", "compile"), ("mfx",)
-) | {"offset": ("base", "inpainting"), "scenes": ("base", "inpainting", "mfx")}
-
-
-FULL_WIDTH = 320  # channels of Stable Diffusion's first level: weights from this width on get the paper's recipe
-
-
-def choose_preset(args):
-    """The recipe's name by the weights' size: 'a100' for Stable Diffusion's, 'toy' for anything narrower."""
-    if args.stage != "mfx" or not args.init:
-        return "toy"
-    return "a100" if sd.load(args.init).unet.config.channels[0] >= FULL_WIDTH else "toy"
-
-
-def fitting_micro_batch(recipe, device):
-    """The largest micro-batch of the paper's recipe that fits into a GPU's free memory; on a CPU one sample.
-
-    GiB by the table above: 25.4 for weights, moments, gradients and autoencoder, and 1.2 for each sample.
-    """
-    share = max(1, recipe.batch // int(os.environ.get("WORLD_SIZE", 1)))
     free = torch.cuda.mem_get_info(device)[0] / 2**30 if device.type == "cuda" else 0
     most = max(1, int((0.95 * free - 25.4) / 1.2))
     return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
 
 
-def choose_recipe(args):
-    preset = args.preset or ("toy" if args.resume else choose_preset(args))
-    if args.resume:
-        recipe = saved_recipe(args.out, args.stage)
-    elif args.stage in RECIPES[preset]:
-        recipe = RECIPES[preset][args.stage]
+# --------------------------------------------------------------------------------------------------
+# Pairs
+
+
+def read_shards(recipe, held_out=False, **options):
+    """The pairs in the folder recipe.data: those to train on, or those held out. The latter are the
+    last shard, since other shards are of other clips."""
+    pairs = ShardPairs(recipe.data, recipe.motion, seed=recipe.seed + 4, **options)
+    if recipe.held_out:
+        if len(pairs.shards) == 1:
+            raise ValueError(f"{recipe.data} has one shard, and no other to hold out for "
+                             "validation: --held-out 0")
+        pairs.shards = pairs.shards[-1:] if held_out else pairs.shards[:-1]
+        pairs.pairs = sum(count for _, count in pairs.shards)
+    return pairs
+
+
+def make_held_out(recipe, size):
+    """-> a dict of recipe.held_out pairs that training does not see"""
+    if recipe.data == "toy":
+        g = generator_at(recipe.seed + 2, 0)
+        return toy_pairs(recipe.held_out, g, recipe.motion, size)
+    pairs = read_shards(recipe, held_out=True, shuffle=0, epochs=1, rank=0, world=1)
+    return next(iter(DataLoader(pairs, recipe.held_out)))
+
+
+def stream_pairs(recipe, size, step, device):
+    """-> this process's micro-batches of pictures, from those of `step` on"""
+    parts = slice_batch(recipe.batch, recipe.micro_batch)
+    n = parts[0].stop - parts[0].start
+    # On a CPU the training has all cores. On a GPU they decode pictures ahead, in processes of
+    # their own.
+    gpu = device.type == "cuda"
+    workers = min(8, (os.cpu_count() or 1) // process_count()) if gpu else 0
+    if recipe.data != "toy":
+        pairs = read_shards(recipe, batch=n, rank=process_rank(), world=process_count(),
+                            start=step * len(parts))
+        return iter(DataLoader(pairs, n, num_workers=workers, pin_memory=gpu))
+
+    def number_pairs():  # sample i of the run is the toy world's pair i
+        for s in range(step, recipe.steps):
+            for part in parts:
+                yield range(s * recipe.batch + part.start, s * recipe.batch + part.stop)
+
+    pairs = ToyPairs(recipe.steps * recipe.batch, recipe.seed + 4, recipe.motion, size)
+    return iter(DataLoader(pairs, batch_sampler=number_pairs(), num_workers=workers,
+                           pin_memory=gpu))
+
+
+def cache_latents(recipe, path, vae, size, device):
+    """recipe.pairs pairs, encoded once and kept in a file -> a dict of (N, ...) in fp16. To encode
+    them again at every step would cost as much as the training."""
+    if recipe.data == "toy":
+        seeds = range(0, recipe.pairs, 32)
+        batches = (
+            toy_pairs(32, generator_at(recipe.seed + 4, i), recipe.motion, size) for i in seeds
+        )
+        source = ()
     else:
-        raise ValueError(f"--preset {preset} is for stage mfx, not {args.stage}")
-    told = {k: v for k in asdict(recipe) if (v := getattr(args, k, None)) is not None}
-    for name in told:
-        if args.stage not in (stages := ONLY_FOR.get(name, RECIPES["toy"])):
-            raise ValueError(f"--{name.replace('_', '-')} is for stage {' and '.join(stages)}, not {args.stage}")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.stage != "mfx":
-        raise ValueError(f"stage {args.stage} runs in one process: only mfx can be shared by many")
-    recipe = replace(recipe, **told)
-    if preset == "a100" and not recipe.init:
-        raise ValueError("--preset a100 starts from Stable Diffusion 1.4: say where it is, --init sd-v1-4.ckpt")
-    if args.stage in ("base", "inpainting") and not recipe.scenes:
-        default = RECIPES["toy"][args.stage].scenes
-        raise ValueError(f"stage {args.stage} needs scenes to learn from: --scenes {default}")
-    if recipe.checkpointing and not recipe.micro_batch:
-        recipe.micro_batch = fitting_micro_batch(recipe, choose_device(args.device))
-    return recipe
+        shards = read_shards(recipe, batch=32, rank=0, world=1)
+        batches = DataLoader(shards, 32)
+        source = (recipe.data, [(path.name, count) for path, count in shards.shards])
+
+    def make():
+        count = math.ceil(recipe.pairs / 32)
+        parts = []
+        for batch in tqdm(itertools.islice(batches, count), "pairs", count, unit="batch"):
+            encoded = encode_pairs(batch, vae, device)
+            parts.append({name: tensor.half().cpu() for name, tensor in encoded.items()})
+        return {name: torch.cat([p[name] for p in parts]).contiguous() for name in parts[0]}
+
+    made_from = digest(vae, recipe.pairs, recipe.seed, recipe.motion, *source)
+    return cache_tensors(path, made_from, make)
 
 
-def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=list(RECIPES["toy"]), default="mfx")
-    parser.add_argument("--preset", choices=list(RECIPES), help="a100: the paper's (default: by the size of --init)")
-    parser.add_argument("--data", help="toy, or a folder of pairs that data.py wrote (stage mfx)")
-    parser.add_argument("--init", help="start from these weights, e.g. weights/toy, the default of inpainting and mfx")
-    parser.add_argument("--out", type=Path, help="default: runs/mfx; runs/toy and runs/toy-inpainting of the toys")
+@torch.no_grad()
+def encode_pairs(pairs, vae, device):
+    """reference, target, coarse (B, 3, H, W), mask (B, 1, H, W)
+    -> latents (B, C, h, w), mask (B, 1, h, w)"""
+    latents = {}
+    few = max(1, 32 * 128**2 // pairs["mask"][0].numel())  # pictures that fit beside a large model
+    for name in ("reference", "target", "coarse"):
+        x = to_channels_last(pairs[name].to(device, non_blocking=True))
+        z = torch.cat([vae.encode(some)[0].float() for some in x.split(few)])
+        latents[name] = z * vae.config.scaling_factor
+    mask = diffdiff.down_sample(pairs["mask"], latents["target"].shape[-2:])
+    return latents | {"mask": mask.to(device)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Magic Fixup
+
+
+def train_mfx(recipe, out, resume, device):
+    """Both UNets together, from a Stable Diffusion, on pairs of frames -> OUT/model, in fp16"""
+    slice_batch(recipe.batch, recipe.micro_batch)  # an error before the weights are read
+    stable = sd.load(recipe.init or TOY)
+    prediction = recipe.prediction or stable.schedule.prediction
+    schedule = diffusion.Schedule(stable.schedule.name, prediction)
+    model = mfx.from_stable_diffusion(stable, recipe.cross_reference, schedule)
+    model = model.float().to(device, memory_format=torch.channels_last)
+    model.unfreeze()
+    latents = stream = None
+    if recipe.pairs:
+        path = out / "pairs.safetensors"
+        latents = cache_latents(recipe, path, model.vae, model.size, device)
+
+    def loss(step, part):
+        nonlocal stream
+        g = generator_at(recipe.seed + 1, step)
+        if latents:
+            index = torch.randint(len(latents["mask"]), (recipe.batch,), generator=g)[part]
+            batch = {name: tensor[index].float() for name, tensor in latents.items()}
+        else:
+            if stream is None:
+                stream = stream_pairs(recipe, model.size, step, device)
+            batch = encode_pairs(next(stream), model.vae, device)
+        # Noise and times are drawn for the whole batch, of which each micro-batch takes its part.
+        random = mfx.draws((recipe.batch, *batch["target"].shape[1:]), g)
+        random["t"] = draw_timesteps(recipe.batch, g)
+        batch |= {name: tensor[part] for name, tensor in random.items()}
+        return model.loss({name: to_channels_last(x.to(device)) for name, x in batch.items()})
+
+    validate = sheet = None
+    if recipe.held_out and process_rank() == 0:
+        validate, sheet = make_validation(recipe, model, device)
+    average = fit("mfx", model, loss, sheet, recipe, out, resume, validate)
+    if process_rank() == 0:
+        mfx.save(average, out / "model", torch.float16)
+
+
+def make_validation(recipe, model, device):
+    """-> validate(model), the loss on held-out pairs; sheet(model), (4, 8, 3, H, W) in [0, 1]:
+    references, coarse edits, results and targets of eight of them"""
+    pairs = make_held_out(recipe, model.size)
+    batch = encode_pairs(pairs, model.vae, device)
+    n = len(batch["mask"])
+    g = generator_at(recipe.seed + 2, 1)
+    batch |= mfx.draws(batch["target"].shape, g, drop=0.0)
+    batch["t"] = draw_timesteps(n, g)
+    few = recipe.micro_batch or recipe.batch
+
+    def validate(average):
+        total = 0
+        for i in range(0, n, few):
+            part = {name: x[i : i + few] for name, x in batch.items()}
+            total += average.loss(part) * len(part["t"])
+        return total / n
+
+    def sheet(average):
+        edits = (batch[name][:8] for name in ("reference", "coarse", "mask"))
+        z = average.sample(*edits, steps=25)
+        results = torch.cat([average.decode(one) for one in z.split(1)]).cpu()
+        rows = pairs["reference"][:8], pairs["coarse"][:8], results, pairs["target"][:8]
+        return torch.stack(rows) / 2 + 0.5
+
+    return validate, sheet
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop. The toys' stages in reproduce/train_toys.py use it as well.
+
+EVERY = 50  # steps between two looks at a GPU's losses: each look waits for all its work
+BLOCKS = unet.ResnetBlock, unet.Attention, unet.FeedForward  # to be checkpointed or compiled
+
+
+def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
+    """Adam on `loss` for recipe.steps steps -> the average of the weights; without one, the model
+
+    loss      (step, part) -> scalar, the mean over the slice `part` of this step's batch. It makes
+              its own data and noise, as a function of the step
+    sheet     average -> pictures (rows, columns, 3, H, W) in [0, 1], at every save; or None
+    validate  average -> scalar, at every save; or None
+    FloatingPointError if anything ceases to be finite, ValueError for a state of another model.
+    """
+    parameters = trained_parameters(model)
+    device = next(iter(parameters.values())).device
+    average = copy.deepcopy(model).eval().requires_grad_(False) if recipe.ema else model
+    followers = dict(average.named_parameters())
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=recipe.lr, betas=(0.9, recipe.beta2),
+        weight_decay=recipe.weight_decay, fused=True,
+    )
+    losses, validation = [], []
+    if resume:
+        losses, validation = restore_state(out, stage, model, average, optimizer)
+
+    # Weights stay fp32; matrices are multiplied in bf16 where that is faster. A weight is cast once
+    # in a forward pass, so a cache of the casts would only hold memory.
+    bf16 = choose_precision("auto", device) == torch.bfloat16
+    autocast = functools.partial(
+        torch.autocast, device.type, torch.bfloat16, enabled=bf16, cache_enabled=False
+    )
+    if recipe.compile:
+        compile_blocks(model, BLOCKS)
+    if recipe.checkpointing:
+        checkpoint_blocks(model, BLOCKS)
+    model_loss = share_loss(model, loss)
+    parts = slice_batch(recipe.batch, recipe.micro_batch)
+    pending = []  # losses and gradient norms that are still on the device
+    first = len(losses)
+    bar = tqdm(
+        range(first, recipe.steps), stage, recipe.steps, initial=first, mininterval=1,
+        smoothing=0.02, disable=process_rank() > 0,
+    )
+    for step in bar:
+        # Forward and backward. Gradients of micro-batches add up, and processes average theirs
+        # with the last one.
+        total = torch.zeros((), device=device)
+        for part in parts:
+            alone = process_count() > 1 and part is not parts[-1]
+            with model_loss.no_sync() if alone else contextlib.nullcontext():
+                with autocast():
+                    value = model_loss(step, part) / len(parts)
+                value.backward()
+            total += value.detach()
+        norm = torch.ones_like(total)
+        if recipe.clip:
+            norm = nn.utils.clip_grad_norm_(parameters.values(), recipe.clip)
+
+        # On a CPU the losses are read before the weights change, so that a bad one changes nothing.
+        pending.append(torch.stack([total, norm]))
+        save_now = (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps
+        if save_now or device.type != "cuda" or (step + 1) % EVERY == 0:
+            losses += read_losses(pending, len(losses))
+            pending.clear()
+
+        # The optimizer's step; then the average follows the weights.
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        if recipe.ema:
+            decay = min(recipe.ema, (1 + step) / (10 + step))  # early weights are soon forgotten
+            follow = [followers[name] for name in parameters]
+            with torch.no_grad():
+                torch._foreach_lerp_(follow, list(parameters.values()), 1 - decay)
+        if process_rank() == 0 and losses:
+            images_s = recipe.batch * (bar.format_dict["rate"] or 0)
+            loss_now = f"{np.mean(losses[-100:]):.4f}"
+            bar.set_postfix(loss=loss_now, images_s=f"{images_s:.1f}", refresh=False)
+
+        # Validate, save, draw.
+        if save_now:
+            if not torch.stack([p.isfinite().all() for p in parameters.values()]).all():
+                raise FloatingPointError(f"weights are not finite after step {step}: "
+                                         "resume with a lower --lr")
+            if process_rank() == 0:
+                with torch.no_grad(), autocast():
+                    if validate:
+                        validation.append([step + 1, float(validate(average))])
+                    pictures = sheet(average) if sheet else None
+                save_state(out, stage, model, average, optimizer, losses, validation, recipe)
+                draw_curve(losses, validation, out / f"{stage}-loss.png")
+                if sheet:
+                    draw_sheet(pictures, out / f"{stage}-samples.png")
+    return average
+
+
+def learning_rate(recipe, step):
+    """A linear warm-up, then constant or half a cosine."""
+    rate = recipe.lr * min(1, (step + 1) / recipe.warmup)
+    if recipe.cosine:
+        rate *= 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps)
+    return rate
+
+
+def read_losses(pending, step):
+    """[(loss, gradient norm)] of the steps from `step` on, as tensors -> losses, as numbers"""
+    values = average_over_processes(torch.stack(pending)).tolist()
+    for i, (value, norm) in enumerate(values):
+        if not math.isfinite(value * norm):
+            raise FloatingPointError(f"loss or gradient is not finite at step {step + i}: "
+                                     "resume with a lower --lr")
+    return [value for value, _ in values]
+
+
+def generator_at(seed, step):
+    """The random generator of one step: exact resume without saving any random state."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def draw_timesteps(batch, generator):
+    """(B,) timesteps, one from each of `batch` equal parts of 0 .. T-1: uniform, with less variance
+    than free draws."""
+    parts = torch.arange(batch) + torch.rand(batch, generator=generator)
+    return (parts / batch * diffusion.T).long()
+
+
+def to_channels_last(x):
+    """The memory format that convolutions are fastest in."""
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
+def add_loop_options(parser):
+    """The options that the toys' stages have as well."""
+    parser.add_argument("--init", help="weights to start from (default: weights/toy)")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     for name in ("steps", "batch", "save-every", "warmup"):
         parser.add_argument(f"--{name}", type=number(int, 1, 9_999_999))
-    parser.add_argument("--scenes", type=number(int, 0, 10**9), help="stage mfx: pairs to encode once; 0: as they come")
     parser.add_argument("--lr", type=number(float, 1e-9, 1))
-    parser.add_argument("--offset", type=number(float, 0, 1))
-    parser.add_argument("--seed", type=number(int, 0, 900))  # the seeds above belong to -m reproduce's held-out scenes
-    parser.add_argument("--motion", choices=MODELS, help="stage mfx: of the coarse edits (default: both)")
-    parser.add_argument("--prediction", choices=["epsilon", "v_prediction"], help="stage mfx: what to learn")
-    parser.add_argument("--held-out", type=number(int, 0, 4096), help="stage mfx: pairs to validate on; 0: don't")
-    parser.add_argument("--micro-batch", type=number(int, 1, 4096), help="samples in memory at once, per process")
-    for name, what in (
-        ("cross-reference", "stage mfx: the detail extractor; without is the paper's ablation"),
-        ("checkpointing", "less memory for a third more work"), ("compile", "torch.compile, block by block"),
-    ):
-        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=what)
+    parser.add_argument("--seed", type=number(int, 0, 900))  # reproduce's scenes have those above
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    args = parser.parse_args(argv)
-    if args.out is None:  # a folder of its own: it would write its model over the one that it was made of
-        args.out = Path({"mfx": "runs/mfx", "inpainting": "runs/toy-inpainting"}.get(args.stage, "runs/toy"))
+
+
+def change_recipe(recipe, args):
+    """The recipe with the fields that the command line names."""
+    given = {name: getattr(args, name, None) for name in asdict(recipe)}
+    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+
+
+def main(argv=None):
+    p = Parser(prog="train.py", description=__doc__,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_loop_options(p)
+    p.add_argument("--out", type=Path, default=Path("runs/mfx"), help="default: runs/mfx")
+    p.add_argument("--data", help="toy (default), or a folder of pairs that data.py wrote")
+    p.add_argument("--pairs", type=number(int, 0, 10**9), help="to encode once; 0 = as they come")
+    p.add_argument("--motion", choices=MODELS, help="what makes the coarse edits (default: both)")
+    p.add_argument("--prediction", choices=["epsilon", "v_prediction"], help="what to learn")
+    p.add_argument("--held-out", type=number(int, 0, 4096), help="pairs to validate on; 0 = none")
+    p.add_argument("--micro-batch", type=number(int, 1, 4096), help="samples in memory at once")
+    for name, what in (
+        ("cross-reference", "the detail extractor; without is the paper's ablation"),
+        ("checkpointing", "less memory for a third more work"),
+        ("compile", "torch.compile, block by block"),
+    ):
+        p.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=what)
+    args = p.parse_args(argv)
     try:
-        with report_errors(parser, "try a smaller --micro-batch or --batch, or --checkpointing"):
-            recipe = choose_recipe(args)
-            device = loop.join(choose_device(args.device))
-            args.out.mkdir(parents=True, exist_ok=True)
+        with report_errors(p, "try a smaller --micro-batch or --batch, or --checkpointing"):
+            if args.resume:
+                recipe = read_recipe(args.out, "mfx", FixupRecipe)
+            else:
+                recipe = choose_recipe(args.init)
+            recipe = change_recipe(recipe, args)
+            device = join_processes(choose_device(args.device))
+            if recipe.checkpointing and not recipe.micro_batch:
+                share = max(1, recipe.batch // process_count())
+                recipe.micro_batch = fit_micro_batch(share, device)
+            prepare_folder(args.out, "mfx", args.resume)
             torch.manual_seed(recipe.seed)
-            stages = {"vae": train_vae, "base": train_base, "inpainting": train_inpainting, "mfx": train_mfx}
-            stages[args.stage](recipe, args.out, args.resume, device)
+            train_mfx(recipe, args.out, args.resume, device)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_processes()
 
 
 if __name__ == "__main__":

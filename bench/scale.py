@@ -134,7 +134,7 @@ CLIPS = 2_500_000  # the paper's videos
 
 def training_hours(samples_a_second, gpus=1):
     """The paper's run, 120,000 steps of 32 samples, were `gpus` of them as many times as fast as one."""
-    recipe = train.RECIPES["a100"]["mfx"]
+    recipe = train.RECIPES["paper"]
     return recipe.steps * recipe.batch / (samples_a_second * gpus) / 3600
 
 

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import diffusion
-import loop
 import mfx
 import pairs
 import train
@@ -43,7 +42,7 @@ def peak_flops(gpu):
 
 
 class Enough(Exception):
-    """Ends loop.fit before it saves anything."""
+    """Ends train.fit before it saves anything."""
 
 
 def step_once(kind, batch, checkpointing, device, rounds):
@@ -57,7 +56,7 @@ def step_once(kind, batch, checkpointing, device, rounds):
     shape = batch, 3, SIDES[kind], SIDES[kind]
     pictures = {name: torch.rand(shape) * 2 - 1 for name in ("reference", "target", "coarse")}
     pictures["mask"] = (torch.rand(batch, 1, *shape[2:]) > 0.3).float()
-    recipe = train.RECIPES["toy" if kind == "toy" else "a100"]["mfx"]
+    recipe = train.RECIPES["toy" if kind == "toy" else "paper"]
     recipe = replace(recipe, batch=batch, micro_batch=None, checkpointing=checkpointing, save_every=recipe.steps)
 
     with tempfile.TemporaryDirectory() as out, Watch(device) as watch:
@@ -71,11 +70,11 @@ def step_once(kind, batch, checkpointing, device, rounds):
             if len(times) > rounds + 2:
                 raise Enough
             # As the recipes have it: the toy's pairs are encoded once and kept, the paper's as they come.
-            encoded = train.encode_pairs(pictures, model.vae, device) if recipe.scenes == 0 else latents
-            return model.loss(dict(encoded), train.at(0, step))
+            encoded = train.encode_pairs(pictures, model.vae, device) if recipe.pairs == 0 else latents
+            return model.loss(dict(encoded), train.generator_at(0, step))
 
         with contextlib.suppress(Enough):
-            loop.fit("mfx", model, loss, None, recipe, Path(out), False)
+            train.fit("mfx", model, loss, None, recipe, Path(out), False)
     return {"seconds": [b - a for a, b in itertools.pairwise(times)][2:], "MiB": watch.total}
 
 

@@ -22,7 +22,7 @@ from kernels.winograd import quicken
 from networks import lpips
 from toy import world as toyworld
 
-HELD_OUT = 10**9  # loop.at() stays below it for the seeds that train.py takes
+HELD_OUT = 10**9  # train.generator_at() stays below it for the seeds that train.py takes
 TRUE, PART, FALSE, OPEN = "came true", "came true in part", "did not come true", "not measured"  # a verdict is one
 
 

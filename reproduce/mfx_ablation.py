@@ -1,7 +1,7 @@
 """Magic Fixup's table of ablations, and the four models that it compares. All four, one after another, by train.py:
 
     python -m reproduce.mfx_ablation                     into runs/ablation/, from weights/toy; goes on where it stopped
-    python -m reproduce.mfx_ablation --steps 200 --scenes 500  what train.py understands is passed on to it
+    python -m reproduce.mfx_ablation --steps 200 --pairs 500   what train.py understands is passed on to it
     python -m reproduce --ablation-weights runs/ablation    measures with them instead of the shipped ones
 
 The models differ in the motion model that made the coarse edits of their training pairs, 'flow', 'affine' or either;
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-import loop
 import pairs
 import train
 from common.cli import Parser
+from common.run_state import list_states
 from reproduce.lab import HELD_OUT, Outcome, item, mean_error, plus_minus
 from reproduce.mfx_tables import (
     AFFINE,
@@ -155,8 +155,8 @@ def main(argv=None):
         if place_of(args.out, name):
             print(f"{out}: finished")
             continue
-        resume = ["--resume"] if loop.states(out, "mfx") else []
-        train.main(["--stage", "mfx", "--out", str(out), *how, *TRAINING, *resume, *rest])
+        resume = ["--resume"] if list_states(out, "mfx") else []
+        train.main(["--out", str(out), *how, *TRAINING, *resume, *rest])
     print(f"python -m reproduce --only ablation cross_reference mfx_figure4 mfx_figure9 --ablation-weights {args.out}")
 
 

@@ -64,7 +64,7 @@ def with_missing(missing, *parts):
     """A verdict as `judge` gives it on the parts of a claim that could be measured, unless models were missing."""
     verdict, why = judge(*parts) if parts else (OPEN, "")
     if missing:
-        commands = ", ".join(" ".join(["python train.py --stage mfx", *TRAINED[name], "--out", f"runs/ablation/{name}"])
+        commands = ", ".join(" ".join(["python train.py", *TRAINED[name], "--out", f"runs/ablation/{name}"])
                              for name in missing)
         why = (f"{why} Not there: {', '.join(missing)}. Trained by: {commands}; or all four by: "
                "python mfx_ablation.py. Then: --ablation-weights runs/ablation.").strip()

@@ -1,14 +1,17 @@
-"""The stages of train.py that only the toys need: autoencoder, base model, inpainting model.
+"""Train the toys that everything starts from, of the toy world alone: an hour or two each on two CPU cores.
 
-    train_vae          toy scenes                                ->  OUT/model/vae
-    train_base         its latents of toy scenes, and captions   ->  OUT/model, a Stable Diffusion
-    train_inpainting   the same, and masks; from a base model    ->  OUT/model, the same with 2 C + 1 input channels
+    python -m reproduce.train_toys vae           toy scenes                          ->  runs/toy/model/vae
+    python -m reproduce.train_toys base          its latents of scenes, and captions ->  runs/toy/model
+    python -m reproduce.train_toys inpainting    from weights/toy, with masks        ->  runs/toy-inpainting/model
+    python -m reproduce.train_toys base --init weights/toy --out runs/toy2           trains the shipped weights further
 
-Real Stable Diffusions come trained. These are made in an hour or two on two CPU cores, of the toy world alone.
+Magic Fixup is train.py's, which has the loop as well; --resume goes on exactly where a run stopped.
 """
 
+import argparse
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +20,33 @@ from tqdm import tqdm
 
 import clip
 import diffusion
-import loop
 import sd
+import train
 import unet
 import vae
-from common.cli import TOY
-from loop import at, channels_last, digest, made_once, stratified
-from toy import world as toyworld
+from common.cli import TOY, Parser, number, report_errors
+from common.devices import choose_device
+from common.run_state import cache_tensors, digest, prepare_folder, read_recipe
+from kernels.winograd import hold_memory
+from toy import world
+from train import draw_timesteps, generator_at, to_channels_last
+
+
+@dataclass
+class ToyRecipe(train.Recipe):
+    """Of the toys."""
+
+    scenes: int = 24_000  # that a base or inpainting model sees; captions are worded anew every time
+    # Noise of one value per channel and picture, beside the white noise. Stable Diffusion's noisiest level still shows
+    # a picture's mean, which a model learns to trust over the words: noon would never turn into night.
+    offset: float = 0.2
+
+
+RECIPES = {
+    "vae": ToyRecipe(steps=3600, batch=16, lr=1.2e-3, warmup=200, ema=0.998),
+    "base": ToyRecipe(steps=6300, batch=32, lr=1e-3, warmup=300, ema=0.9995),
+    "inpainting": ToyRecipe(steps=1500, batch=16, lr=5e-4, warmup=100, ema=0.995, scenes=8000),
+}
 
 # Autoencoder
 CROP = 64  # pixels; three quarters of the crops are centred on an object, since the background teaches little
@@ -43,11 +66,11 @@ WHOLE = 0.25  # share of the masks that cover the whole picture, as of Stable Di
 
 def vae_batch(recipe, step):
     """-> images (B, 3, S, S) in [-1, 1], weights (B, 1, S, S)"""
-    g = at(recipe.seed, step)
+    g = generator_at(recipe.seed, step)
     if step >= FULL_FROM * recipe.steps:
-        frames = toyworld.render(toyworld.random_scenes(max(1, recipe.batch // 4), g))
+        frames = world.render(world.random_scenes(max(1, recipe.batch // 4), g))
         return frames.image * 2 - 1, 1 + (OBJECTS - 1) * (frames.segments[:, None] > 0)
-    frames = toyworld.render(toyworld.random_scenes(recipe.batch, g))
+    frames = world.render(world.random_scenes(recipe.batch, g))
     n, size = len(frames.image), frames.image.shape[-1]
     on_object = (frames.segments > 0).flatten(1).float() + 1e-6
     anywhere = torch.rand(n, 1, generator=g) < 0.25
@@ -78,20 +101,20 @@ def train_vae(recipe, out, resume, device):
     def loss(step, _):
         x, weight = vae_batch(recipe, step)
         f, c = model.config.factor, model.config.latent_channels
-        noise = torch.randn(len(x), c, x.shape[2] // f, x.shape[3] // f, generator=at(recipe.seed + 1, step))
+        noise = torch.randn(len(x), c, x.shape[2] // f, x.shape[3] // f, generator=generator_at(recipe.seed + 1, step))
         x = x.to(device, memory_format=torch.channels_last)
         return vae_loss(model, x, weight.to(device), noise.to(device))
 
     def sheet(average):
-        frames = toyworld.render(toyworld.random_scenes(8, at(recipe.seed + 2, 0)))
+        frames = world.render(world.random_scenes(8, generator_at(recipe.seed + 2, 0)))
         with torch.no_grad():
             back = average.decode(average.encode((frames.image * 2 - 1).to(device))[0]).cpu() / 2 + 0.5
         mse, inside = (back.clamp(0, 1) - frames.image) ** 2, (frames.segments[:, None] > 0).expand_as(back)
         tqdm.write(f"PSNR {-10 * mse.mean().log10():.2f} dB, inside objects {-10 * mse[inside].mean().log10():.2f} dB")
         return torch.stack([frames.image, back])
 
-    average = loop.fit("vae", model, loss, sheet, recipe, out, resume)
-    images = toyworld.render(toyworld.random_scenes(256, at(recipe.seed + 3, 0))).image * 2 - 1
+    average = train.fit("vae", model, loss, sheet, recipe, out, resume)
+    images = world.render(world.random_scenes(256, generator_at(recipe.seed + 3, 0))).image * 2 - 1
     with torch.no_grad():
         spread = average.encode(images.to(device))[0].std().item()
     average.config = replace(average.config, scaling_factor=round(1 / spread, 5))
@@ -108,23 +131,23 @@ def encode_scenes(scenes, path, autoencoder, device):
     def make():
         parts = []
         for i in tqdm(range(0, len(scenes), 64), desc="latents", unit="batch", mininterval=1):
-            image = toyworld.render(scenes[i : i + 64]).image
+            image = world.render(scenes[i : i + 64]).image
             with torch.no_grad():
-                parts.append(autoencoder.encode(channels_last((image * 2 - 1).to(device)))[0].half().cpu())
+                parts.append(autoencoder.encode(to_channels_last((image * 2 - 1).to(device)))[0].half().cpu())
         return {"latents": torch.cat(parts).contiguous()}
 
-    return made_once(path, digest(autoencoder, scenes.x.tolist()), make)["latents"]
+    return cache_tensors(path, digest(autoencoder, scenes.x.tolist()), make)["latents"]
 
 
 def draws(recipe, scenes, shape, step):
     """What a step is about: which scenes (B,), B captions, timesteps t (B,), noise (B, *shape), and the generator for
     more."""
-    g = at(recipe.seed + 1, step)
+    g = generator_at(recipe.seed + 1, step)
     index = torch.randint(recipe.scenes, (recipe.batch,), generator=g)
-    told = toyworld.captions(scenes[index], g)
+    told = world.captions(scenes[index], g)
     dropped = torch.rand(recipe.batch, generator=g) < DROPPED
     told = ["" if d else c for c, d in zip(told, dropped)]
-    t = stratified(recipe.batch, g)
+    t = draw_timesteps(recipe.batch, g)
     noise = torch.randn(recipe.batch, *shape, generator=g)
     if recipe.offset:
         noise = noise + recipe.offset * torch.randn(recipe.batch, shape[0], 1, 1, generator=g)
@@ -156,10 +179,10 @@ def given(path, device):
 def new_base(out, scenes, device):
     """The toy Stable Diffusion before its training: the autoencoder of stage vae, and a vocabulary of the captions."""
     if not (out / "model" / "vae").is_dir():
-        raise FileNotFoundError(f"there is no autoencoder in {out} yet: first python train.py --stage vae --out {out}; "
-                                "or go on from the shipped model, --init weights/toy")
+        raise FileNotFoundError(f"there is no autoencoder in {out} yet: first python -m reproduce.train_toys vae "
+                                f"--out {out}; or go on from the shipped model, --init weights/toy")
     autoencoder = sd.load_part(out / "model" / "vae", "vae", torch.float32, device)
-    tokenizer = clip.Tokenizer(*clip.learn_bpe(toyworld.captions(scenes[:5000], at(0, 0)), 600))
+    tokenizer = clip.Tokenizer(*clip.learn_bpe(world.captions(scenes[:5000], generator_at(0, 0)), 600))
     text = replace(clip.CONFIGS["toy"], vocab_size=len(tokenizer.vocab), eos=tokenizer.vocab[clip.END])
     model = unet.UNet(unet.CONFIGS["toy"])
     nn.init.zeros_(model.conv_out.weight)  # the first guess is no noise: a calm start
@@ -168,7 +191,7 @@ def new_base(out, scenes, device):
 
 def train_base(recipe, out, resume, device):
     """Text encoder and UNet together (Stable Diffusion's came trained, ours has to learn) -> OUT/model, as fp16"""
-    scenes = toyworld.random_scenes(recipe.scenes, at(recipe.seed, 0))
+    scenes = world.random_scenes(recipe.scenes, generator_at(recipe.seed, 0))
     toy = given(recipe.init, device) if recipe.init else new_base(out, scenes, device)
     latents = encode_scenes(scenes, out / "latents.safetensors", toy.vae, device)
     tokenizer, schedule, factor = toy.tokenizer, toy.schedule, toy.vae.config.scaling_factor
@@ -177,19 +200,20 @@ def train_base(recipe, out, resume, device):
 
     def loss(step, _):
         index, told, t, noise, _ = draws(recipe, scenes, latents.shape[1:], step)
-        z, t, noise = (channels_last(x.to(device)) for x in (latents[index].float() * factor, t, noise))
+        z, t, noise = (to_channels_last(x.to(device)) for x in (latents[index].float() * factor, t, noise))
         return base_loss(model["unet"], schedule, z, model["text"](tokenizer(told).to(device)), t, noise)
 
     def sheet(average):
         shown = replace(toy, unet=average["unet"], text=average["text"])
-        prompts = toyworld.captions(toyworld.random_scenes(16, at(recipe.seed + 2, 0)), at(recipe.seed + 2, 0))
-        noise = torch.randn(16, *latents.shape[1:], generator=at(recipe.seed + 2, 0)).to(device)
+        scenes = world.random_scenes(16, generator_at(recipe.seed + 2, 0))
+        prompts = world.captions(scenes, generator_at(recipe.seed + 2, 0))
+        noise = torch.randn(16, *latents.shape[1:], generator=generator_at(recipe.seed + 2, 0)).to(device)
         with torch.no_grad():
             sampler = diffusion.make_sampler("ddim", schedule, 25)
             z = diffusion.run_sampler(shown.denoiser(prompts, guidance=4.0), noise, sampler)
             return shown.decode(z).cpu().unflatten(0, (2, 8)) / 2 + 0.5
 
-    average = loop.fit("base", model, loss, sheet, recipe, out, resume)
+    average = train.fit("base", model, loss, sheet, recipe, out, resume)
     sd.save(replace(toy, unet=average["unet"], text=average["text"]), out / "model", torch.float16)
 
 
@@ -231,13 +255,13 @@ def encode_masked(scenes, path, toy, recipe, device):
     def make():
         parts = []
         for i in tqdm(range(0, len(scenes), 32), desc="masked", unit="batch", mininterval=1):
-            image = channels_last((toyworld.render(scenes[i : i + 32], toy.size).image * 2 - 1).to(device))
-            repaint = random_masks(len(image), toy.size, at(recipe.seed + 3, i)).to(device)
+            image = to_channels_last((world.render(scenes[i : i + 32], toy.size).image * 2 - 1).to(device))
+            repaint = random_masks(len(image), toy.size, generator_at(recipe.seed + 3, i)).to(device)
             with torch.no_grad():
                 parts.append((toy.encode_image(image), toy.inpainting_channels(image, repaint)))
         return {name: torch.cat(x).half().cpu().contiguous() for name, x in zip(("z", "known"), zip(*parts))}
 
-    return made_once(path, digest(toy.vae, scenes.x.tolist(), recipe.seed, toy.size), make)
+    return cache_tensors(path, digest(toy.vae, scenes.x.tolist(), recipe.seed, toy.size), make)
 
 
 def train_inpainting(recipe, out, resume, device):
@@ -247,7 +271,7 @@ def train_inpainting(recipe, out, resume, device):
     layer is widened with zeros, and training goes on with masks, a quarter of which cover everything. The text encoder
     and the autoencoder stay as they are.
     """
-    scenes = toyworld.random_scenes(recipe.scenes, at(recipe.seed, 0))
+    scenes = world.random_scenes(recipe.scenes, generator_at(recipe.seed, 0))
     toy = given(recipe.init or TOY, device)
     model = widened(toy.unet).requires_grad_(True).to(device, memory_format=torch.channels_last)
     latents, size = encode_masked(scenes, out / "masked.safetensors", toy, recipe, device), toy.size
@@ -257,12 +281,12 @@ def train_inpainting(recipe, out, resume, device):
         index, told, t, noise, g = draws(recipe, scenes, latents["z"].shape[1:], step)
         whole = torch.rand(recipe.batch, 1, 1, 1, generator=g) < WHOLE
         beside = torch.where(whole.to(device), nothing, latents["known"][index].float().to(device))
-        z, t, noise = (channels_last(x.to(device)) for x in (latents["z"][index].float(), t, noise))
+        z, t, noise = (to_channels_last(x.to(device)) for x in (latents["z"][index].float(), t, noise))
         return base_loss(model, toy.schedule, z, toy.encode_prompt(told), t, noise, beside)
 
-    g = at(recipe.seed + 2, 0)
-    shown = toyworld.random_scenes(8, g)
-    prompts, image = toyworld.captions(shown, g), toyworld.render(shown, size).image * 2 - 1
+    g = generator_at(recipe.seed + 2, 0)
+    shown = world.random_scenes(8, g)
+    prompts, image = world.captions(shown, g), world.render(shown, size).image * 2 - 1
     repaint = random_masks(8, size, g)
     beside = toy.inpainting_channels(image.to(device), repaint.to(device))
     start = torch.randn(8, *latents["z"].shape[1:], generator=g).to(device)
@@ -274,5 +298,35 @@ def train_inpainting(recipe, out, resume, device):
             z = diffusion.run_sampler(denoise, start, diffusion.make_sampler("ddim", toy.schedule, 25))
             return torch.stack([image, image * (1 - repaint), painter.decode(z).cpu()]) / 2 + 0.5
 
-    average = loop.fit("inpainting", model, loss, sheet, recipe, out, resume)
+    average = train.fit("inpainting", model, loss, sheet, recipe, out, resume)
     sd.save(replace(toy, unet=average), out / "model", torch.float16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+STAGES = {"vae": train_vae, "base": train_base, "inpainting": train_inpainting}
+
+
+def main(argv=None):
+    parser = Parser(prog="python -m reproduce.train_toys", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=list(STAGES))
+    train.add_loop_options(parser)
+    parser.add_argument("--out", type=Path, help="default: runs/toy; of inpainting, runs/toy-inpainting")
+    parser.add_argument("--scenes", type=number(int, 1, 10**9), help="to learn from")
+    parser.add_argument("--offset", type=number(float, 0, 1), help="noise of one value per channel and picture")
+    args = parser.parse_args(argv)
+    # A folder of its own for inpainting: it would write its model over the one that it is made of.
+    out = args.out or Path("runs/toy-inpainting" if args.stage == "inpainting" else "runs/toy")
+    with report_errors(parser, "try a smaller --batch"):
+        recipe = read_recipe(out, args.stage, ToyRecipe) if args.resume else RECIPES[args.stage]
+        recipe = train.change_recipe(recipe, args)
+        prepare_folder(out, args.stage, args.resume)
+        torch.manual_seed(recipe.seed)
+        STAGES[args.stage](recipe, out, args.resume, choose_device(args.device))
+
+
+if __name__ == "__main__":
+    hold_memory()
+    main()

@@ -45,7 +45,7 @@ PAPER = dict(affine=(0.231, 0.220), flow=(0.229, 0.190), full=(0.231, 0.196), al
     (table_of(0.007, **PAPER), TRUE, "better than on piecewise affine (-0.0300 ± 0.0070)"),  # its own errors
     (table_of(**PAPER | {"flow": (0.229, 0.21)}), PART, "not surely better than on both (full method) (+0.0140"),
     (table_of(0.02, **PAPER | {"alone": (0.25, 0.23)}), FALSE, "not surely worse"),
-    (table_of(full=PAPER["full"], alone=PAPER["alone"], missing=[FLOW]), OPEN, "--stage mfx --motion flow --out"),
+    (table_of(full=PAPER["full"], alone=PAPER["alone"], missing=[FLOW]), OPEN, "train.py --motion flow --out"),
 ])
 def test_the_order_of_the_table_is_judged_by_the_errors_of_differences(results, wanted, said):
     verdict, why = ablation_mfx.ablation_verdict(results)
@@ -108,8 +108,8 @@ def test_one_command_trains_what_is_not_there_yet(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(ablation_mfx.train, "main", ran.append)
     ablation_mfx.main(["--out", str(tmp_path), "--steps", "7"])
     others = [str(tmp_path / name) for name in TRAINED if name != FLOW]
-    assert [run[:4] for run in ran] == [["--stage", "mfx", "--out", out] for out in others]
-    affine, alone, full = (run[4:] for run in ran)
+    assert [run[:2] for run in ran] == [["--out", out] for out in others]
+    affine, alone, full = (run[2:] for run in ran)
     steps = [*ablation_mfx.TRAINING, "--steps", "7"]  # of which train.py takes the last
     assert affine == ["--motion", "affine", *steps] and full == steps
     assert alone == ["--no-cross-reference", *ablation_mfx.TRAINING, "--resume", "--steps", "7"]

@@ -1,27 +1,30 @@
-"""The training loop: exact resume, whole checkpoints, a clear stop."""
+"""train.py: the loop on a tiny autoencoder, the recipes, Magic Fixup's gradients and memory."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-import textwrap
-from dataclasses import asdict, replace
-from pathlib import Path
+import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
 import cv2
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-import loop
+import diffusion
+import mfx
 import train
+import unet
 import vae
-from reproduce import train_toys
+from common.run_state import list_states
+from kernels.blocks import checkpoint_blocks
+from tests.training import equal, random_batch, random_fixup, read_state, write_stable
 
 RECIPE = train.Recipe(steps=12, batch=2, lr=5e-3, warmup=3, ema=0.9, save_every=4)
+GIB = 2**30
 
 
 def tiny(seed=0):
@@ -31,22 +34,27 @@ def tiny(seed=0):
 
 def loss_of(model):
     def loss(step, part):
-        g = train.at(0, step)
-        x = (torch.rand(2, 3, 1, 1, generator=g) * 2 - 1).expand(2, 3, 8, 8)
-        return train_toys.vae_loss(model, x, torch.ones(2, 1, 8, 8), torch.randn(2, 2, 4, 4, generator=g))
+        x = torch.rand(2, 3, 1, 1, generator=train.generator_at(0, step)) * 2 - 1
+        mean, _ = model.encode(x.expand(2, 3, 8, 8))
+        return (model.decode(mean) - x).square().mean()
 
     return loss
 
 
-def run(model, out, resume, loss=None, recipe=RECIPE):
+def run(model, out, resume=False, loss=None, recipe=RECIPE):
+    out.mkdir(exist_ok=True)
     sheet = torch.zeros(1, 8, 3, 8, 8)
-    return loop.fit("tiny", model, loss or loss_of(model), lambda average: sheet, recipe, out, resume)
+    return train.fit("tiny", model, loss or loss_of(model), lambda average: sheet, recipe, out, resume)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
+    """Bit for bit, on the same machine."""
     a, b, c = tiny(), tiny(), tiny(seed=1)  # c's own start is forgotten: it resumes from b's state
-    average = run(a, tmp_path, resume=False)
-    (tmp_path / "b").mkdir()
+    average = run(a, tmp_path / "a")
     broken = loss_of(b)
 
     def stops(step, part):
@@ -55,107 +63,25 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
         return broken(step, part)
 
     with pytest.raises(KeyboardInterrupt):
-        run(b, tmp_path / "b", resume=False, loss=stops)
+        run(b, tmp_path / "b", loss=stops)
     resumed = run(c, tmp_path / "b", resume=True)
-    for p, q in zip([*a.parameters(), *average.parameters()], [*c.parameters(), *resumed.parameters()]):
-        assert torch.equal(p, q)
-    whole, pieces = (load_file(d / "tiny-state-0000012.safetensors") for d in (tmp_path, tmp_path / "b"))
-    assert whole.keys() == pieces.keys() and all(torch.equal(whole[k], pieces[k]) for k in whole)
+    assert equal(dict(a.named_parameters()), dict(c.named_parameters()))
+    assert equal(dict(average.named_parameters()), dict(resumed.named_parameters()))
+    whole, pieces = (load_file(tmp_path / d / "tiny-state-0000012.safetensors") for d in "ab")
+    assert equal(whole, pieces)
 
 
 def test_training_learns_and_draws(tmp_path):
     model = tiny()
-    before = torch.stack([loss_of(model)(s, None) for s in range(100, 110)]).mean().item()
-    average = run(model, tmp_path, resume=False)
-    after = torch.stack([loss_of(average)(s, None) for s in range(100, 110)]).mean().item()
-    assert after < before
+
+    def mean_loss(network):
+        return torch.stack([loss_of(network)(s, None) for s in range(100, 110)]).mean().item()
+
+    before = mean_loss(model)
+    assert mean_loss(run(model, tmp_path)) < before
     assert cv2.imread(tmp_path / "tiny-samples.png").shape == (8, 64, 3)
     assert cv2.imread(tmp_path / "tiny-loss.png").std() > 0
     assert not list(tmp_path.glob(".*"))  # nothing half-written is left
-
-
-def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path):
-    model = tiny()
-    with pytest.raises(FloatingPointError, match="not finite at step 0"):
-        run(model, tmp_path, resume=False, loss=lambda *a: loss_of(model)(*a) * torch.nan)
-    assert not loop.states(tmp_path, "tiny")
-
-
-def test_resuming_from_nothing_says_so(tmp_path):
-    with pytest.raises(ValueError, match="nothing to resume"):
-        train.saved_recipe(tmp_path, "tiny")
-    (tmp_path / "tiny-state-0000004.safetensors").write_bytes(b"something else")
-    with pytest.raises(ValueError, match="damaged"):
-        train.saved_recipe(tmp_path, "tiny")
-    run(tiny(), tmp_path, resume=False)
-    assert train.saved_recipe(tmp_path, "tiny") == RECIPE
-    with pytest.raises(ValueError, match="another model"):
-        run(vae.VAE(vae.VAEConfig((16, 16), 1, 2, 4)), tmp_path, resume=True)
-
-
-def test_the_last_states_are_kept_and_the_newest_whole_one_is_resumed(tmp_path, capsys):
-    recipe = replace(RECIPE, steps=10, save_every=2)
-    run(tiny(), tmp_path, resume=False, recipe=recipe)
-    kept = loop.states(tmp_path, "tiny")
-    assert [p.name[11:18] for p in kept] == ["0000006", "0000008", "0000010"]
-    whole = load_file(kept[-1])
-    kept[-1].write_bytes(kept[-1].read_bytes()[:-1])  # a byte short
-    resumed = tiny(seed=1)
-    run(resumed, tmp_path, resume=True, recipe=recipe)
-    assert "0000010.safetensors is damaged" in capsys.readouterr().err
-    assert all(torch.equal(whole[f"model.{name}"], p) for name, p in resumed.named_parameters())
-    short = {k: v for k, v in asdict(recipe).items() if k in ("steps", "batch", "lr", "warmup", "ema", "save_every")}
-    once = {"losses": json.dumps([1.0] * 10), "recipe": json.dumps(short)}  # a state as it was called and made at first
-    save_file(whole, tmp_path / "tiny-state.safetensors", once)
-    for old in kept:
-        old.unlink()
-    assert train.saved_recipe(tmp_path, "tiny") == recipe
-    run(tiny(seed=1), tmp_path, resume=True, recipe=replace(recipe, steps=12))
-    assert len(loop.newest(tmp_path, "tiny")[1]["losses"]) == 12
-    run(tiny(), tmp_path, resume=False, recipe=replace(recipe, steps=2))  # another run takes the folder over
-    assert [p.name[11:18] for p in loop.states(tmp_path, "tiny")] == ["0000002"]
-
-
-@pytest.mark.parametrize(("argv", "told"), [
-    (["--steps", "0"], "--steps"), (["--lr", "x"], "--lr"), (["--init", "nowhere"], "nowhere"),
-    (["--stage", "base"], "first python train.py --stage vae"),  # it has no autoencoder to start from here
-    (["--stage", "vae", "--preset", "a100"], "is for stage mfx"),
-    (["--stage", "base", "--motion", "flow"], "--motion is for stage mfx"),
-    (["--preset", "a100"], "--init sd-v1-4.ckpt"),
-    (["--stage", "vae", "--scenes", "5"], "--scenes is for stage base and inpainting and mfx, not vae"),
-    (["--stage", "mfx", "--offset", "0.1"], "--offset is for stage base and inpainting, not mfx"),
-])
-def test_mistakes_get_one_line(tmp_path, argv, told, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--out", str(tmp_path), *argv])
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and told in line
-
-
-@pytest.mark.parametrize("batch", [1, 5])
-def test_the_last_steps_of_stage_vae_have_whole_pictures(batch):
-    recipe = replace(train.RECIPES["toy"]["vae"], batch=batch)
-    for step, side in ((0, train_toys.CROP), (recipe.steps - 1, 128)):
-        x, weight = train_toys.vae_batch(recipe, step)
-        assert x.shape == (batch if step == 0 else 1, 3, side, side) and weight.shape == (len(x), 1, side, side)
-
-
-def test_what_is_made_once_is_made_again_of_other_things(tmp_path):
-    made = []
-
-    def make():
-        made.append(1)
-        return {"x": torch.full((2,), float(len(made)))}
-
-    for made_from, number in (("a", 1), ("a", 1), ("b", 2)):
-        assert loop.made_once(tmp_path / "x.safetensors", made_from, make)["x"].tolist() == [number] * 2
-    (tmp_path / "x.safetensors").write_bytes(b"damaged")
-    assert loop.made_once(tmp_path / "x.safetensors", "b", make)["x"].tolist() == [3, 3]
-
-
-def test_one_timestep_from_each_part():
-    t = loop.stratified(8, torch.Generator().manual_seed(0))
-    assert (t // 125).tolist() == list(range(8)) and t.dtype == torch.long
 
 
 def test_the_rate_and_the_average(tmp_path):
@@ -168,47 +94,149 @@ def test_the_rate_and_the_average(tmp_path):
         return real(self, *args)
 
     with mock.patch.object(torch.optim.AdamW, "step", step):
-        run(model, tmp_path, resume=False)
+        run(model, tmp_path / "all")
     want = [RECIPE.lr * min(1, (i + 1) / 3) * (0.5 + 0.5 * math.cos(math.pi * i / 12)) for i in range(12)]
     assert rates == pytest.approx(want)
     once = tiny()
-    (tmp_path / "once").mkdir()
-    average = run(once, tmp_path / "once", resume=False, recipe=replace(RECIPE, steps=1))
+    average = run(once, tmp_path / "once", recipe=replace(RECIPE, steps=1))
     for first, last, mean in zip(start.parameters(), once.parameters(), average.parameters()):
         torch.testing.assert_close(mean, torch.lerp(first, last, 1 - 1 / 10))
 
 
-def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
-    """A process that dies inside the write: the file under the final name is the complete old one."""
-    path = tmp_path / "state"
-    code = f"""
-        import os
-        from common.files import atomic_write
-        with atomic_write({str(path)!r}) as tmp:
-            tmp.write_bytes(b"old")
-        with atomic_write({str(path)!r}) as tmp:
-            tmp.write_bytes(b"ne")
-            os.kill(os.getpid(), 9)
-    """
-    root = Path(train.__file__).parent
-    env = {**os.environ, "PYTHONPATH": str(root)}
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env).returncode == -9
-    assert path.read_bytes() == b"old"
+def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path):
+    model = tiny()
+    with pytest.raises(FloatingPointError, match="not finite at step 0"):
+        run(model, tmp_path, loss=lambda *a: loss_of(model)(*a) * torch.nan)
+    assert not list_states(tmp_path, "tiny")
 
 
-def test_the_weights_size_chooses_the_recipe(tmp_path, monkeypatch):
-    def preset(width, *argv):
+def test_one_timestep_from_each_part():
+    t = train.draw_timesteps(8, torch.Generator().manual_seed(0))
+    assert (t // 125).tolist() == list(range(8)) and t.dtype == torch.long
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes
+
+
+def test_the_recipe_is_the_papers():
+    recipe = train.RECIPES["paper"]
+    assert (recipe.steps, recipe.batch, recipe.lr, recipe.warmup) == (120_000, 32, 1e-5, 10_000)
+    assert (recipe.weight_decay, recipe.clip, recipe.cosine, recipe.ema, recipe.motion) == (0, None, False, 0, "both")
+    dropped = mfx.draws((100_000, 1, 1, 1), torch.Generator().manual_seed(0))["dropped"].float().mean()
+    assert abs(dropped - 0.2) < 0.005
+
+
+def test_the_size_of_the_weights_chooses_the_recipe(monkeypatch):
+    def recipe(width):
         wide = SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(channels=(width, 1280))))
         monkeypatch.setattr(train.sd, "load", lambda path: wide)
-        return train.choose_preset(SimpleNamespace(stage="mfx", init="some.ckpt"))
+        return train.choose_recipe("some.ckpt")
 
-    assert preset(320) == "a100" and preset(64) == "toy"
-    assert train.choose_preset(SimpleNamespace(stage="mfx", init=None)) == "toy"
+    assert recipe(320) == replace(train.RECIPES["paper"], init="some.ckpt")
+    assert recipe(64) == replace(train.RECIPES["toy"], init="some.ckpt")
+    assert train.choose_recipe(None) == train.RECIPES["toy"]
 
 
 def test_the_micro_batch_fits_into_the_memory(monkeypatch):
-    paper = train.RECIPES["a100"]["mfx"]
-    assert train.fitting_micro_batch(paper, torch.device("cpu")) == 1
+    assert train.fit_micro_batch(32, torch.device("cpu")) == 1
     for GiB, most in ((24, 1), (40, 8), (80, 32)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=GiB * 2**30: (free, free))
-        assert train.fitting_micro_batch(paper, torch.device("cuda")) == most
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=GiB * GIB: (free, free))
+        assert train.fit_micro_batch(32, torch.device("cuda")) == most
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients and memory of Magic Fixup
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors but the model's weights, as they come and go."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and (key := t.untyped_storage()._cdata) not in self.known:
+                size = t.untyped_storage().nbytes()
+                self.known[key] = weakref.ref(t.untyped_storage(), lambda _, key=key, size=size: self.gone(key, size))
+                self.now += size
+                self.peak = max(self.peak, self.now)
+        return out
+
+    def gone(self, key, size):
+        del self.known[key]
+        self.now -= size
+
+
+def test_checkpointing_changes_memory_and_not_gradients(tmp_path):
+    """Not a bit of them, of one model: the same weights at the same addresses."""
+    model = random_fixup(write_stable(tmp_path))
+    gradients, peaks, parameters = [], [], model.unfreeze()
+    for checkpointed in (False, True):
+        if checkpointed:
+            checkpoint_blocks(model, train.BLOCKS)
+            for p in parameters:
+                p.grad = None
+        with Live(model) as live:
+            loss = model.loss(random_batch(2, 16))
+            held = live.now  # between the passes: what the backward pass will want
+            loss.backward()
+        peaks.append((held, live.peak))
+        gradients.append([p.grad for p in parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert peaks[1][0] < 0.6 * peaks[0][0] and peaks[1][1] < 0.8 * peaks[0][1], peaks
+
+
+def test_micro_batches_change_nothing(tmp_path):
+    """Adam's first moments, the gradients so far, agree; and without `ema` no average is saved."""
+    stable = write_stable(tmp_path / "stable")
+    recipe = replace(train.RECIPES["paper"], steps=3, batch=4, warmup=1, lr=1e-3)
+    for name, micro_batch, checkpointing in (("a", 4, True), ("b", 4, False), ("c", 1, True)):
+        model = random_fixup(stable)
+        model.unfreeze()
+        batch = random_batch(4, 8)
+
+        def loss(step, part, model=model, batch=batch):
+            return model.loss({key: x[part] for key, x in batch.items()})
+
+        (tmp_path / name).mkdir()
+        how = replace(recipe, micro_batch=micro_batch, checkpointing=checkpointing)
+        train.fit("mfx", model, loss, None, how, tmp_path / name, False)
+    (a, one, _), (b, two, _), (c, three, _) = (read_state(tmp_path / name) for name in "abc")
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=0)
+    torch.testing.assert_close(one, three, rtol=1e-5, atol=0)
+    for name in a:
+        if name.startswith("m."):
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4)
+            torch.testing.assert_close(a[name], c[name], rtol=0, atol=1e-4)
+    assert not any(name.startswith("average.") for name in a)
+
+
+@pytest.mark.slow
+def test_the_memory_that_fit_micro_batch_counts():
+    """At full size, on tensors that have shapes only: a card of 40 GB holds micro-batches of 8."""
+    schedule = diffusion.Schedule()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        config = replace(unet.CONFIGS["sd1"], in_channels=9)
+        synthesizer, extractor = (unet.UNet(replace(config, context=context)) for context in (None, 0))
+        model = mfx.MagicFixup(synthesizer, extractor, vae.VAE(vae.CONFIGS["sd"]), schedule)
+    parameters = model.unfreeze()
+    weights = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith("vae.")) / GIB
+    moments = 2 * sum(p.nbytes for p in parameters) / GIB
+    frozen = sum(p.nbytes for p in model.vae.parameters()) / GIB
+    checkpoint_blocks(model, train.BLOCKS)
+    peaks = []
+    for n in (1, 4):
+        batch = random_batch(n, 64)
+        with fake, Live(model) as live:
+            model.loss({name: fake.from_tensor(t) for name, t in batch.items()})
+        peaks.append(live.peak / GIB)
+    counted = dict(weights=weights, moments=moments, gradients=moments / 2, frozen=frozen, each=peaks[1] / 4)
+    assert {name: round(GiB, 1) for name, GiB in counted.items()} == dict(
+        weights=6.3, moments=12.5, gradients=6.3, frozen=0.3, each=1.2
+    )
+    assert peaks[0] < 1.25

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import diffusion
-import loop
 import sample
 import sd
-import train
+from common.run_state import read_recipe
 from reproduce import lab as claims
 from reproduce import train_toys
 from tests import small
-from toy import world as toyworld
+from tests.training import fails
+from toy import world
+from train import generator_at
 
 
 @pytest.fixture(scope="module")
@@ -29,50 +30,49 @@ def plain(tmp_path_factory):
 
 
 def words(init, out, *more):
-    return ["--stage", "inpainting", "--init", str(init), "--out", str(out), "--device", "cpu", "--batch", "2",
+    return ["inpainting", "--init", str(init), "--out", str(out), "--device", "cpu", "--batch", "2",
             "--scenes", "40", *map(str, more)]
-
-
-def one_line(argv, capsys):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        train.main(argv)
-    assert stop.value.code == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1
-    return said[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages vae and base
 
 
-def test_both_stages_end_to_end(tmp_path, capsys):
+@pytest.mark.slow
+def test_both_stages_end_to_end(tmp_path):
     """Few and small steps, but everything: crops, latents, vocabulary, sheets, the saved folder, and going on."""
-    small = ["--out", str(tmp_path), "--save-every", "1", "--device", "cpu"]
-    train.main(["--stage", "vae", "--steps", "2", "--batch", "4", *small])
-    train.main(["--stage", "base", "--steps", "1", "--batch", "2", "--scenes", "4", *small])
+    small_run = ["--out", str(tmp_path), "--save-every", "1", "--device", "cpu"]
+    train_toys.main(["vae", "--steps", "2", "--batch", "4", *small_run])
+    train_toys.main(["base", "--steps", "1", "--batch", "2", "--scenes", "4", *small_run])
     before = sd.load(tmp_path / "model").unet.conv_out.weight.clone()
-    train.main(["--stage", "base", "--resume", "--steps", "2", *small])
+    train_toys.main(["base", "--resume", "--steps", "2", *small_run])
     model = sd.load(tmp_path / "model")
     assert model.unet.conv_out.weight.dtype == torch.float16 and not torch.equal(model.unet.conv_out.weight, before)
     assert model.encode_prompt(["a red ball"]).shape == (1, 77, 128)
     assert model.vae.config.scaling_factor != 1
-    assert train.saved_recipe(tmp_path, "base").scenes == 4  # not said again, not forgotten
+    assert read_recipe(tmp_path, "base", train_toys.ToyRecipe).scenes == 4  # not said again, not forgotten
     assert (tmp_path / "base-samples.png").exists() and (tmp_path / "vae-loss.png").exists()
 
 
 def test_batches_depend_on_the_step_alone():
-    recipe = train.RECIPES["toy"]["vae"]
+    recipe = train_toys.RECIPES["vae"]
     first, again, other = (train_toys.vae_batch(recipe, s)[0] for s in (5, 5, 6))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.shape == (recipe.batch, 3, train_toys.CROP, train_toys.CROP)
     assert train_toys.vae_batch(recipe, recipe.steps - 1)[0].shape == (recipe.batch // 4, 3, 128, 128)
-    scenes, recipe = toyworld.random_scenes(8, loop.at(0, 0)), replace(recipe, scenes=8, batch=64)
+    scenes, recipe = world.random_scenes(8, generator_at(0, 0)), replace(recipe, scenes=8, batch=64)
     index, told, t, noise, _ = train_toys.draws(recipe, scenes, (4, 16, 16), 3)
     assert torch.equal(noise, train_toys.draws(recipe, scenes, (4, 16, 16), 3)[3])
     assert 0 < told.count("") < 32 and len(told) == len(t) == 64 and set(index.tolist()) == set(range(8))
     assert 0.03 < noise.mean((2, 3)).var() < 0.06  # white noise's would be 1 / 256, and the offset adds 0.2 ** 2
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_the_last_steps_of_stage_vae_have_whole_pictures(batch):
+    recipe = replace(train_toys.RECIPES["vae"], batch=batch)
+    for step, side in ((0, train_toys.CROP), (recipe.steps - 1, 128)):
+        x, weight = train_toys.vae_batch(recipe, step)
+        assert x.shape == (batch if step == 0 else 1, 3, side, side) and weight.shape == (len(x), 1, side, side)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -141,17 +141,17 @@ def test_training_and_sampling_show_the_network_the_same():
 
 def test_inpainting_resumes_to_the_same_weights_and_leaves_the_rest_alone(plain, tmp_path, monkeypatch, capsys):
     unbroken, broken = (words(plain, tmp_path / name, "--steps", 2, "--save-every", 1) for name in "ab")
-    train.main(unbroken)
+    train_toys.main(unbroken)
 
     def stops(seed, step):
         if (seed, step) == (1, 1):
             raise KeyboardInterrupt
-        return loop.at(seed, step)
+        return generator_at(seed, step)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_toys, "at", stops)
-        train.main(broken)
-    train.main(["--stage", "inpainting", "--out", str(tmp_path / "b"), "--resume", "--device", "cpu"])
+        patch.setattr(train_toys, "generator_at", stops)
+        train_toys.main(broken)
+    train_toys.main(["inpainting", "--out", str(tmp_path / "b"), "--resume", "--device", "cpu"])
     a, b = (load_file(tmp_path / name / "inpainting-state-0000002.safetensors") for name in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert not any(k.startswith("model.text") for k in a) and a["model.conv_in.weight"][:, 4:].abs().sum() > 0
@@ -171,7 +171,7 @@ def test_inpainting_resumes_to_the_same_weights_and_leaves_the_rest_alone(plain,
 
     already = tmp_path / "a/model"
     for stage in ("inpainting", "base"):
-        said = one_line(["--stage", stage, "--init", str(already), "--out", str(tmp_path / "c")], capsys)
+        said = fails(train_toys.main, [stage, "--init", already, "--out", tmp_path / "c"], capsys)
         assert "is an inpainting model already" in said
 
 
@@ -183,7 +183,7 @@ def test_a_quarter_of_the_masks_cover_everything(plain, tmp_path, monkeypatch):
         return model(torch.cat([z, beside], 1), t, context).square().mean()
 
     monkeypatch.setattr(train_toys, "base_loss", loss)
-    train.main(words(plain, tmp_path, "--steps", 1, "--batch", 200))
+    train_toys.main(words(plain, tmp_path, "--steps", 1, "--batch", 200))
     model = sd.load(plain, torch.float32)
     nothing = model.inpainting_channels(torch.zeros(1, 3, 16, 16), torch.ones(1, 1, 16, 16))
     whole = (shown[0] == nothing).flatten(1).all(1)
@@ -198,12 +198,11 @@ def test_mistakes_get_one_line(plain, tmp_path, capsys):
     out = tmp_path / "out"
     for argv, what in (
         (words(tmp_path / "nowhere", out), "no checkpoint"),
-        (words(plain, out, "--scenes", 0), "--scenes 8000"),
-        (words(plain, out, "--preset", "a100"), "is for stage mfx"),
-        (words(plain, out, "--motion", "flow"), "is for stage mfx"),
+        (words(plain, out, "--scenes", 0), "--scenes"),
+        (["base", "--out", out], "first python -m reproduce.train_toys vae"),
         (words(plain, out, "--resume"), "nothing to resume"),
         (words(tmp_path / "mute", out), "tokenizer"),
-        (words(tmp_path / "mute", out, "--stage", "base"), "tokenizer"),
+        (["base", "--init", tmp_path / "mute", "--out", out], "tokenizer"),
     ):
-        assert what in one_line(argv, capsys)
+        assert what in fails(train_toys.main, argv, capsys)
     assert not out.exists() or not list(out.iterdir())

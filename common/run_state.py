@@ -1,0 +1,207 @@
+"""What a training run leaves in its folder. Every file appears whole or not at all.
+
+    STAGE-state-0000500.safetensors   all that the next step depends on, as tensors and JSON; no pickle
+    STAGE-loss.png                    the loss curve
+    STAGE-samples.png                 a sheet of samples
+    any.safetensors                   tensors that are expensive to make, kept for the next start
+"""
+
+import hashlib
+import json
+import math
+import struct
+import sys
+from dataclasses import asdict
+
+import cv2
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from common.files import atomic_write
+from common.processes import process_rank, wait_for_all
+
+KEPT = 3  # states: the newest to go on from, the others in case a disk or a learning rate spoils it
+
+# ---------------------------------------------------------------------------------------------------------------------
+# States
+
+
+def trained_parameters(model):
+    """-> {name: parameter} of what is trained, in the model's order"""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_state(out, stage, model, average, optimizer, losses, validation, recipe):
+    """Write the state after len(losses) steps, and delete all but the last KEPT.
+
+    average     the model that follows the weights, or the model itself where there is none
+    losses      [loss of each step];  validation  [[steps done, loss]]
+    """
+    tensors = {}
+    followers = dict(average.named_parameters())
+    for name, p in trained_parameters(model).items():
+        tensors[f"model.{name}"] = p
+        if average is not model:
+            tensors[f"average.{name}"] = followers[name]
+        tensors[f"m.{name}"] = optimizer.state[p]["exp_avg"]
+        tensors[f"v.{name}"] = optimizer.state[p]["exp_avg_sq"]
+
+    # The safetensors format: the header's length, the header, the data. The library's own writer wants all tensors
+    # contiguous in memory at once, which at full size are 19 GB.
+    notes = {"losses": losses, "validation": validation, "recipe": asdict(recipe)}
+    header = {"__metadata__": {name: json.dumps(note) for name, note in notes.items()}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    path = out / f"{stage}-state-{len(losses):07d}.safetensors"
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for tensor in tensors.values():
+            file.write(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+
+    # Later states can only be damaged ones, which the run went back before.
+    kept = [p for p in list_states(out, stage) if p.name <= path.name][-KEPT:]
+    for old in set(list_states(out, stage)) - set(kept):
+        old.unlink()
+
+
+def list_states(out, stage):
+    """-> the state files of a stage, from old to new"""
+    return sorted(out.glob(f"{stage}-state-{'[0-9]' * 7}.safetensors"))
+
+
+def prepare_folder(out, stage, resume):
+    """Make the folder. ValueError if a run's states are in it and this one does not go on with them."""
+    if not resume and list_states(out, stage):
+        raise ValueError(f"{out} holds the states of a run: --resume goes on with it, another --out starts anew")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def read_newest_state(out, stage):
+    """-> path of the newest undamaged state, {"losses", "validation", "recipe"}. ValueError if there is none."""
+    paths = list_states(out, stage)
+    if not paths:
+        raise ValueError(f"nothing to resume: there is no {stage}-state-*.safetensors in {out}; "
+                         "leave out --resume to start")
+    for path in reversed(paths):
+        try:
+            with safe_open(path, "pt") as file:
+                notes = {name: json.loads(note) for name, note in file.metadata().items()}
+            if {"losses", "validation", "recipe"} <= notes.keys():
+                return path, notes
+        except (SafetensorError, AttributeError, ValueError):
+            pass
+        if path != paths[0]:
+            tqdm.write(f"{path} is damaged: going on from the state before it", file=sys.stderr)
+    raise ValueError(f"{paths[-1]} is damaged, or no training state")
+
+
+def read_recipe(out, stage, kind):
+    """The recipe, of dataclass `kind`, of the run that left its state in `out`: what --resume goes on with."""
+    path, notes = read_newest_state(out, stage)
+    try:
+        return kind(**notes["recipe"])
+    except TypeError as e:
+        raise ValueError(f"{path} is the state of another version of this program ({e})") from None
+
+
+def restore_state(out, stage, model, average, optimizer):
+    """Fill model, average and optimizer from the newest state -> losses, validation. ValueError: another model's."""
+    path, notes = read_newest_state(out, stage)
+    losses = notes["losses"]
+    followers = dict(average.named_parameters())
+    try:
+        with safe_open(path, "pt") as file, torch.no_grad():
+            for name, p in trained_parameters(model).items():
+                p.copy_(file.get_tensor(f"model.{name}"))
+                if average is not model:
+                    followers[name].copy_(file.get_tensor(f"average.{name}"))
+                # The moments get the parameters' memory format, as they have in a run that never stopped. Fused Adam
+                # keeps its count of steps on the parameter's device.
+                m = torch.empty_like(p).copy_(file.get_tensor(f"m.{name}"))
+                v = torch.empty_like(p).copy_(file.get_tensor(f"v.{name}"))
+                count = torch.tensor(float(len(losses)), device=p.device)
+                optimizer.state[p] = {"step": count, "exp_avg": m, "exp_avg_sq": v}
+    except (SafetensorError, RuntimeError) as e:
+        raise ValueError(f"{path} is the state of another model ({str(e).splitlines()[0]})") from None
+    return losses, notes["validation"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors that are expensive to make
+
+
+def cache_tensors(path, made_from, make):
+    """The {name: tensor} in the file at `path` if it was made from that, a text such as a `digest`; otherwise those of
+    make(), which are kept there. One process makes them, the others wait."""
+    metadata = {"made_from": made_from}
+    if process_rank() == 0 and read_metadata(path) != metadata:
+        tensors = make()
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata)
+    wait_for_all()
+    return load_file(path)
+
+
+def read_metadata(path):
+    """The metadata of a safetensors file; None if there is no such file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata()
+    except (OSError, SafetensorError):
+        return None
+
+
+def digest(network, *data):
+    """A text that differs for other weights, or other data (by its repr)."""
+    h = hashlib.sha256(repr(data).encode())
+    for p in network.parameters():
+        h.update(p.detach().cpu().numpy().tobytes())
+    return h.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def draw_sheet(images, path):
+    """images (rows, columns, 3, H, W) in [0, 1] as a grid PNG."""
+    rows, columns, _, h, w = images.shape
+    grid = images.clamp(0, 1).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, 3)
+    pixels = (grid.float().numpy() * 255).round().astype(np.uint8)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(cv2.imencode(".png", pixels[..., ::-1])[1])  # OpenCV has blue first
+
+
+def draw_curve(losses, validation, path, width=900, height=400):
+    """Loss against step, both axes logarithmic. A point of the blue line is the mean over a column of the picture; the
+    orange line is `validation`, [[step, loss]]."""
+    edges = np.unique(np.geomspace(1, len(losses) + 1, width // 3).astype(int)) - 1
+    means = [np.mean(losses[a:b]) for a, b in zip(edges[:-1], edges[1:])]
+    lines = [(edges[1:], means, (200, 80, 20))]
+    if validation:
+        lines.append((*np.transpose(validation), (0, 120, 240)))
+
+    # Both lines in the same frame, 60 pixels from the left and 40 from the bottom
+    x = np.log(np.concatenate([steps for steps, _, _ in lines]))
+    y = np.log(np.maximum(np.concatenate([values for _, values, _ in lines]), 1e-12))
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    for steps, values, colour in lines:
+        px = 60 + (np.log(steps) - x.min()) / max(np.ptp(x), 1e-9) * (width - 80)
+        py = 20 + (y.max() - np.log(np.maximum(values, 1e-12))) / max(np.ptp(y), 1e-9) * (height - 60)
+        points = np.stack([px, py], 1).astype(np.int32)
+        cv2.polylines(canvas, [points], False, colour, 2, cv2.LINE_AA)
+
+    text = dict(fontFace=cv2.FONT_HERSHEY_SIMPLEX, fontScale=0.4, color=(60, 60, 60), lineType=cv2.LINE_AA)
+    cv2.putText(canvas, f"{math.exp(y.max()):.3g}", (8, 24), **text)
+    cv2.putText(canvas, f"{math.exp(y.min()):.3g}", (8, height - 40), **text)
+    label = f"step 1 .. {len(losses)} (log), loss (log)" + (", of held-out pairs orange" if validation else "")
+    cv2.putText(canvas, label, (60, height - 12), **text)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(cv2.imencode(".png", canvas)[1])

@@ -1,0 +1,93 @@
+"""train.py from the command line: resume after kill -9, many processes, shards, the ablation."""
+
+import textwrap
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+import mfx
+import train
+from tests.training import arguments, equal, read_state, run_python, write_shards, write_stable
+
+
+@pytest.fixture(scope="module")
+def stable(tmp_path_factory):
+    return write_stable(tmp_path_factory.mktemp("stable"))
+
+
+def test_without_arguments_it_trains_the_shipped_toy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--steps", "1", "--pairs", "32", "--batch", "2", "--held-out", "2", "--device", "cpu"])
+    run = tmp_path / "runs/mfx"
+    assert cv2.imread(run / "mfx-samples.png").shape == (4 * 128, 2 * 128, 3)
+    assert cv2.imread(run / "mfx-loss.png").std() > 0
+    assert mfx.load(run / "model").schedule.prediction == "v_prediction"
+
+
+@pytest.mark.slow
+def test_killed_at_step_11_and_resumed_it_ends_as_if_nothing_had_been(stable, tmp_path):
+    """Bit for bit: a resumed run on the same machine."""
+    unbroken, killed = (arguments(stable, tmp_path / name, "--steps", 20, "--save-every", 5) for name in "ab")
+    train.main(unbroken)
+    code = f"""
+        import os, train
+        at = train.generator_at
+        train.generator_at = lambda seed, step: os.kill(os.getpid(), 9) if (seed, step) == (1, 11) else at(seed, step)
+        train.main({killed!r})
+    """
+    assert run_python("-c", textwrap.dedent(code), check=False).returncode == -9
+    assert len(read_state(tmp_path / "b")[1]) == 10  # 11 steps were made, and 10 of them saved
+    train.main(["--out", str(tmp_path / "b"), "--resume", "--device", "cpu"])
+    (a, *curves), (b, *others) = read_state(tmp_path / "a"), read_state(tmp_path / "b")
+    assert len(curves[0]) == 20 and curves == others and equal(a, b)
+    for part in ("synthesizer", "extractor"):
+        file = f"model/{part}/diffusion_pytorch_model.safetensors"
+        assert equal(load_file(tmp_path / "a" / file), load_file(tmp_path / "b" / file))
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(stable, tmp_path):
+    """At the same global batch, one of them with two micro-batches to each; pairs rendered as they come."""
+    common = ["--steps", 4, "--save-every", 2, "--pairs", 0, "--lr", 1e-3]
+    train.main(arguments(stable, tmp_path / "one", *common))
+    run_python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py",
+               *arguments(stable, tmp_path / "two", *common, "--micro-batch", 1))
+    (a, *one), (b, *two) = read_state(tmp_path / "one"), read_state(tmp_path / "two")
+    assert np.allclose(one[0], two[0], rtol=1e-5, atol=0)  # the losses of every step
+    assert np.allclose(one[1], two[1], rtol=1e-4, atol=0)  # of held-out pairs
+    assert max((a[k] - b[k]).abs().max().item() for k in a if k.startswith("m.")) < 1e-4
+    assert (tmp_path / "two/model/synthesizer/config.json").exists()
+
+
+@pytest.mark.parametrize("micro", [2, 4])
+def test_shards_are_resumed_where_they_were_left(stable, tmp_path, micro):
+    folder = write_shards(tmp_path / "pairs")
+    common = ["--data", folder, "--warmup", 1, "--lr", 1e-3, "--micro-batch", micro, "--pairs", 0]
+    steps = replace(train.RECIPES["toy"], cosine=False)  # a rate that does not know the last step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.RECIPES, "toy", steps)
+        train.main(arguments(stable, tmp_path / "a", *common, "--steps", 4))
+        train.main(arguments(stable, tmp_path / "b", *common, "--steps", 2))
+        train.main(["--out", str(tmp_path / "b"), "--resume", "--steps", "4", "--device", "cpu"])
+        train.main(arguments(stable, tmp_path / "c", *common, "--steps", 1, "--pairs", 8))
+    (a, losses, validation), (b, others, _) = read_state(tmp_path / "a"), read_state(tmp_path / "b")
+    assert losses == others and equal(a, b) and len(set(losses)) == 4
+    assert [step for step, _ in validation] == [4]
+    assert cv2.imread(tmp_path / "a/mfx-samples.png").shape == (4 * 16, 2 * 16, 3)
+    assert load_file(tmp_path / "c/pairs.safetensors")["mask"].shape == (32, 1, 8, 8)  # encoded once, and kept
+
+
+def test_held_out_shards_are_not_trained_on(tmp_path):
+    recipe = replace(train.RECIPES["paper"], data=str(write_shards(tmp_path / "pairs")), held_out=64)
+    taught, held = (train.read_shards(recipe, held_out=h) for h in (False, True))
+    assert {p for p, _ in taught.shards}.isdisjoint(p for p, _ in held.shards)
+    assert (taught.pairs, held.pairs, len(train.make_held_out(recipe, 16)["mask"])) == (8, 4, 4)
+
+
+def test_without_cross_reference_there_is_no_extractor(stable, tmp_path):
+    train.main(arguments(stable, tmp_path, "--steps", 1, "--no-cross-reference", "--motion", "flow", "--held-out", 0))
+    assert mfx.load(tmp_path / "model").extractor is None
+    assert not (tmp_path / "mfx-samples.png").exists() and (tmp_path / "mfx-loss.png").exists()

@@ -1,0 +1,114 @@
+"""What the tests of training share: a tiny Stable Diffusion, command lines, states, shards of pairs."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import clip
+import diffusion
+import mfx
+import sd
+import train
+import unet
+import vae
+from common.files import write_json
+from common.run_state import read_newest_state
+from pairs import toy_pairs
+from tests import small
+
+ROOT = Path(train.__file__).parent
+UNET = unet.UNetConfig(channels=(16, 32), layers=1, depth=(1, 1), heads=2, context=32, groups=8)
+
+
+def write_stable(folder):
+    """A tiny Stable Diffusion of 16x16 pictures, without a tokenizer."""
+    torch.manual_seed(0)
+    text = clip.TextEncoder(replace(clip.CONFIGS["toy"], vocab_size=20, width=32, layers=1, heads=2))
+    autoencoder = vae.VAE(vae.VAEConfig((8, 8), 1, 4, groups=4))
+    sd.save_part(small.randomise(unet.UNet(UNET)), folder / "unet", sample_size=8)
+    sd.save_part(small.randomise(autoencoder), folder / "vae")
+    sd.save_part(text, folder / "text_encoder")
+    scheduler = sd.schedule_to_json(diffusion.Schedule())
+    write_json(folder / "scheduler/scheduler_config.json", scheduler)
+    return folder
+
+
+def random_fixup(stable):
+    model = mfx.from_stable_diffusion(sd.load(stable))
+    for network in (model.synthesizer, model.extractor):
+        small.randomise(network, seed=4)
+    return model.float()
+
+
+def random_batch(n, side, C=4):
+    g = torch.Generator().manual_seed(0)
+    batch = {name: torch.randn(n, C, side, side, generator=g) for name in ("reference", "target", "coarse")}
+    return batch | {"mask": torch.ones(n, 1, side, side)} | mfx.draws(batch["target"].shape, g)
+
+
+def arguments(stable, out, *more):
+    """Of train.py, for a short training."""
+    return ["--init", str(stable), "--out", str(out), "--device", "cpu", "--held-out", "2", "--pairs", "8",
+            "--batch", "4", *map(str, more)]
+
+
+def read_state(out, stage="mfx"):
+    """-> tensors, losses, validation losses"""
+    path, notes = read_newest_state(out, stage)
+    return load_file(path), notes["losses"], notes["validation"]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def run_python(*argv, check=True):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([sys.executable, *map(str, argv)], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def fails(main, argv, capsys):
+    """main(argv) ends with status 2 -> its only line on standard error, bars left out"""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in argv])
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.strip().splitlines() if "error" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def write_shards(folder, shards=3, each=4):
+    """Pairs of 16x16 pictures, as data.py writes them."""
+    folder.mkdir()
+    for s in range(shards):
+        pairs = toy_pairs(each, torch.Generator().manual_seed(s), size=16)
+        with tarfile.open(folder / f"pairs-{s:06d}.tar", "w") as tar:
+            for i in range(each):
+                bgr = {}
+                for name in ("reference", "target", "coarse"):
+                    pixels = pairs[name][i].permute(1, 2, 0).numpy()[..., ::-1] * 127.5 + 127.5
+                    bgr[name] = pixels.round().astype(np.uint8)
+                alpha = (pairs["mask"][i, 0].numpy()[..., None] * 255).astype(np.uint8)
+                warped = np.concatenate([bgr["coarse"], alpha], 2)
+                for extension, content in (("ref.jpg", bgr["reference"]), ("gt.jpg", bgr["target"]),
+                                           ("flow.png", warped), ("affine.png", warped)):
+                    data = cv2.imencode(f".{extension[-3:]}", content)[1].tobytes()
+                    member = tarfile.TarInfo(f"{s * each + i:06d}.{extension}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        (folder / f"pairs-{s:06d}.json").write_text(json.dumps({"kept": each}))
+    return folder
