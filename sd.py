@@ -49,13 +49,9 @@ class StableDiffusion:
     def encode_image(self, x, noise=None):
         """x (B, 3, H, W) in [-1, 1], H and W multiples of `vae.config.factor` -> z (B, C, h, w), float32, scaled.
 
-        z is the posterior's mean, which is repeatable; with `noise` (B, C, h, w), standard normal, it is the sample
-        mean + std * noise instead. `scaling_factor` is multiplied in here, and divided out in `decode`.
+        noise  as for `VAE.encode_scaled`: None for the posterior's mean
         """
-        weight = self.vae.quant_conv.weight
-        mean, logvar = self.vae.encode_any_size(x.to(weight.device, weight.dtype))
-        z = mean if noise is None else mean + (logvar / 2).exp() * noise.to(mean)
-        return z.float() * self.vae.config.scaling_factor
+        return self.vae.encode_scaled(x, noise)
 
     def inpainting_channels(self, x, repaint):
         """What an inpainting model sees beside z at every step: `channels` of `denoiser`.
@@ -69,8 +65,7 @@ class StableDiffusion:
 
     def decode(self, z):
         """z (B, C, h, w), scaled -> (B, 3, H, W), float32, about [-1, 1] but not clamped."""
-        weight = self.vae.quant_conv.weight
-        return self.vae.decode_any_size((z / self.vae.config.scaling_factor).to(weight.device, weight.dtype)).float()
+        return self.vae.decode_scaled(z)
 
     def encode_prompt(self, prompts):
         """A list of B strings -> context (B, 77, D) for the UNet. ValueError if the model came without a tokenizer."""

@@ -1,13 +1,14 @@
-"""The autoencoder of Stable Diffusion: pixels in [-1, 1] <-> a latent 8 times smaller on each side.
+"""The autoencoder of Stable Diffusion: pictures to latents, an eighth of the size, and back.
 
-Rombach et al. 2022, *High-Resolution Image Synthesis with Latent Diffusion Models*, section 3.1, with a KL-regularised
-bottleneck. Attribute names are the Hugging Face checkpoint's key names, so that loading is `load_state_dict`.
+Rombach et al. 2022, section 3.1, with a KL-regularised bottleneck. Attribute names are Hugging
+Face's key names, so that loading is `load_state_dict`.
 
-    x  (B, 3, H, W)  --encode-->  mean, logvar  (B, C, H/8, W/8)        z  (B, C, h, w)  --decode-->  (B, 3, 8h, 8w)
+    x (B, 3, H, W) in [-1, 1]  --encode-->  mean, logvar (B, C, H/8, W/8)
+    z (B, C, h, w)             --decode-->  x (B, 3, 8h, 8w)
 
-Latents here are *unscaled*; the diffusion model sees them times `config.scaling_factor`, which brings them to about
-unit variance. `sd.StableDiffusion.encode_image` and `.decode` do that multiplication, and nothing else does.
-A picture that would take too much memory goes through in overlapping tiles: `encode_any_size`, `decode_any_size`.
+These latents are unscaled. A diffusion model works with latents times `config.scaling_factor`, of
+about unit variance: `encode_scaled` multiplies, `decode_scaled` divides, and nothing else does.
+They also take pictures of any size: what would need too much memory goes through in tiles.
 """
 
 import math
@@ -17,7 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-MEMORY = 4 * 2**30  # bytes, a VAE's `memory` if nobody sets it: Stable Diffusion's decodes 1182 x 1182 pixels in fp32
+# Bytes, a VAE's `memory` unless set: Stable Diffusion's decodes 1182 x 1182 pixels in float32.
+MEMORY = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class VAEConfig:
     latent_channels: int = 4
     groups: int = 32  # of every GroupNorm
     scaling_factor: float = 0.18215  # 1 / the standard deviation of the latents
-    size: int = field(default=512, compare=False)  # pixels along a side of what it was trained on; it takes any
+    size: int = field(default=512, compare=False)  # pixels along a side of its training pictures
 
     @property
     def factor(self):
@@ -35,12 +37,12 @@ class VAEConfig:
         return 2 ** (len(self.channels) - 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Blocks
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the skip where the width changes."""
+    """Two convolutions and a skip, 1x1 where the width changes."""
 
     def __init__(self, c_in, c_out, groups):
         super().__init__()
@@ -52,6 +54,7 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
+        """x (B, c_in, h, w) -> (B, c_out, h, w)"""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
@@ -63,17 +66,23 @@ class Attention(nn.Module):
     def __init__(self, c, groups):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.to_q = nn.Linear(c, c)
+        self.to_k = nn.Linear(c, c)
+        self.to_v = nn.Linear(c, c)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
     def forward(self, x):
+        """x (B, c, h, w) -> (B, c, h, w)"""
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h w, c)
-        h = F.scaled_dot_product_attention(*(p(h)[:, None] for p in (self.to_q, self.to_k, self.to_v)))[:, 0]
+        q = self.to_q(h)[:, None]  # (B, 1, h w, c)
+        k = self.to_k(h)[:, None]
+        v = self.to_v(h)[:, None]
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
         return x + self.to_out[0](h).transpose(1, 2).reshape(x.shape)
 
 
 class Downsample(nn.Module):
-    """Half the side. The padding is on the right and below only, as the published weights were trained."""
+    """Half the side. It pads on the right and below only, as the published weights were trained."""
 
     def __init__(self, c):
         super().__init__()
@@ -99,14 +108,13 @@ class Level(nn.Module):
 
     def __init__(self, c_in, c_out, layers, groups, down=False, up=False):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers))
-        if down:
-            self.downsamplers = nn.ModuleList([Downsample(c_out)])
-        if up:
-            self.upsamplers = nn.ModuleList([Upsample(c_out)])
+        widths_in = [c_in] + [c_out] * (layers - 1)
+        self.resnets = nn.ModuleList(ResnetBlock(c, c_out, groups) for c in widths_in)
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if down else [])
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if up else [])
 
     def forward(self, x):
-        for block in (*self.resnets, *getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+        for block in (*self.resnets, *self.downsamplers, *self.upsamplers):
             x = block(x)
         return x
 
@@ -120,49 +128,52 @@ class Middle(nn.Module):
         self.attentions = nn.ModuleList([Attention(c, groups)])
 
     def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        x = self.resnets[0](x)
+        x = self.attentions[0](x)
+        return self.resnets[1](x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoder, decoder
+# --------------------------------------------------------------------------------------------------
+# The network
 
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) -> (B, 2C, H/8, W/8)"""
-
     def __init__(self, cfg):
         super().__init__()
-        ch, last = cfg.channels, len(cfg.channels) - 1
+        ch = cfg.channels
         self.conv_in = nn.Conv2d(3, ch[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            Level(ch[max(i - 1, 0)], ch[i], cfg.layers, cfg.groups, down=i < last) for i in range(len(ch))
-        )
+        self.down_blocks = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip((ch[0], *ch), ch)):
+            down = i < len(ch) - 1
+            self.down_blocks.append(Level(c_in, c_out, cfg.layers, cfg.groups, down=down))
         self.mid_block = Middle(ch[-1], cfg.groups)
         self.conv_norm_out = nn.GroupNorm(cfg.groups, ch[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(ch[-1], 2 * cfg.latent_channels, 3, padding=1)
 
     def forward(self, x):
+        """x (B, 3, H, W) -> (B, 2C, H/8, W/8)"""
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
-    """(B, C, h, w) -> (B, 3, 8h, 8w)"""
-
     def __init__(self, cfg):
         super().__init__()
-        ch, last = cfg.channels[::-1], len(cfg.channels) - 1  # from the lowest resolution up
+        ch = cfg.channels[::-1]  # from the lowest resolution up
         self.conv_in = nn.Conv2d(cfg.latent_channels, ch[0], 3, padding=1)
         self.mid_block = Middle(ch[0], cfg.groups)
-        self.up_blocks = nn.ModuleList(
-            Level(ch[max(i - 1, 0)], ch[i], cfg.layers + 1, cfg.groups, up=i < last) for i in range(len(ch))
-        )
+        self.up_blocks = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip((ch[0], *ch), ch)):
+            up = i < len(ch) - 1
+            self.up_blocks.append(Level(c_in, c_out, cfg.layers + 1, cfg.groups, up=up))
         self.conv_norm_out = nn.GroupNorm(cfg.groups, ch[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(ch[-1], 3, 3, padding=1)
 
     def forward(self, z):
+        """z (B, C, h, w) -> (B, 3, 8h, 8w)"""
         x = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             x = level(x)
@@ -170,103 +181,144 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """The autoencoder for a `VAEConfig`. `encode` and `decode` are the two halves; there is no forward."""
+    """The autoencoder for a `VAEConfig`: two networks, and no forward."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.memory = config, MEMORY
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.config = config
+        self.memory = MEMORY  # bytes of activations; pictures that would take more go in tiles
+        C = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * C, 2 * C, 1)
+        self.post_quant_conv = nn.Conv2d(C, C, 1)
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1], H and W multiples of `config.factor` -> mean, logvar, each (B, C, H/8, W/8).
+        """x (B, 3, H, W) in [-1, 1] -> mean, logvar, each (B, C, H/8, W/8), unscaled.
 
-        The posterior is the diagonal Gaussian q(z|x) = N(mean, exp(logvar)). Unscaled. The logarithm is clamped to
-        [-30, 20], where the standard deviation exp(logvar / 2) is finite in every precision.
+        The posterior is the diagonal Gaussian q(z|x) = N(mean, exp(logvar)). H and W are multiples
+        of `config.factor`, or it is a ValueError.
         """
         f = self.config.factor
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
-            raise ValueError(f"the autoencoder takes (B, 3, H, W) with H, W multiples of {f}, not {tuple(x.shape)}")
+            wanted = f"(B, 3, H, W) with H, W multiples of {f}"
+            raise ValueError(f"the autoencoder takes {wanted}, not {tuple(x.shape)}")
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+        return mean, logvar.clamp(-30, 20)  # exp(logvar / 2) is finite in every precision
 
     def decode(self, z):
         """z (B, C, h, w), unscaled -> (B, 3, 8h, 8w), about [-1, 1] but not clamped."""
         return self.decoder(self.post_quant_conv(z))
 
-    def encode_any_size(self, x):
-        """`encode` in about `memory` bytes: what would take more goes in parts of the batch, or a picture in tiles."""
-        f = self.config.factor
-        return self.in_parts(lambda x: torch.cat(self.encode(x), 1), x, f, 1).chunk(2, dim=1)
+    def encode_scaled(self, x, noise=None):
+        """x as for `encode`, on any device -> z (B, C, h, w), float32, scaled.
 
-    def decode_any_size(self, z):
-        """`decode` in about `memory` bytes, likewise."""
-        return self.in_parts(self.decode, z, 1, self.config.factor)
+        z is the posterior's mean, which is repeatable; with `noise` (B, C, h, w), standard normal,
+        it is the sample mean + std * noise.
+        """
 
-    def bytes_per_pixel(self):
-        """What `encode` and `decode` have in tensors at one time, estimated, without weights and workspaces. (The
-        largest is attention's where PyTorch has no fused kernel for it: the number of latent pixels, squared.)"""
-        # They are widest in a ResnetBlock at full resolution, when silu has just been made of a norm. In the encoder
-        # there are then what the level began with, x, h, norm and silu of h, all c wide. In the decoder the same, but
-        # what its level began with is as wide as the level below; or, in its first block, that, norm and silu of that.
-        c, below, size = self.config.channels[0], self.config.channels[:2][-1], self.quant_conv.weight.element_size()
+        def encode(x):
+            return torch.cat(self.encode(x), dim=1)
+
+        weight = self.quant_conv.weight
+        bytes_per_pixel, _ = self.estimate_bytes()
+        x = x.to(weight.device, weight.dtype)
+        moments = self.run_in_parts(encode, x, self.config.factor, 1, bytes_per_pixel)
+        mean, logvar = moments.chunk(2, dim=1)
+        z = mean if noise is None else mean + (logvar / 2).exp() * noise.to(mean)
+        return z.float() * self.config.scaling_factor
+
+    def decode_scaled(self, z):
+        """z (B, C, h, w), scaled -> (B, 3, 8h, 8w), float32, about [-1, 1] but not clamped."""
+        weight = self.quant_conv.weight
+        _, bytes_per_pixel = self.estimate_bytes()
+        z = (z / self.config.scaling_factor).to(weight.device, weight.dtype)
+        return self.run_in_parts(self.decode, z, 1, self.config.factor, bytes_per_pixel).float()
+
+    def estimate_bytes(self):
+        """The bytes per pixel of all tensors that `encode`, and `decode`, have at one time.
+
+        Most are alive in a ResnetBlock at full resolution, just after a silu: the level's input, x,
+        h, norm and silu of h. In the decoder the level's input is as wide as the level below, and
+        its first block has that, norm and silu. Weights and workspaces are not counted, nor what
+        attention takes where PyTorch has no fused kernel: the square of the latent pixels.
+        """
+        c, below = self.config.channels[0], self.config.channels[:2][-1]
+        size = self.quant_conv.weight.element_size()
         return 5 * c * size, max(below + 4 * c, 3 * below) * size
 
-    def in_parts(self, f, x, a, b):
-        """f(x), as a whole if `memory` allows. a, b as in `tiled`."""
-        factor, picture = self.config.factor, x[:1, :1].numel() // a**2  # in latent pixels, as what follows
-        most = self.memory / (self.bytes_per_pixel()[b > a] * factor**2)
-        if len(x) * picture <= most:
+    def run_in_parts(self, f, x, a, b, bytes_per_pixel):
+        """f(x): whole if `memory` allows, else in parts of the batch, else a picture in tiles.
+
+        a, b as for `run_in_tiles`
+        """
+        factor = self.config.factor
+        area = x[:1, :1].numel() // a**2  # of a picture, in latent pixels
+        most = self.memory / (bytes_per_pixel * factor**2)  # latent pixels at one time
+        if len(x) * area <= most:
             return f(x)
         if len(x) > 1:
-            return torch.cat([self.in_parts(f, part, a, b) for part in x.split(max(1, int(most / picture)))])
-        side = max(1, self.config.size // factor, math.isqrt(int(most)))  # the larger, the nearer to the whole
-        return tiled(f, x, side, side // 4, a, b)
+            parts = x.split(max(1, int(most / area)))
+            return torch.cat([self.run_in_parts(f, part, a, b, bytes_per_pixel) for part in parts])
+        # A tile no smaller than the training pictures has statistics that the network is used to.
+        side = max(1, self.config.size // factor, math.isqrt(int(most)))
+        return run_in_tiles(f, x, side, side // 4, a, b)
 
 
-def tiled(f, x, side, overlap, a, b):
+# --------------------------------------------------------------------------------------------------
+# Tiles
+#
+# They are exact for a network that takes each place by itself. The autoencoder's GroupNorms and
+# attention see a tile only, so that the result is a little off, in each tile by another little.
+
+
+def run_in_tiles(f, x, side, overlap, a, b):
     """f(x) from tiles of x, each fading into the next where they overlap.
 
-    f              makes (B, K, b h, b w) of (B, C, a h, a w): for an encoder a, b are 8, 1, for a decoder 1, 8
-    side, overlap  of the tiles, in h and w. Spread evenly from edge to edge, they overlap by at least so much
-
-    Exact for an f that takes each of the h w places by itself. The autoencoder does not: the mean and variance in its
-    GroupNorms are those of a tile, and attention looks around in a tile, so that the result is a little off, by another
-    little in each tile. A tile no smaller than the pictures trained on has the statistics that the network is used to.
+    f              (B, C, a h, a w) -> (B, K, b h, b w): an encoder has a, b = 8, 1, a decoder 1, 8
+    side, overlap  of the tiles, in h and w; `overlap` is the least
     """
+    H, W = x.shape[2:]
     out = None
-    for rows, rows_out, v in cuts(x.shape[2], side, overlap, a, b):
-        for columns, columns_out, u in cuts(x.shape[3], side, overlap, a, b):
+    for rows, rows_out, v in cut_tiles(H, side, overlap, a, b):
+        for columns, columns_out, u in cut_tiles(W, side, overlap, a, b):
             y = f(x[:, :, rows, columns])
             if out is None:
-                out = torch.zeros(*y.shape[:2], *(n // a * b for n in x.shape[2:]), device=y.device)
+                out = torch.zeros(*y.shape[:2], H // a * b, W // a * b, device=y.device)
             out[:, :, rows_out, columns_out] += y * (v[:, None] * u).to(y.device)
     return out.to(y.dtype)
 
 
-def cuts(pixels, side, overlap, a, b):
-    """Tiles along one side of x -> for each the pixels of x, the pixels of f(x), and their weights, whose sum is 1.
+def cut_tiles(pixels, side, overlap, a, b):
+    """Tiles along one side of x -> of each: pixels of x, pixels of f(x), the latter's weights.
 
-    All tiles have one size, so that kernels are chosen once: the last one is not narrower, but overlaps more.
+    All have one size, so that kernels are chosen once. A pixel's weights add up to 1.
     """
-    length = math.ceil(pixels / a)  # where that is not exact, f is given a wrong size, and says so
+    # Spread n tiles evenly from edge to edge. (Of pixels that a does not divide, f refuses a tile.)
+    length = math.ceil(pixels / a)
     side = min(side, length)
     n = 1 + math.ceil((length - side) / max(1, side - overlap))
     starts = [i * (length - side) // max(1, n - 1) for i in range(n)]
+
+    # A tile takes over from the one before: from 0 to 1, straight, over what the two share.
     p = (torch.arange(length * b) + 0.5) / b
-    # How far each has taken over from the one before, from 0 to 1 over what they share; less how far the next one has.
-    taken = [((p - i) / (before + side - i)).clamp(0, 1) for before, i in zip(starts, starts[1:])]
-    weights = -torch.stack([torch.ones_like(p), *taken, torch.zeros_like(p)]).diff(dim=0)
-    for i, w in zip(starts, weights):
-        yield slice(a * i, a * (i + side)), slice(b * i, b * (i + side)), w[b * i : b * (i + side)]
+    taken = [torch.ones_like(p)]
+    for before, start in zip(starts, starts[1:]):
+        taken.append(((p - start) / (before + side - start)).clamp(0, 1))
+    taken.append(torch.zeros_like(p))
+
+    # Its weight is what it has taken over, less what the next tile has taken from it.
+    for k, start in enumerate(starts):
+        here = slice(a * start, a * (start + side))
+        there = slice(b * start, b * (start + side))
+        yield here, there, (taken[k] - taken[k + 1])[there]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configurations
 
 CONFIGS = {
     "sd": VAEConfig(),  # Stable Diffusion 1.x and 2.x
     "sdxl": VAEConfig(scaling_factor=0.13025),
-    "toy": VAEConfig(channels=(16, 32, 96, 128), layers=1, latent_channels=12, groups=8, scaling_factor=1.0, size=128),
+    "toy": VAEConfig((16, 32, 96, 128), 1, 12, groups=8, scaling_factor=1.0, size=128),
 }
