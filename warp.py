@@ -30,9 +30,8 @@ from kernels.compile import compile_cpu, compile_cuda, load_cuda
 # Forward: softmax splatting, Niklaus & Liu 2020, 2003.05534, section 3.1
 
 
-def softsplat(x, flow, metric=None, mode="soft", *, clip=None, holes=False):
-    """Forward warp: every source pixel q is thrown to q + F[q] and shared out to the four pixels p
-    around that.
+def softsplat(x, flow, metric=None, mode="soft", *, holes=False):
+    """Forward warp: each pixel q is thrown to q + F[q], and shared out to the four p around that.
 
         I[p] = sum_q b(u) w[q] x[q] / sum_q b(u) w[q]
         u = p - (q + F[q]),    b(u) = max(0, 1 - |u_x|) max(0, 1 - |u_y|)
@@ -41,7 +40,6 @@ def softsplat(x, flow, metric=None, mode="soft", *, clip=None, holes=False):
     x      (B, C, H, W) real and finite;  flow (B, 2, H, W), F
     metric (B, 1, H, W), the importance Z: who wins where several land. Read by 'linear' and 'soft'
            only. Not finite: lands nowhere. Soft weights cannot overflow
-    clip   limits a soft metric to -clip .. clip (Magic Fixup's release: 20): what lies beyond mixes
       ->   (B, C, H, W) like x; 0 where nothing landed. With holes=True also (B, 1, H, W) bool
 
     Differentiable in x, flow and metric; where a flow is whole, by the derivative from the right.
@@ -61,9 +59,8 @@ def softsplat(x, flow, metric=None, mode="soft", *, clip=None, holes=False):
         if t is not None and (t.shape != shape or t.device != x.device):
             found, asked = f"{tuple(t.shape)} on {t.device}", f"{shape} on {x.device}"
             raise ValueError(f"{name} is {found}, but x asks for {asked}")
-    if clip is not None and mode == "soft":
-        metric = metric.clamp(-clip, clip)
 
+    # The kernel computes in float32; half precision is converted, float64 stays with PyTorch.
     dtype = torch.promote_types(x.dtype, torch.float32)
     args = [t if t is None else t.to(dtype) for t in (x, flow, metric)]
     fast = dtype == torch.float32 and x.numel() > 0 and load_kernels(x.device)
@@ -75,28 +72,29 @@ def softsplat(x, flow, metric=None, mode="soft", *, clip=None, holes=False):
 def softsplat_plain(x, flow, metric, mode):
     """What splatting computes. -> I (B, C, H, W);  its denominator (B, 1, H, W), 0 in holes"""
     B, C, H, W = x.shape
+    pixels = x.reshape(B, C, H * W)
 
     # Where each source pixel q lands: q + F[q]. One that lands outside the picture, or has no
     # correspondence (comparing NaN is False), is lost.
-    X, Y = positions(flow)  # each (B, H, W)
+    X, Y = positions(flow)
+    X, Y = X.reshape(B, 1, H * W), Y.reshape(B, 1, H * W)
     lands = (X > -1) & (X < W) & (Y > -1) & (Y < H)
     if metric is not None:
-        lands = lands & metric[:, 0].isfinite()
-        Z = metric.where(lands[:, None], 0).reshape(B, 1, H * W)
+        Z = metric.reshape(B, 1, H * W)
+        lands = lands & Z.isfinite()
+        Z = Z.where(lands, 0)
     X, Y = X.where(lands, 0), Y.where(lands, 0)
 
-    # The four pixels p around that, and b(u): how much of q each of them gets.
+    # The four pixels p around that, as numbers y W + x, and b(u): how much of q each of them gets.
     left, top = X.detach().floor(), Y.detach().floor()
     corners = []
-    for dy in (0, 1):
-        for dx in (0, 1):
-            p_x, p_y = left + dx, top + dy
-            b_x = X - left if dx else 1 - (X - left)
-            b_y = Y - top if dy else 1 - (Y - top)
-            inside = lands & (p_x >= 0) & (p_x < W) & (p_y >= 0) & (p_y < H)
-            b = (b_x * b_y).where(inside, 0).view(B, 1, H * W)
-            p = (p_y * W + p_x).where(inside, 0).long().view(B, 1, H * W)  # in reading order
-            corners.append((p, b))
+    for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        p_x, p_y = left + dx, top + dy
+        b_x = X - left if dx else 1 - (X - left)
+        b_y = Y - top if dy else 1 - (Y - top)
+        inside = lands & (p_x >= 0) & (p_x < W) & (p_y >= 0) & (p_y < H)
+        p = (p_y * W + p_x).where(inside, 0).long()
+        corners.append((p, (b_x * b_y).where(inside, 0)))
 
     # Softmax splatting subtracts from Z the largest Z that lands on p. The quotient is the same,
     # and exp cannot overflow.
@@ -106,15 +104,15 @@ def softsplat_plain(x, flow, metric, mode):
             peak.scatter_reduce_(2, p, Z.detach().where(b > 0, -torch.inf), "amax")
 
     # Numerator and denominator, summed over all q
-    out, norm = x.new_zeros(B, C, H * W), x.new_zeros(B, 1, H * W)
+    out, norm = torch.zeros_like(pixels), x.new_zeros(B, 1, H * W)
     for p, b in corners:
-        w = 1
-        if mode == "linear":
-            w = Z
         if mode == "soft":
-            w = (Z - peak.gather(2, p)).clamp(max=0).exp()
-        a = b * w
-        out = out.scatter_add(2, p.expand(B, C, -1), a * x.reshape(B, C, H * W))
+            a = b * (Z - peak.gather(2, p)).clamp(max=0).exp()
+        elif mode == "linear":
+            a = b * Z
+        else:
+            a = b
+        out = out.scatter_add(2, p.expand(B, C, -1), a * pixels)
         norm = norm.scatter_add(2, p, a)
     if mode != "sum":
         out = torch.where(norm == 0, 0, out / norm.where(norm != 0, 1))
@@ -224,8 +222,8 @@ def backwarp(x, flow, outside="zeros", *, mask=False):
 def importance(image, target, flow):
     """Who wins where several pixels land: Z (B, 1, H, W) for `softsplat`. Magic Fixup, section 3.5.
 
-    Z = -20 |I - backwarp(I_gt)| as in the release, of pictures (B, 3, H, W) in [0, 1]: the less a
-    pixel looks like what it becomes, the less it counts.
+    Z = -20 |I - backwarp(I_gt)|, of pictures (B, 3, H, W) in [0, 1]: the less a pixel looks like
+    what it becomes, the less it counts. (The release clips that to -20 .. 20, where it is already.)
     """
     return -20 * (image - backwarp(target, flow)).abs().mean(1, keepdim=True)
 
@@ -254,34 +252,36 @@ def forward_backward_consistency(f01, f10):
     return residual < 0.01 * (f + b) + 0.5
 
 
-def flow_to_colour(flow, largest=None):
+def flow_to_colour(flow):
     """flow (B, 2, H, W) -> a picture (B, 3, H, W) in 0 .. 1; unknown is black.
 
-    Hue is direction (right: red, down: lime, left: cyan). Saturation is length, as a share of
-    `largest` pixels (None: of each flow's own longest).
+    Hue is direction (right: red, down: lime, left: cyan). Saturation is length, as a share of the
+    flow's longest.
     """
     known = flow.isfinite().all(1, keepdim=True)
     flow = flow.where(known, 0)
     length = flow.norm(dim=1, keepdim=True)  # (B, 1, H, W)
-    largest = length.amax((2, 3), keepdim=True).clamp(min=1e-6) if largest is None else largest
+    longest = length.amax((2, 3), keepdim=True).clamp(min=1e-6)
     hue = torch.atan2(flow[:, 1:], flow[:, :1]) * (3 / torch.pi)  # -3 .. 3, six colours around
     offset = torch.tensor([0.0, 4.0, 2.0], device=flow.device).view(1, 3, 1, 1)
     colour = (((hue + offset) % 6 - 3).abs() - 1).clamp(0, 1)
-    return (1 - (length / largest).clamp(max=1) * (1 - colour)) * known
+    return (1 - (length / longest).clamp(max=1) * (1 - colour)) * known
 
 
 # --------------------------------------------------------------------------------------------------
 # The rigid collage: the second motion model of Magic Fixup, section 3.5
 
 
-def piecewise_affine_warp(image, flow, segments, depth, metric=None, *, points=500, seed=0):
+POINTS = 500  # of each segment, for RANSAC. (The release takes 50.)
+
+
+def piecewise_affine_warp(image, flow, segments, depth, metric=None):
     """Every segment moves by the similarity that fits its flow best, the rest by the flow itself.
 
     image     (C, H, W) float;  flow (2, H, W) in pixels
     segments  (H, W) whole numbers, 0 = none. One that no similarity fits goes with the rest
     depth     (H, W), larger = farther. Segments are laid over the rest, from far to near on average
     metric    (H, W), the importance where pixels of the rest collide (None: they mix)
-    points    per segment, drawn with `seed`, for RANSAC at 3 pixels. (The release takes 50.)
       ->      image (C, H, W), 0 in holes;  holes (H, W) bool;  source (H, W, 2): the x, y that each
               pixel came from, NaN in holes. All on the CPU. ValueError for shapes that do not fit
     """
@@ -294,12 +294,12 @@ def piecewise_affine_warp(image, flow, segments, depth, metric=None, *, points=5
     here = torch.stack(torch.meshgrid(torch.arange(W), torch.arange(H), indexing="xy")).float()
 
     # One similarity for each segment, and how far away it is on average
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     pieces = []
     rest = torch.ones(H, W, dtype=torch.bool)
     for label in segments.unique().tolist():
         inside = segments == label
-        A = fit_similarity(here[:, inside], flow[:, inside], points, rng) if label else None
+        A = fit_similarity(here[:, inside], flow[:, inside], rng) if label else None
         if A is not None:
             pieces.append((depth[inside].double().mean().item(), inside, A))
             rest &= ~inside
@@ -335,13 +335,16 @@ def piecewise_affine_warp(image, flow, segments, depth, metric=None, *, points=5
     return out, holes, source.permute(1, 2, 0)
 
 
-def fit_similarity(here, flow, points, rng):
-    """Pixels (2, n), their flow (2, n) -> (2, 3) float64: rotation, scale, shift; or None."""
+def fit_similarity(here, flow, rng):
+    """Pixels (2, n), their flow (2, n) -> (2, 3) float64: rotation, scale, shift; or None.
+
+    RANSAC at 3 pixels, of POINTS pixels drawn by rng.
+    """
     known = flow.isfinite().all(0).nonzero()[:, 0].numpy()
     if len(known) < 2:
         return None
-    if len(known) > points:
-        known = rng.choice(known, points, replace=False)
+    if len(known) > POINTS:
+        known = rng.choice(known, POINTS, replace=False)
     start, end = here[:, known].T.numpy(), (here + flow)[:, known].T.numpy()
     A, _ = cv2.estimateAffinePartial2D(start, end, method=cv2.RANSAC, ransacReprojThreshold=3.0)
     usable = A is not None and np.isfinite(A).all() and abs(np.linalg.det(A[:, :2])) > 1e-8
