@@ -1,56 +1,70 @@
-"""Time and memory, measured: functions called in turn, processes of their own, figures with their spread.
+"""Time and memory, measured: functions called in turn, processes of their own, rows of a table.
 
-    figures = compare(o, ours, peer, "diffusers", at_most=1.0)      a row of a table: both times, their ratio
-    seconds = alternate({"ours": f, "theirs": g}, o)                 {name: seconds of a call, one per round}
-    done = in_own_process("bench.models.load_once", path="sd.ckpt")  what that function returns, as a dict
-    with Watch(device) as w: ...                                     then w.seconds, w.total, w.private
+    row = compare(o, "the UNet", ours, peer, "diffusers")           times of both, and how far their results differ
+    seconds, last = time_in_turn({"ours": f, "peer": g}, o)         {name: [seconds of a call, one per round]}
+    made = run_in_own_process("bench.models.load_once", path=...)   what that function returns, as a dict
+    with watch(device) as w: ...                                    then w.seconds, w.peak
 
-`o` is what every topic of -m bench is given: the options of its command line, of which `device` and `rounds` are read
-here. A figure is text, a number, or a `summary` of several numbers.
+`o` holds the options of the command line. Here its `device` and `rounds` are read.
 """
 
+import contextlib
 import importlib
 import json
-import math
 import statistics
 import subprocess
 import sys
-import threading
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-LIMIT = 90  # seconds for a row without --rounds: of what is slow there are fewer rounds, and a topic takes minutes
 MOST = 5  # rounds without --rounds
-SHORTEST = 0.02  # seconds: what is done sooner is repeated until it is longer than clocks and schedulers are coarse
-
+LIMIT = 90  # seconds without --rounds: no further round begins after them, so what is slow has fewer
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figures
+# Rows of a table
 
 
-def summary(values, unit=""):
-    """Numbers -> their median, least, largest and count: of three to five, quartiles would tell less than all do.
+@dataclass
+class Row:
+    """One line of a table: what was measured, once per round, of ours and of a peer."""
 
-    unit  "s": shown as ms or µs where that reads better; "ratio"; "%": a share of 1; "": a number
+    what: str
+    ours: list
+    theirs: list | None = None  # None: no peer, or one that is not installed
+    peer: str = ""
+    unit: str = "s"
+    difference: float | None = None  # of the two results; None: they are not comparable
+
+
+def compute_ratio(ours, theirs):
+    """-> ours / theirs, below 1 where ours is less, and the least and largest ratio of a single round
+
+    The ratio is that of the medians. The two calls of a round are neighbours in time, so its own ratio says how much
+    the machine's other work disturbed it.
     """
-    return {"median": statistics.median(values), "low": min(values), "high": max(values), "n": len(values),
-            "unit": unit}
-
-
-def rates(count, seconds):
-    """How many a second, of `count` in each of `seconds`."""
-    return summary([count / s for s in seconds])
-
-
-def ratio(ours, theirs):
-    """Times of both, round by round -> ours / theirs, below 1 where ours is faster. The medians' ratio; the spread is
-    that of single rounds, whose two calls were neighbours in time and had the same weather."""
-    each = [a / b for a, b in zip(ours, theirs)]
     middle = statistics.median(ours) / statistics.median(theirs)
-    return summary(each, "ratio") | {"median": middle, "low": min(*each, middle), "high": max(*each, middle)}
+    each = [a / b for a, b in zip(ours, theirs)]
+    return middle, min(*each, middle), max(*each, middle)
+
+
+HEADER = ("", "ours", "peer's", "ratio", "spread", "difference", "peer")
+
+
+def format_row(row):
+    """Row -> its cells as text, in the order of HEADER. The spread is the ratio's; without a peer, that of ours."""
+    ours = f"{statistics.median(row.ours):.3g} {row.unit}"
+    if not row.theirs:
+        spread = f"{min(row.ours):.3g} .. {max(row.ours):.3g}"
+        return row.what, ours, "", "", spread, "", row.peer and f"{row.peer} is not installed"
+    theirs = f"{statistics.median(row.theirs):.3g} {row.unit}"
+    ratio, low, high = compute_ratio(row.ours, row.theirs)
+    difference = "" if row.difference is None else f"{row.difference:.0e}"
+    return row.what, ours, theirs, f"{ratio:.2f}", f"{low:.2f} .. {high:.2f}", difference, row.peer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,20 +72,22 @@ def ratio(ours, theirs):
 
 
 def synchronize(device):
-    """A GPU is done with what it was told when this returns."""
+    """Wait until a GPU has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def turns(runs, o, warm=None):
-    """{name: function} called in turn, and in the reverse order every other round -> {name: [what it returned]}
+def call_in_turn(runs, o, warm=1):
+    """{name: function} called in turn, in reverse order every other round -> {name: [what it returned]}
 
-    As many rounds as o.rounds; without it MOST, or as many as begin within LIMIT seconds, but one at least. Before
-    them warm(name) is called for each; None: the function itself.
+    There are o.rounds rounds, or without that number MOST, of which none but the first begins after LIMIT seconds.
+    Before them each function is called `warm` times.
     """
-    begin, results = time.perf_counter(), {name: [] for name in runs}
-    for name in runs:
-        (warm or (lambda name: runs[name]()))(name)
+    begin = time.perf_counter()
+    for run in runs.values():
+        for _ in range(warm):
+            run()
+    results = {name: [] for name in runs}
     for i in range(o.rounds or MOST):
         if i and not o.rounds and time.perf_counter() - begin > LIMIT:
             break
@@ -80,57 +96,41 @@ def turns(runs, o, warm=None):
     return results
 
 
-def alternate(runs, o):
-    """{name: function} -> {name: [seconds of a call, per round]}, {name: what it returned last}. Without gradients."""
-    repeats, last = dict.fromkeys(runs, 1), {}
+def time_in_turn(runs, o):
+    """{name: function} -> {name: [seconds of a call, per round]}, {name: what it returned last}; without gradients"""
+    last = {}
 
-    def clocked(name):
+    def measure(name):
         synchronize(o.device)
         start = time.perf_counter()
-        for _ in range(repeats[name]):
-            last[name] = runs[name]()
+        last[name] = runs[name]()
         synchronize(o.device)
-        return (time.perf_counter() - start) / repeats[name]
-
-    def warm(name):
-        once = clocked(name)
-        if once < 1:  # the first call may have made what is made once
-            once = clocked(name)
-        repeats[name] = min(1000, math.ceil(SHORTEST / max(once, 1e-9)))
+        return time.perf_counter() - start
 
     with torch.inference_mode():
-        return turns({name: partial(clocked, name) for name in runs}, o, warm), last
+        return call_in_turn({name: partial(measure, name) for name in runs}, o), last
 
 
-def difference(a, b):
-    """The largest difference of two tensors in relation to b's largest number."""
-    a, b = a.float(), b.float().to(a.device)
+def compute_difference(a, b):
+    """The largest difference of two tensors, relative to b's largest number."""
+    a = a.float()
+    b = b.float().to(a.device)
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def compare(o, ours, peer, name, at_most=None, same=True):
-    """A pair of functions -> the figures of a row.
+def compare(o, what, ours, peer, name, same=True):
+    """Two functions -> Row.
 
-    peer     None where it is not installed: then our time stands alone
-    name     of the peer
-    at_most  what the ratio of times, ours / peer's, should not exceed
-    same     both return the same tensor, but for rounding: how far they are apart becomes a figure
+    peer  None where it is not installed: then our time stands alone
+    name  the peer's
+    same  both return the same tensor, but for rounding
     """
-    s, last = alternate({"ours": ours} | ({name: peer} if peer else {}), o)
-    apart = difference(last["ours"], last[name]) if peer and same else None
-    return side_by_side(s["ours"], s.get(name), name, at_most, apart)
+    seconds, last = time_in_turn({"ours": ours} | ({"peer": peer} if peer else {}), o)
+    difference = compute_difference(last["ours"], last["peer"]) if peer and same else None
+    return Row(what, seconds["ours"], seconds.get("peer"), name, difference=difference)
 
 
-def side_by_side(ours, theirs, name, at_most=None, apart=None):
-    """Seconds of both, round by round, and the rest of `compare` -> the figures of a row. theirs None: not installed"""
-    figures = {"ours": summary(ours, "s"), "peer": name if theirs else f"{name}: not installed"}
-    columns = dict.fromkeys(("its time", "ours / peer"))
-    if theirs:
-        columns = {"its time": summary(theirs, "s"), "ours / peer": ratio(ours, theirs)}
-    return figures | columns | {"at most": at_most, "difference": apart}
-
-
-def installed(make, *args):
+def make_if_installed(make, *args):
     """make(*args), or None where a peer that it imports is not installed."""
     try:
         return make(*args)
@@ -138,79 +138,50 @@ def installed(make, *args):
         return None
 
 
-HELD = {}
-
-
-def held(make, *args):
-    """make(*args), kept until something else is asked for: neighbouring rows share a model, and there is room for one
-    of full size, not for two."""
-    if (make, args) not in HELD:
-        HELD.clear()
-        HELD[make, args] = make(*args)
-    return HELD[make, args]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 
 
-def memory(key):
-    """This process's memory in MiB: VmHWM is the peak of all of it, RssAnon what is private now, not a file's pages."""
-    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
+def read_memory(key):
+    """This process's memory in GiB: VmRSS is what it has now, VmHWM the most that it has had."""
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 2**20
 
 
-class Watch:
-    """with Watch() as w: ...   then w.seconds, and w.total and w.private, the peaks in MiB above the start.
+@contextlib.contextmanager
+def watch(device="cpu"):
+    """with watch(device) as w: ...   then w.seconds, and w.peak in GiB above w.start.
 
-    On a GPU w.total is that of its own memory, and there is no w.private. Elsewhere the peaks are the process's, so
-    that whoever asks for them needs a process of its own.
+    On a GPU that is the GPU's memory. Elsewhere it is that of the whole process, so each measurement needs a process
+    of its own; pages of a mapped file count once they are read.
     """
-
-    def __init__(self, device="cpu"):
-        self.device = torch.device(device)
-
-    def __enter__(self):
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.start = torch.cuda.memory_allocated(self.device) / 2**20
-        else:
-            self.start_private, self.start, self.private, self.done = memory("RssAnon"), memory("VmRSS"), 0, False
-            self.thread = threading.Thread(target=self.sample)
-            self.thread.start()
-        synchronize(self.device)
-        self.clock = time.perf_counter()
-        return self
-
-    def sample(self):
-        while not self.done:
-            self.private = max(self.private, memory("RssAnon") - self.start_private)
-            time.sleep(0.005)
-
-    def __exit__(self, *_):
-        synchronize(self.device)
-        self.seconds = time.perf_counter() - self.clock
-        if self.device.type == "cuda":
-            self.total = torch.cuda.max_memory_allocated(self.device) / 2**20 - self.start
-        else:
-            self.done = True
-            self.thread.join()
-            self.total = memory("VmHWM") - self.start
+    w = SimpleNamespace()
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    w.start = torch.cuda.memory_allocated(device) / 2**30 if device.type == "cuda" else read_memory("VmRSS")
+    synchronize(device)
+    begin = time.perf_counter()
+    yield w
+    synchronize(device)
+    w.seconds = time.perf_counter() - begin
+    top = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else read_memory("VmHWM")
+    w.peak = top - w.start
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
 
 
-def in_own_process(function, **arguments):
-    """'module.function', called with these arguments in a process of its own -> the dict that it returned.
+def run_in_own_process(function, **arguments):
+    """'module.function', called with these arguments in a process of its own -> the dict that it returns.
 
-    RuntimeError with the last line of what it said, if it failed.
+    RuntimeError with the last line that it prints, if it fails.
     """
     child = [sys.executable, "-m", "bench.clock", function, json.dumps(arguments)]
     done = subprocess.run(child, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise RuntimeError(f"in a process of its own: {said[-1]}")
+        raise RuntimeError(f"{function} in a process of its own: {said[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

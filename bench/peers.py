@@ -1,16 +1,18 @@
 """What one would use instead: diffusers and transformers on our weights, and the two papers' loops around them.
 
-    peer = unet_peer(model)                     diffusers' UNet with the weights of ours, without a copy of them
-    pipe = pipeline(model, torch.float32)       diffusers' image-to-image pipeline for an sd.StableDiffusion
-    x = published_change_map(pipe, ...)         Differential Diffusion as its authors' program computes it
-    x = straightforward_fixup(peer, ...)        Magic Fixup, step by step: one UNet, then the other
+    peer = make_unet_peer(model)                  diffusers' UNet with the weights of ours, without a copy of them
+    pipe = make_pipeline(model, torch.float32)    diffusers' image-to-image pipeline for an sd.StableDiffusion
+    x = run_published_loop(pipe, ...)             Differential Diffusion as its authors' program computes it
+    x = run_straightforward_loop(peer, ...)       Magic Fixup, step by step: one UNet, then the other
 
-Both loops give the pictures that ours give (tests/test_bench.py): what differs is the time. ImportError where a peer is
-not installed.
+Both loops give the pictures that ours give (tests/programs/test_bench.py): what differs is the time. ImportError where
+a peer is not installed.
 """
 
+import importlib.util
+import sys
 import tempfile
-from types import SimpleNamespace
+import types
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +22,8 @@ import sd
 from checkpoints import configs
 
 # ---------------------------------------------------------------------------------------------------------------------
-# torchvision, where it was built for another PyTorch than is here (there is no CPU build of it), lacks two operators
-# that its import, and so transformers' and diffusers', asks for by name. They are declared, and never run.
+# A torchvision that was built for another PyTorch than is here lacks two operators. Its import asks for them by name,
+# and so do transformers' and diffusers'. They are declared here, and never run.
 
 OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
 
@@ -35,16 +37,31 @@ except RuntimeError:
             OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-def with_our_weights(build, model):
-    """A peer's model, built by build() without memory of its own, takes our tensors over. Those that we keep in another
-    memory format than PyTorch's usual one are copied into that: how to lay them out is our business alone."""
+def is_installed():
+    """Whether whole pipelines of diffusers can be built here."""
+    return all(importlib.util.find_spec(name) for name in ("diffusers", "transformers"))
+
+
+def import_lpips():
+    """The lpips package, without its training, which asks for scipy."""
+    sys.modules.setdefault("lpips.trainer", types.ModuleType("lpips.trainer"))
+    import lpips
+
+    return lpips
+
+
+def build_peer(build, model):
+    """A peer's model, made by build() without memory of its own, takes the tensors of ours over.
+
+    Tensors in another memory format than PyTorch's usual one are copied into that: ours alone is laid out for speed.
+    """
     with torch.device("meta"):
         peer = build()
     peer.load_state_dict({k: v.detach().contiguous() for k, v in model.state_dict().items()}, assign=True)
     return peer.eval().requires_grad_(False)
 
 
-def unet_peer(model):
+def make_unet_peer(model):
     """unet.UNet -> diffusers.UNet2DConditionModel. Also one of Magic Fixup's: a second attention as wide as each block
     (config.context None), or none at all (0)."""
     import diffusers
@@ -54,27 +71,27 @@ def unet_peer(model):
 
     def build():
         peer = diffusers.UNet2DConditionModel.from_config(options)
-        for _, block in blocks(peer) if c.context == 0 else ():
+        for _, block in list_blocks(peer) if c.context == 0 else ():
             block.norm2 = block.attn2 = None
         return peer
 
-    return with_our_weights(build, model)
+    return build_peer(build, model)
 
 
-def blocks(peer):
+def list_blocks(peer):
     """-> [(name, transformer block)] of a UNet of diffusers"""
     return [(name, m) for name, m in peer.named_modules() if type(m).__name__ == "BasicTransformerBlock"]
 
 
-def vae_peer(model):
+def make_vae_peer(model):
     """vae.VAE -> diffusers.AutoencoderKL"""
     import diffusers
 
     options = configs.vae_config_to_json(model.config)
-    return with_our_weights(lambda: diffusers.AutoencoderKL.from_config(options), model)
+    return build_peer(lambda: diffusers.AutoencoderKL.from_config(options), model)
 
 
-def text_peer(model):
+def make_text_peer(model):
     """clip.TextEncoder -> transformers.CLIPTextModel, through a folder: it has other names for its weights inside."""
     import transformers
 
@@ -86,13 +103,13 @@ def text_peer(model):
     return peer.eval().requires_grad_(False).to(next(model.parameters()).device)
 
 
-def scheduler(schedule):
+def make_scheduler(schedule):
     import diffusers
 
     return diffusers.DDIMScheduler.from_config(sd.schedule_to_json(schedule))
 
 
-def pipeline(model, dtype):
+def make_pipeline(model, dtype):
     """sd.StableDiffusion -> diffusers.StableDiffusionImg2ImgPipeline in that precision, where the model is."""
     import diffusers
     import transformers
@@ -101,8 +118,9 @@ def pipeline(model, dtype):
         model.tokenizer.save(folder)
         tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
     pipe = diffusers.StableDiffusionImg2ImgPipeline(
-        vae=vae_peer(model.vae), text_encoder=text_peer(model.text), tokenizer=tokenizer, unet=unet_peer(model.unet),
-        scheduler=scheduler(model.schedule), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        vae=make_vae_peer(model.vae), text_encoder=make_text_peer(model.text), tokenizer=tokenizer,
+        unet=make_unet_peer(model.unet), scheduler=make_scheduler(model.schedule),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe if dtype == pipe.dtype else pipe.to(dtype=dtype)
 
@@ -112,25 +130,30 @@ def pipeline(model, dtype):
 
 
 @torch.no_grad()
-def published_change_map(pipe, prompt, picture, change_map, noise, steps, guidance=7.5):
+def run_published_loop(pipe, prompt, picture, change_map, noise, steps, guidance=7.5):
     """Algorithm 1 as github.com/exx8/differential-diffusion runs it (SD2/diff_pipe.py): all noised originals and masks
     ahead, every step whatever the map, the map brought to the latent's size by bilinear interpolation.
 
     picture (1, 3, H, W) in [-1, 1], change_map (1, 1, H, W), noise (1, C, h, w) -> (1, 3, H, W) in about [0, 1]
 
-    It draws the latent from the encoder's distribution, here it is the mean; and a pixel of exactly i / k it takes from
-    the edit at step i, where the paper and ours take it from the original still. In half precision it is a little off:
-    diffusers rounds the noise levels as well.
+    That program draws the latent from the encoder's distribution; here it is the mean. A pixel of exactly i / k comes
+    from the edit at step i there, and still from the original in the paper and here. In half precision the result
+    differs a little, because diffusers rounds the noise levels as well.
     """
-    device, dtype = pipe.unet.device, pipe.unet.dtype
-    given, without = pipe.encode_prompt(prompt, device, 1, True)
-    context = torch.cat([without, given])
+    device = pipe.unet.device
+    dtype = pipe.unet.dtype
+    with_prompt, without = pipe.encode_prompt(prompt, device, 1, True)
+    context = torch.cat([without, with_prompt])
     z_init = pipe.vae.encode(picture.to(device, dtype)).latent_dist.mode() * pipe.vae.config.scaling_factor
+
+    # All noised originals and all masks, before the first step.
     pipe.scheduler.set_timesteps(steps, device=device)
     times = pipe.scheduler.timesteps
     originals = pipe.scheduler.add_noise(z_init.expand(steps, -1, -1, -1), noise.to(z_init), times)
     mu = F.interpolate(change_map.to(device), z_init.shape[-2:], mode="bilinear")
     kept = (mu > torch.arange(steps, device=device)[:, None, None, None] / steps).to(dtype)  # (k, 1, h, w)
+
+    # Every step pastes its original under its mask, then denoises with guidance.
     z = originals[:1]
     for i, t in enumerate(times):
         if i:
@@ -146,11 +169,14 @@ def published_change_map(pipe, prompt, picture, change_map, noise, steps, guidan
 # Magic Fixup
 
 
-def fixup_peer(model):
-    """mfx.MagicFixup -> two UNets and the autoencoder of diffusers, joined by hooks: what goes into a block's
-    self-attention in the extractor is what the same block of the synthesizer attends to."""
-    peer = SimpleNamespace(synthesizer=unet_peer(model.synthesizer), extractor=unet_peer(model.extractor),
-                           vae=vae_peer(model.vae), scheduler=scheduler(model.schedule))
+def make_fixup_peer(model):
+    """mfx.MagicFixup -> two UNets and the autoencoder of diffusers, joined by hooks.
+
+    What goes into a block's self-attention in the extractor is what the same block of the synthesizer attends to.
+    """
+    peer = types.SimpleNamespace(
+        synthesizer=make_unet_peer(model.synthesizer), extractor=make_unet_peer(model.extractor),
+        vae=make_vae_peer(model.vae), scheduler=make_scheduler(model.schedule))
     features = {}
 
     def keep(name):
@@ -163,32 +189,37 @@ def fixup_peer(model):
             return args, kwargs | {"encoder_hidden_states": features[name]}
         return hook
 
-    for (name, reads), (_, asks) in zip(blocks(peer.extractor), blocks(peer.synthesizer), strict=True):
+    for (name, reads), (_, asks) in zip(list_blocks(peer.extractor), list_blocks(peer.synthesizer), strict=True):
         reads.norm1.register_forward_hook(keep(name))
         asks.attn2.register_forward_pre_hook(give(name), with_kwargs=True)
     return peer
 
 
 @torch.no_grad()
-def straightforward_fixup(peer, reference, coarse, mask, steps=50, seed=0):
+def run_straightforward_loop(peer, reference, coarse, mask, steps=50, seed=0):
     """A whole edit as the method reads: at every step the extractor, all of it, and then the synthesizer.
 
     reference, coarse (1, 3, H, W) in [-1, 1], mask (1, 1, H, W), 1 = kept -> (1, 3, H, W) in about [0, 1]
 
     All noise is that of mfx.MagicFixup.sample. Latents stay in fp32 between the steps, as ours do.
     """
-    like, factor = peer.synthesizer.conv_in.weight, peer.vae.config.scaling_factor
+    like = peer.synthesizer.conv_in.weight
+    factor = peer.vae.config.scaling_factor
 
-    def encoded(x):
+    def encode(x):
         return peer.vae.encode(x.to(like)).latent_dist.mode().float() * factor
 
-    I, I_coarse = encoded(reference), encoded(coarse)
+    I = encode(reference)
+    I_coarse = encode(coarse)
     M = F.interpolate(mask.to(I), I.shape[-2:], mode="area")
+
+    # The noise of the start, of every step, and of the reference, as ours draws it.
     draw, reference_draw = (diffusion.step_noise(I.shape[1:], [s]) for s in (seed, 0))
     peer.scheduler.set_timesteps(steps, device=like.device)
     times = peer.scheduler.timesteps
     x = torch.randn(I.shape, generator=torch.Generator().manual_seed(seed)).to(I)
     x = peer.scheduler.add_noise(I_coarse, x, times[:1])  # equation 4
+
     for i, (t, number) in enumerate(zip(times, times.tolist())):
         I_t = peer.scheduler.add_noise(I, reference_draw(diffusion.T + number).to(I), t[None])  # equation 2
         peer.extractor(torch.cat([I_t, I, M], dim=1).to(like.dtype), t, encoder_hidden_states=None)  # equation 3
