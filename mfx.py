@@ -35,7 +35,6 @@ from checkpoints.read import read_tensors
 from common.files import read_json, write_json
 from diffusion import T
 from sd import (
-    StableDiffusion,
     build,
     latent_side,
     load_part,
@@ -83,7 +82,13 @@ class MagicFixup(nn.Module):
         if extractor and extractor.config != replace(config, context=0):
             raise ValueError("the extractor is not built as the synthesizer is")
 
-    encode_image, decode = StableDiffusion.encode_image, StableDiffusion.decode
+    def encode_image(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), float32"""
+        return self.vae.encode_scaled(x)
+
+    def decode(self, z):
+        """latents (B, C, h, w) -> (B, 3, H, W), float32, about [-1, 1]"""
+        return self.vae.decode_scaled(z)
 
     def extract_details(self, reference, mask, t, noise):
         """What the synthesizer reads of the reference at t (B,) -> a block's keys and values,

@@ -215,8 +215,7 @@ def encode_pairs(pairs, vae, device):
     few = max(1, 32 * 128**2 // pairs["mask"][0].numel())  # pictures that fit beside a large model
     for name in ("reference", "target", "coarse"):
         x = to_channels_last(pairs[name].to(device, non_blocking=True))
-        z = torch.cat([vae.encode(some)[0].float() for some in x.split(few)])
-        latents[name] = z * vae.config.scaling_factor
+        latents[name] = torch.cat([vae.encode_scaled(some) for some in x.split(few)])
     mask = diffdiff.down_sample(pairs["mask"], latents["target"].shape[-2:])
     return latents | {"mask": mask.to(device)}
 

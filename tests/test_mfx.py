@@ -64,7 +64,7 @@ def test_the_loss_falls():
     optimizer, batch = torch.optim.Adam(new.unfreeze(), lr=2e-3), training_batch(batch=2)
     batch |= mfx.draws(batch["target"].shape, torch.Generator().manual_seed(0))
     losses = []
-    for _ in range(40):
+    for _ in range(20):
         optimizer.zero_grad()
         losses.append(new.loss(batch))
         losses[-1].backward()
