@@ -53,7 +53,7 @@ from common.pictures import (
 )
 from editing import change_maps as maps
 from editing.edits_json import read_edits
-from kernels.winograd import hold_memory
+from kernels.memory import hold_memory
 from networks import sam
 
 # Defaults of what is left out: with a prompt, as in the one paper; with a coarse edit, as in the other

@@ -57,7 +57,7 @@ from common.run_state import (
     trained_parameters,
 )
 from kernels.blocks import checkpoint_blocks, compile_blocks
-from kernels.winograd import hold_memory
+from kernels.memory import hold_memory
 from pairs import MODELS, ShardPairs, ToyPairs, toy_pairs
 
 # --------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ They run with the shipped toy's weights, and at Stable Diffusion 1.4's size with
 100 steps takes a hundred times as long, and says nothing more.
 
 Ours and the peer's run in processes of their own, each as it is run elsewhere: ours keeps the memory that it frees, as
-sample.py does (kernels/winograd.py); the peer does what PyTorch does.
+sample.py does (kernels/memory.py); the peer does what PyTorch does.
 """
 
 import tempfile
@@ -25,7 +25,7 @@ from bench.models import NAMES, SIDES, choose_dtypes, make_stable_diffusion, mak
 from common.cli import TOY_MFX
 from common.devices import choose_precision, make_fast
 from common.pictures import picture_to_tensor, tensor_to_picture
-from kernels.winograd import hold_memory
+from kernels.memory import hold_memory
 from sample import edit, fixup
 
 MEADOW = Path(__file__).parent.parent / "examples" / "meadow.png"

@@ -1,1 +1,1 @@
-"""Code that is fast: what is compiled at run time, and convolutions on a CPU."""
+"""Code that is fast: kernels compiled at run time, convolutions on a CPU, memory that is kept."""

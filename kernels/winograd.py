@@ -2,7 +2,6 @@
 
     quicken(model.unet)              each convolution in it goes the fastest way there is
     quicken(model.vae, keep=False)   the same without the memory, for a network that runs once
-    hold_memory()                    the process keeps the memory that it frees
 
 Lavin & Gray 2015, *Fast Algorithms for Convolutional Neural Networks*, arXiv 1509.09308; after
 Winograd, Toom and Cook. For m outputs in a row of a filter g with 3 taps, which see n = m + 2
@@ -19,9 +18,7 @@ takes 4 multiplications per output, F(4x4, 3x3) takes 2.25, the plain sum 9.
 The plain version of everything here is `F.conv2d`.
 """
 
-import ctypes
 import math
-import sys
 
 import numpy as np
 import torch
@@ -244,22 +241,3 @@ def quicken(network, keep=True):
         module.__class__ = QuickConv2d
         module.keep = keep
     return network
-
-
-# --------------------------------------------------------------------------------------------------
-# Memory
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-
-
-def hold_memory():
-    """Let this process keep the memory that it frees, for its next tensor. It never gets smaller.
-
-    glibc's malloc gives a block of 32 MB or more back to the system as soon as it is free, and the
-    next one comes page by page, each filled with zeros. With Stable Diffusion that is a tenth of
-    the UNet's time and more of the autoencoder's. Other C libraries are left alone.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

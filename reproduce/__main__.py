@@ -50,7 +50,7 @@ import sd
 from common.cli import Parser, report_errors
 from common.devices import choose_device, choose_precision
 from common.files import atomic_write, read_json, write_json
-from kernels import winograd
+from kernels.memory import hold_memory
 from networks import lpips
 from reproduce import dd_applications as applications_dd  # noqa: F401, its items
 from reproduce import dd_costs as costs_dd  # noqa: F401, likewise
@@ -290,5 +290,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    winograd.hold_memory()
+    hold_memory()
     main()

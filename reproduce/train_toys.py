@@ -27,7 +27,7 @@ import vae
 from common.cli import TOY, Parser, number, report_errors
 from common.devices import choose_device
 from common.run_state import cache_tensors, digest, prepare_folder, read_recipe
-from kernels.winograd import hold_memory
+from kernels.memory import hold_memory
 from toy import world
 from train import draw_timesteps, generator_at, to_channels_last
 
