@@ -30,18 +30,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import diffusion
+from checkpoints.configs import schedule_from_json, schedule_to_json
 from checkpoints.magicfixup import looks_like_magic_fixup, released_schedule, split_released
+from checkpoints.parts import build_part, load_part, read_latent_side, save_part
 from checkpoints.read import read_tensors
 from common.files import read_json, write_json
 from diffusion import T
-from sd import (
-    build,
-    latent_side,
-    load_part,
-    save_part,
-    schedule_from_json,
-    schedule_to_json,
-)
 
 # --------------------------------------------------------------------------------------------------
 # The model
@@ -322,7 +316,7 @@ def from_stable_diffusion(sd, cross_reference=True, schedule=None):
                 w = tensors[name].clone()
                 tensors[f"{block}.{kind}2{rest}"] = w.zero_() if rest == ".to_out.0.bias" else w
         config = replace(sd.unet.config, in_channels=2 * C + 1, context=context)
-        return build("unet", tensors, "this Stable Diffusion", config)
+        return build_part("unet", tensors, "this Stable Diffusion", config)
 
     if cross_reference:
         synthesizer, extractor = start(None), start(0)
@@ -361,7 +355,7 @@ def load_folder(path, dtype, device):
     for part in ("synthesizer", "scheduler"):
         if not (path / part).is_dir():
             raise FileNotFoundError(f"{path} is not a Magic Fixup: there is no {part}/ in it")
-    index = read_json(path / INDEX) if (path / INDEX).is_file() else {}
+    index = read_json(path / INDEX, default={})
     vae = (path / str(index.get("vae", "vae"))).resolve()
     if not vae.is_dir():
         raise FileNotFoundError(f"{path} needs the autoencoder in {vae}: there is no such folder")
@@ -371,17 +365,17 @@ def load_folder(path, dtype, device):
     if synthesizer.config.context != 0:
         extractor = load_part(path / "extractor", "unet", dtype, device)
     schedule = schedule_from_json(read_json(path / "scheduler" / "scheduler_config.json"))
-    size = latent_side(path / "synthesizer") * vae.config.factor
+    size = read_latent_side(path / "synthesizer") * vae.config.factor
     return MagicFixup(synthesizer, extractor, vae, schedule, size)
 
 
 def load_released(path, dtype, device):
     tensors = read_tensors(path)
     parts = split_released(path, tensors)
-    extractor = build("unet", parts["extractor"], path, None, dtype, device)
+    extractor = build_part("unet", parts["extractor"], path, None, dtype, device)
     config = replace(extractor.config, context=None)
-    synthesizer = build("unet", parts["synthesizer"], path, config, dtype, device)
-    vae = build("vae", parts["vae"], path, None, dtype, device)
+    synthesizer = build_part("unet", parts["synthesizer"], path, config, dtype, device)
+    vae = build_part("vae", parts["vae"], path, None, dtype, device)
     schedule = released_schedule(path, tensors)
     return MagicFixup(synthesizer, extractor, vae, schedule, size=64 * vae.config.factor)
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 import clip
 import diffusion
@@ -16,6 +17,7 @@ import unet
 import vae
 from bench import peers
 from bench.clock import Row, call_in_turn, compare, make_if_installed, run_in_own_process, watch
+from checkpoints.parts import PARTS, build_part
 from common.cli import TOY
 from common.devices import choose_precision, make_fast
 from kernels.winograd import quicken
@@ -39,16 +41,16 @@ def choose_dtypes(o):
 def make_part(name, kind, dtype, device):
     """'unet', 'vae' or 'text_encoder' of a 'toy' or a 'full' Stable Diffusion, random, built as a loaded one is."""
     torch.manual_seed(0)
-    network = sd.PARTS[name][0]
+    network = PARTS[name][0]
     config = CONFIGS[kind][name]
-    return sd.build(name, network(config).state_dict(), "random weights", config, dtype, device)
+    return build_part(name, network(config).state_dict(), "random weights", config, dtype, device)
 
 
 def make_stable_diffusion(kind, dtype, device):
     """The shipped toy, or random weights at full size with a small vocabulary; fast, as sample.py makes it."""
     if kind == "toy":
         return make_fast(sd.load(TOY, dtype, device), device)
-    parts = [make_part(name, kind, dtype, device) for name in sd.PARTS]
+    parts = [make_part(name, kind, dtype, device) for name in PARTS]
     tokenizer = clip.Tokenizer(*clip.learn_bpe(["a photo of snow at night", "a red ball on grass"], 560))
     return make_fast(sd.StableDiffusion(*parts, diffusion.Schedule(), tokenizer, SIDES[kind]), device)
 
@@ -71,7 +73,7 @@ def write_checkpoints(folder, kind, dtype):
 
     torch.manual_seed(0)
     parts = []
-    for name, (network, *_) in sd.PARTS.items():
+    for name, (network, *_) in PARTS.items():
         with torch.device("meta"):
             part = network(CONFIGS[kind][name])
         part = part.to(dtype).to_empty(device="cpu")
@@ -84,7 +86,7 @@ def write_checkpoints(folder, kind, dtype):
     paths = {"folder": folder / "folder", ".safetensors": folder / "sd.safetensors", ".ckpt": folder / "sd.ckpt"}
     sd.save(model, paths["folder"])
     tensors = to_original(model)
-    sd.save_file(tensors, paths[".safetensors"])
+    save_file(tensors, paths[".safetensors"])
     torch.save({"state_dict": tensors}, paths[".ckpt"])
     tokenizer.save(folder / "tokenizer")
     return paths

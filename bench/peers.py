@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 import diffusion
-import sd
 from checkpoints import configs
+from checkpoints.parts import save_part
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A torchvision that was built for another PyTorch than is here lacks two operators. Its import asks for them by name,
@@ -98,7 +98,7 @@ def make_text_peer(model):
     transformers.utils.logging.disable_progress_bar()
     dtype = next(model.parameters()).dtype
     with tempfile.TemporaryDirectory() as folder:
-        sd.save_part(model, folder)
+        save_part(model, folder)
         peer = transformers.CLIPTextModel.from_pretrained(folder, dtype=dtype)
     return peer.eval().requires_grad_(False).to(next(model.parameters()).device)
 
@@ -106,7 +106,7 @@ def make_text_peer(model):
 def make_scheduler(schedule):
     import diffusers
 
-    return diffusers.DDIMScheduler.from_config(sd.schedule_to_json(schedule))
+    return diffusers.DDIMScheduler.from_config(configs.schedule_to_json(schedule))
 
 
 def make_pipeline(model, dtype):

@@ -1,4 +1,4 @@
-"""Configurations of the networks: read off shapes, read from config.json, written to config.json.
+"""Configurations of networks: read off shapes, read from config.json, written to config.json.
 
 A Hugging Face folder has a config.json beside each part's weights, a single file has none. So there
 are three functions for each of UNet, VAE and text encoder:
@@ -11,6 +11,7 @@ Reading raises KeyError where a size is missing, ValueError where the network is
 """
 
 from clip import TextConfig
+from diffusion import BETAS, Schedule, T
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -287,4 +288,47 @@ def text_config_to_json(config):
         "bos_token_id": config.eos - 1,
         "eos_token_id": config.eos,
         "pad_token_id": config.eos,
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Noise schedule: scheduler_config.json of any of diffusers' schedulers
+
+
+def schedule_from_json(c, prediction=None):
+    """The content of a scheduler_config.json -> Schedule; `prediction` wins over what it says.
+
+    ValueError for a noise schedule that is none of BETAS.
+    """
+    name = c.get("beta_schedule", "linear")
+    if name in BETAS:
+        for key, beta in (("beta_start", BETAS[name][0]), ("beta_end", BETAS[name][-1])):
+            said = c.get(key, float(beta))
+            if not isinstance(said, (int, float)) or abs(said - beta) > 1e-6:
+                raise ValueError(f"a {name!r} noise schedule with {key} = {said} is not "
+                                 "implemented")
+    own = c.get("trained_betas") or c.get("rescale_betas_zero_snr")
+    if c.get("num_train_timesteps", T) != T or own:
+        raise ValueError("a noise schedule of other than 1000 steps, or with betas of its own, is "
+                         "not implemented")
+    return Schedule(name, prediction or c.get("prediction_type", "epsilon"))
+
+
+def schedule_to_json(schedule):
+    """Schedule -> the content of a scheduler_config.json: DDIM, as Stable Diffusion runs it.
+
+    Its timesteps are 1, 21, 41, .., and it ends at the first noise level.
+    """
+    betas = BETAS[schedule.name]
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": T,
+        "beta_schedule": schedule.name,
+        "beta_start": round(float(betas[0]), 8),
+        "beta_end": round(float(betas[-1]), 8),
+        "prediction_type": schedule.prediction,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "set_alpha_to_one": False,
+        "clip_sample": False,
     }

@@ -1,22 +1,24 @@
-"""One table of names for the two layouts of a Stable Diffusion, the original one and Hugging Face's.
+"""The names of a Stable Diffusion's tensors: the original layout -> Hugging Face's.
 
-Hugging Face's layout is a folder per part, whose tensors are named as our modules' attributes are. The original
-latent-diffusion layout is one file for all parts, with names of its own. Everything here is about {name: tensor}; what
-networks the tensors make is the business of sd.py.
+Hugging Face's layout is a folder per part, whose tensors are named as our networks' attributes are.
+The original latent-diffusion layout is one file for all parts, with names of its own. Everything
+here is about {name: tensor}; checkpoints/parts.py makes networks of them.
 """
 
 import re
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Names: the original latent-diffusion layout -> Hugging Face
-#
-# Each row says what stands for what, from left to right within a name, wherever a component of the name begins. N is a
-# number. The original UNet counts its blocks straight through, the step to the next resolution included: with 2
-# residual blocks per level, input_blocks 1, 2, 3 are level 0's resnets and its downsampler, 4, 5, 6 are level 1's.
-# {down} and {up} turn such a count into (level, place). The original decoder counts resolutions from the finest up, in
-# the order of the encoder; {reversed} counts them as they are run.
+# Each row says what stands for what, from left to right within a name, wherever a component of the
+# name begins. N is a number. The original UNet counts its blocks straight through, the step to the
+# next resolution included: with 2 residual blocks per level, input_blocks 1, 2, 3 are level 0's
+# resnets and its downsampler, 4, 5, 6 are level 1's. {down} and {up} turn such a count into (level,
+# place). The original decoder counts resolutions from the finest up, in the order of the encoder;
+# {reversed} counts them as they are run.
 
-PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+PREFIX = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.",
+}
 NAMES = {
     "unet": {
         "time_embed.0.": "time_embedding.linear_1.",
@@ -30,8 +32,8 @@ NAMES = {
         "middle_block.0.": "mid_block.resnets.0.",
         "middle_block.1.": "mid_block.attentions.0.",
         "middle_block.2.": "mid_block.resnets.1.",
-        "output_blocks.N.1.conv.": "up_blocks.{up[0]}.upsamplers.0.conv.",  # after a resnet alone ...
-        "output_blocks.N.2.conv.": "up_blocks.{up[0]}.upsamplers.0.conv.",  # ... or after a resnet and a transformer
+        "output_blocks.N.1.conv.": "up_blocks.{up[0]}.upsamplers.0.conv.",  # after a resnet,
+        "output_blocks.N.2.conv.": "up_blocks.{up[0]}.upsamplers.0.conv.",  # or a transformer
         "output_blocks.N.0.": "up_blocks.{up[0]}.resnets.{up[1]}.",
         "output_blocks.N.1.": "up_blocks.{up[0]}.attentions.{up[1]}.",
         "out.0.": "conv_norm_out.",
@@ -77,7 +79,7 @@ NAMES = {
         "ln_2.": "layer_norm2.",
         "mlp.c_fc.": "mlp.fc1.",
         "mlp.c_proj.": "mlp.fc2.",
-        # SD 1: Hugging Face's own encoder, whose names begin with text_model. or, in some versions, do not
+        # SD 1: Hugging Face's own encoder; text_model. is missing in some versions
         "transformer.": "",
         "text_model.": "",
         "embeddings.": "text_model.embeddings.",
@@ -85,42 +87,51 @@ NAMES = {
         "final_layer_norm.": "text_model.final_layer_norm.",
     },
 }
-# What checkpoints hold besides, and nobody needs here: moving averages (the plain weights are there as well), the noise
-# schedule as buffers, the autoencoder's training loss, and what CLIP compares pictures with.
+
+# What checkpoints hold besides, and nobody needs here: moving averages (the plain weights are there
+# as well), the noise schedule as buffers, the autoencoder's training loss, and what CLIP compares
+# pictures with.
 IGNORED = re.compile(
-    r"model_ema\..*|first_stage_model\.loss\..*|(\w+_)?alphas_cumprod(_prev)?|betas|posterior_\w+|lvlb_weights|logvar"
-    r"|(.*\.)?(position_ids|logit_scale)|cond_stage_model\..*\.text_projection(\.weight)?"
+    r"model_ema\..*|first_stage_model\.loss\..*|(\w+_)?alphas_cumprod(_prev)?|betas|posterior_\w+"
+    r"|lvlb_weights|logvar|(.*\.)?(position_ids|logit_scale)"
+    r"|cond_stage_model\..*\.text_projection(\.weight)?"
 )
 
 
 def translate(part, tensors):
-    """{original name, without its prefix: tensor} of one part -> {Hugging Face name: tensor}, as views.
+    """{original name, without its prefix: tensor} of one part -> {Hugging Face name: tensor}.
 
-    part is 'unet', 'vae' or 'text_encoder'. Names that are Hugging Face's already stay as they are.
+    part is 'unet', 'vae' or 'text_encoder'. The tensors are views of those given. Names that are
+    Hugging Face's already stay as they are.
     """
+    # How many blocks make a level, and how many levels there are, is in the names.
+    steps_down = find_numbers(r"input_blocks\.(\d+)\.0\.op\.", tensors)
+    per_level = min(steps_down, default=3)  # residual blocks and the step, on the way down
+    finest = max(find_numbers(r"decoder\.up\.(\d+)\.", tensors), default=0)
 
-    def count(pattern):
-        return [int(m[1]) for name in tensors if (m := re.match(pattern, name))]
+    def fill_in(new):
+        def replacement(match):
+            if not match.groups():
+                return new
+            n = int(match[1])
+            down, up = divmod(n - 1, per_level), divmod(n, per_level)
+            return new.format(n=n, down=down, up=up, reversed=finest - n)
 
-    per_level = min(count(r"input_blocks\.(\d+)\.0\.op\."), default=3)  # residual blocks and a step, on the way down
-    finest = max(count(r"decoder\.up\.(\d+)\."), default=0)
+        return replacement
 
-    def fields(n):
-        return {"n": n, "down": divmod(n - 1, per_level), "up": divmod(n, per_level), "reversed": finest - n}
+    rows = []
+    for old, new in NAMES[part].items():
+        pattern = r"(?<![^.])" + re.escape(old).replace("N", r"(\d+)")
+        rows.append((old.split("N")[0], re.compile(pattern), fill_in(new)))
 
-    def replacement(new):
-        return lambda m: new.format(**fields(int(m[1]))) if m.groups() else new
-
-    rows = [(old.split("N")[0], re.compile(r"(?<![^.])" + re.escape(old).replace("N", r"(\d+)")), replacement(new))
-            for old, new in NAMES[part].items()]
     out = {}
     for name, tensor in tensors.items():
-        for begin, pattern, new in rows:
-            if begin in name:  # a quick look spares most of a thousand names most of thirty patterns
-                name = pattern.sub(new, name)
+        for begin, pattern, replacement in rows:
+            if begin in name:  # spares most of a thousand names most of thirty patterns
+                name = pattern.sub(replacement, name)
         if part == "vae" and ".attentions." in name and tensor.ndim == 4:
             tensor = tensor.flatten(1)  # (c, c, 1, 1), a convolution, -> (c, c)
-        if ".in_proj_" in name:  # (3 D, D) or (3 D,)
+        if ".in_proj_" in name:  # OpenCLIP's q, k and v in one: (3 D, D) or (3 D,)
             for letter, third in zip("qkv", tensor.chunk(3)):
                 out[name.replace("in_proj_", f"{letter}_proj.")] = third
         else:
@@ -128,27 +139,41 @@ def translate(part, tensors):
     return out
 
 
+def find_numbers(pattern, names):
+    """The number in each of the names that begin with the pattern."""
+    matches = [re.match(pattern, name) for name in names]
+    return [int(match[1]) for match in matches if match]
+
+
 def split_parts(path, tensors):
-    """The tensors of a single-file checkpoint -> {part: {Hugging Face name: tensor}}, and whether its text encoder is
-    OpenCLIP. `path` is for the errors: ValueError if this is not Stable Diffusion 1 or 2, or holds something else too.
+    """The tensors of a file in the original layout
+      -> {part: {Hugging Face name: tensor}}, and whether its text encoder is OpenCLIP
+
+    path is for the errors: ValueError if this is not Stable Diffusion 1 or 2, or holds more.
     """
     if any(name.startswith("conditioner.") for name in tensors):
-        raise ValueError(f"{path} is a Stable Diffusion XL checkpoint, whose two text encoders load() does not read")
+        raise ValueError(f"{path} is a Stable Diffusion XL checkpoint, whose two text encoders "
+                         "load() does not read")
     names = [name for name in tensors if not IGNORED.fullmatch(name)]
-    parts = {
-        part: translate(part, {n.removeprefix(prefix): tensors[n] for n in names if n.startswith(prefix)})
-        for part, prefix in PREFIX.items()
-    }
+    parts = {}
+    for part, prefix in PREFIX.items():
+        found = {n.removeprefix(prefix): tensors[n] for n in names if n.startswith(prefix)}
+        parts[part] = translate(part, found)
+
     absent = [f"{PREFIX[part]}*" for part, found in parts.items() if not found]
     if absent:
-        raise ValueError(f"{path} is not a whole Stable Diffusion checkpoint: it has no tensors {' or '.join(absent)}; "
-                         f"its first is {next(iter(tensors))}")
+        raise ValueError(f"{path} is not a whole Stable Diffusion checkpoint: it has no tensors "
+                         f"{' or '.join(absent)}; its first is {next(iter(tensors))}")
     unknown = [name for name in names if not name.startswith(tuple(PREFIX.values()))]
     if unknown:
-        raise ValueError(f"{path}: {len(unknown)} unexpected tensors, e.g. {', '.join(unknown[:3])}")
+        raise ValueError(f"{path}: {len(unknown)} unexpected tensors, e.g. "
+                         f"{', '.join(unknown[:3])}")
+
+    # SD 2 reads OpenCLIP's penultimate layer. Hugging Face's folder stores one layer less, and so
+    # do we.
     openclip = "cond_stage_model.model.ln_final.weight" in tensors
-    if openclip:  # SD 2 reads its penultimate layer. The Hugging Face folder stores one layer less, and so do we.
+    if openclip:
         text = parts["text_encoder"]
         last = sum(name.endswith(".layer_norm1.weight") for name in text) - 1
-        parts["text_encoder"] = {n: t for n, t in text.items() if f".encoder.layers.{last}." not in n}
+        parts["text_encoder"] = {n: text[n] for n in text if f".encoder.layers.{last}." not in n}
     return parts, openclip

@@ -6,8 +6,13 @@ import os
 from pathlib import Path
 
 
-def read_json(path):
-    """-> the object {name: value} in that file. FileNotFoundError, or ValueError for anything else that is in it."""
+def read_json(path, default=None):
+    """-> the object {name: value} in that file; `default`, where given, if there is no such file.
+
+    FileNotFoundError, or ValueError if the file holds anything else.
+    """
+    if default is not None and not path.is_file():
+        return default
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -15,21 +20,22 @@ def read_json(path):
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} is damaged ({e}): copy it again") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it should hold {{...}}, not a {type(found).__name__}. Copy it again")
+        raise ValueError(f"{path} is damaged: it should hold {{...}}, not a "
+                         f"{type(found).__name__}. Copy it again")
     return found
 
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A name to write to, which becomes `path` if nothing goes wrong: the file is there whole or not at all."""
+    """A name to write to, which becomes `path` if nothing goes wrong."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # on the disk before it has the name, also if the power fails
-        os.replace(temporary, path)  # also where the old file is mapped: the map keeps the old contents
+            os.fsync(file.fileno())  # the disk has it before it has the name, if the power fails
+        os.replace(temporary, path)  # where the old file is mapped, the map keeps the old contents
     finally:
         temporary.unlink(missing_ok=True)
 

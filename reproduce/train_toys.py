@@ -24,6 +24,7 @@ import sd
 import train
 import unet
 import vae
+from checkpoints.parts import build_part, load_part, save_part
 from common.cli import TOY, Parser, number, report_errors
 from common.devices import choose_device
 from common.run_state import cache_tensors, digest, prepare_folder, read_recipe
@@ -118,7 +119,7 @@ def train_vae(recipe, out, resume, device):
     with torch.no_grad():
         spread = average.encode(images.to(device))[0].std().item()
     average.config = replace(average.config, scaling_factor=round(1 / spread, 5))
-    sd.save_part(average, out / "model" / "vae", torch.float16, sample_size=images.shape[-1])
+    save_part(average, out / "model" / "vae", torch.float16, sample_size=images.shape[-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def new_base(out, scenes, device):
     if not (out / "model" / "vae").is_dir():
         raise FileNotFoundError(f"there is no autoencoder in {out} yet: first python -m reproduce.train_toys vae "
                                 f"--out {out}; or go on from the shipped model, --init weights/toy")
-    autoencoder = sd.load_part(out / "model" / "vae", "vae", torch.float32, device)
+    autoencoder = load_part(out / "model" / "vae", "vae", torch.float32, device)
     tokenizer = clip.Tokenizer(*clip.learn_bpe(world.captions(scenes[:5000], generator_at(0, 0)), 600))
     text = replace(clip.CONFIGS["toy"], vocab_size=len(tokenizer.vocab), eos=tokenizer.vocab[clip.END])
     model = unet.UNet(unet.CONFIGS["toy"])
@@ -227,7 +228,7 @@ def widened(model):
     C = model.config.in_channels
     tensors = {name: w.clone() for name, w in model.state_dict().items()}
     tensors["conv_in.weight"] = F.pad(tensors["conv_in.weight"], (0, 0, 0, 0, 0, C + 1))
-    return sd.build("unet", tensors, "this Stable Diffusion", replace(model.config, in_channels=2 * C + 1))
+    return build_part("unet", tensors, "this Stable Diffusion", replace(model.config, in_channels=2 * C + 1))
 
 
 def random_masks(n, size, generator):

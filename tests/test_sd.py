@@ -16,6 +16,7 @@ import diffusion
 import sd
 import unet
 from checkpoints import configs, names, read
+from checkpoints.parts import load_part
 from tests import small
 
 
@@ -209,7 +210,7 @@ def test_save_and_load(tmp_path, kind):
     assert small.same_model(got, model)
     assert sd.load(tmp_path).unet.conv_in.weight.dtype == torch.float16
     assert not [f for f in tmp_path.rglob(".*")]
-    part = sd.load_part(tmp_path / "vae", "vae", dtype=torch.float32)
+    part = load_part(tmp_path / "vae", "vae", dtype=torch.float32)
     assert small.relative_error(part.decode(torch.ones(1, 4, 4, 4)), model.vae.decode(torch.ones(1, 4, 4, 4))) < 1e-2
 
 

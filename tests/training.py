@@ -22,6 +22,8 @@ import sd
 import train
 import unet
 import vae
+from checkpoints.configs import schedule_to_json
+from checkpoints.parts import save_part
 from common.files import write_json
 from common.run_state import read_newest_state
 from pairs import toy_pairs
@@ -36,10 +38,10 @@ def write_stable(folder):
     torch.manual_seed(0)
     text = clip.TextEncoder(replace(clip.CONFIGS["toy"], vocab_size=20, width=32, layers=1, heads=2))
     autoencoder = vae.VAE(vae.VAEConfig((8, 8), 1, 4, groups=4))
-    sd.save_part(small.randomise(unet.UNet(UNET)), folder / "unet", sample_size=8)
-    sd.save_part(small.randomise(autoencoder), folder / "vae")
-    sd.save_part(text, folder / "text_encoder")
-    scheduler = sd.schedule_to_json(diffusion.Schedule())
+    save_part(small.randomise(unet.UNet(UNET)), folder / "unet", sample_size=8)
+    save_part(small.randomise(autoencoder), folder / "vae")
+    save_part(text, folder / "text_encoder")
+    scheduler = schedule_to_json(diffusion.Schedule())
     write_json(folder / "scheduler/scheduler_config.json", scheduler)
     return folder
 

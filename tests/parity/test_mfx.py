@@ -15,9 +15,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import mfx
-import sd
 import unet
 import vae
+from checkpoints.parts import SkipInit
 from tests import small
 from tests.released import PlainMagicFixup, released_tensors
 from tests.small import edit, relative_error
@@ -59,7 +59,7 @@ def test_ddim_as_the_release(released):
 
 def test_the_layout_at_full_size(tmp_path):
     """Every tensor of the release at Stable Diffusion 1.4's size, each a view of a single number."""
-    with torch.device("meta"), sd.Bare():
+    with torch.device("meta"), SkipInit():
         plain = PlainMagicFixup(width=320, times=(1, 2, 4, 4), attends=(True, True, True, False), context=768)
         stable = types.SimpleNamespace(unet=unet.UNet(small.SD1), vae=vae.VAE(vae.VAEConfig()), text=nn.Module())
         stable.text.config = small.TEXT

@@ -10,6 +10,7 @@ import diffusion
 import mfx
 import sd
 import unet
+from checkpoints.parts import save_part
 from tests import small
 from tests.released import PlainMagicFixup, released_tensors
 from tests.small import edit, magic_fixup, relative_error, same_weights, without_text
@@ -99,9 +100,9 @@ def test_files_that_are_no_magic_fixup(tmp_path, released):
 def test_folders_that_do_not_fit_together(tmp_path, model):
     folder = tmp_path / "mixed"
     mfx.save(model, folder)
-    sd.save_part(unet.UNet(replace(model.extractor.config, heads=8)), folder / "extractor")
+    save_part(unet.UNet(replace(model.extractor.config, heads=8)), folder / "extractor")
     assert_refused(folder, "extractor")
-    sd.save_part(without_text().unet, folder / "synthesizer")
+    save_part(without_text().unet, folder / "synthesizer")
     assert_refused(folder, "25 channels in")
     Path(folder / "scheduler" / "scheduler_config.json").unlink()
     assert_refused(folder, "scheduler_config.json", error=FileNotFoundError)
