@@ -1,28 +1,34 @@
-"""Videos become training pairs for Magic Fixup (section 3.5), in WebDataset shards.
+"""Videos become training pairs for Magic Fixup (section 3.5), in shards; training reads them back.
 
-    python data.py VIDEO_OR_FOLDER ... --out pairs/      any video that OpenCV opens, or a folder of frames
-    python data.py clips/ --out pairs/ --workers 16 --shard 3/40        machine 3 of 0 .. 39; torchrun works as well
-    python data.py clips/ --out pairs/ --flow raft --segments sam --depth midas     by the networks that the paper used,
-                                                                        whose files checkpoints/published.py finds
+    python data.py VIDEO_OR_FOLDER ... --out pairs/      what OpenCV opens, or folders of frames
+    python data.py clips/ --out pairs/ --workers 16      16 processes
+    python data.py clips/ --out pairs/ --shard 3/40      machine 3 of 0 .. 39; torchrun works too
+    python data.py clips/ --out pairs/ --flow raft --segments sam --depth midas        as the paper,
+                                       by networks whose files checkpoints/published.py finds
 
-Folders are searched for videos; one that holds pictures is one clip. An interrupted run goes on when it is started
-again with the same words. The list of work is a function of the arguments alone: clip after clip, so many pairs of
-each, cut into shards; and each pair is a function of its clip's name and its number. So a shard is made whole or not
-at all, by whom and when does not matter, and what has a `pairs-000012.json` (kept, rejected and why) is done. Beside
-it lies `pairs-000012.tar`, with these files for the pair that has the number 123 in the list:
+Folders are searched for videos; one that holds pictures is one clip. Start an interrupted run again
+with the same words, and it goes on.
 
-    000123.ref.jpg   000123.gt.jpg          the reference I, the target I_gt
-    000123.flow.png  000123.affine.png      I, warped towards I_gt by either motion model. RGBA: alpha is the mask M, 0
-                                            in holes; the colours below it are the model's input, with holes painted in
-    000123.json                             where it comes from and how much moves
+A pair is two frames of one video: the reference I, and later the target I_gt. I, warped towards
+I_gt, is the coarse edit. The model learns to turn the coarse edit into the target. The pair with
+the number 123 in the list of work is in a WebDataset shard, `pairs-000012.tar`, as
 
-pairs.py reads them. `manifest.json` holds the recipe, with the digests of the networks' files, and once every shard is
-there, the totals.
+    000123.ref.jpg   000123.gt.jpg        I, I_gt
+    000123.flow.png  000123.affine.png    the coarse edit by either motion model. RGBA: alpha is the
+                                          mask M, 0 in holes; the colours below it are the model's
+                                          input, with holes painted in
+    000123.json                           where it comes from and how much moves
+
+The arguments alone decide the list of work: clip after clip, so many pairs of each, cut into
+shards. A pair is a function of its clip's name and its number, so anyone can make a shard, at any
+time. It is done when `pairs-000012.json` (kept, rejected and why) lies beside it. `manifest.json`
+holds the recipe and the digests of the networks' files; the last shard adds the totals.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -34,6 +40,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
 import collage
@@ -41,77 +48,78 @@ import warp
 from checkpoints import published
 from common.cli import Parser, number, report_errors
 from common.devices import choose_device
-from common.files import write_json
-from pairs import ShardPairs, ToyPairs, affine_edit, flow_edit, toy_pairs
-from video import estimators
+from video import estimators, shards
 from video.clips import LONGEST, find_clips, is_cut, read_window
 from video.estimators import DEPTH, FLOW, SEGMENTS
-from video.shards import in_order, summary, totals_of, work, write_preview, write_shard
-
-__all__ = ["ShardPairs", "ToyPairs", "toy_pairs"]  # the other half of this idea: reading pairs, from here and elsewhere
+from video.motion import MODELS, affine_edit, check_model, flow_edit
 
 
 @dataclass
-class Recipe:
-    """What decides the pairs, but for the videos themselves."""
+class PairRecipe:
+    """All that decides the pairs, beside the videos."""
 
     size: int = 512
-    pairs: int = 1  # per clip, as the paper
+    pairs: int = 1  # per clip
     seed: int = 0
     fps: float = 24.0  # of folders of frames
-    flow: str = "dis"
+    flow: str = "dis"  # one of video.estimators.FLOW
     segments: str = "classical"
     depth: str = "flow"
 
 
-SHORTEST = 1.0  # seconds between the two frames, up to videos.LONGEST, uniformly; shorter clips as far as they go
-ANY_NAME = "utf-8", "surrogateescape"  # a file's name need not be UTF-8
+# Seconds between the two frames: uniform from here to LONGEST, or as far as a shorter clip goes
+SHORTEST = 1.0
 TRIES = 5  # a pair that is rejected is drawn again
 # Rejected, in pixels of a 512x512 picture
 TOO_FAR = 350  # the paper: at least 10 % of the picture move so far
 TOO_STILL = 50  # the release: 95 % of the picture move less
-COVERED = {"flow": 0.6, "affine": 0.4}  # the release: a smaller share of the target has a pixel of the reference
+# The release: a smaller share of the target has a pixel of the reference
+COVERED = {"flow": 0.6, "affine": 0.4}
+ANY_NAME = "utf-8", "surrogateescape"  # a file's name need not be UTF-8
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From frames to a pair
 
 
-def choose_pair(times, cuts, rng):
-    """Which frames: SHORTEST to LONGEST seconds apart, within one shot. times [n], cuts [n - 1] bool: one between i and
-    i + 1. -> (i, j), or None if no shot has two frames.
+class Rejected(Exception):
+    """No pair, because of `reason`. The message, if any, is for the person."""
+
+    def __init__(self, reason, message=None):
+        super().__init__(reason, message)  # as pickle needs them: workers send this to their parent
+        self.reason, self.message = reason, message
+
+
+def choose_frames(times, cuts, rng):
+    """Two frames of one shot, SHORTEST to LONGEST seconds apart where the shot is as long.
+
+    times [n] in seconds; cuts [n - 1] bool: one between i and i + 1. -> i, j
+    Rejected: no shot has two frames.
     """
+    # Shots a .. b, both included. A longer one is chosen more often.
     edges = [0, *[i + 1 for i, cut in enumerate(cuts) if cut], len(times)]
     shots = [(a, b - 1) for a, b in zip(edges, edges[1:]) if b - a > 1]
     if not shots:
-        return None
-    length = np.array([times[b] - times[a] for a, b in shots])
-    which = rng.choice(len(shots), p=length / length.sum())
-    (a, b), length = shots[which], float(length[which])
-    apart = rng.uniform(SHORTEST, min(LONGEST, length)) if length > SHORTEST else length
+        raise Rejected("too short")
+    lengths = np.array([times[b] - times[a] for a, b in shots])
+    which = rng.choice(len(shots), p=lengths / lengths.sum())
+    a, b = shots[which]
+    length = float(lengths[which])
+
+    # The frames nearest to two moments.
+    apart = length
+    if length > SHORTEST:
+        apart = rng.uniform(SHORTEST, min(LONGEST, length))
     begin = times[a] + rng.uniform(0, max(length - apart, 0))
-    i = min(int(np.abs(np.array(times[a:b]) - begin).argmin()) + a, b - 1)
-    j = int(np.abs(np.array(times[i + 1 : b + 1]) - times[i] - apart).argmin()) + i + 1
+    i = a + int(np.abs(np.array(times[a:b]) - begin).argmin())
+    j = i + 1 + int(np.abs(np.array(times[i + 1 : b + 1]) - times[i] - apart).argmin())
     return i, j
 
 
-def smoothed(flow):
-    """Flow (2, H, W) by a median, as the release (15x15 there; three of 5x5 reach nearly as far)."""
-    for _ in range(3):
-        flow = np.stack([cv2.medianBlur(np.ascontiguousarray(plane), 5) for plane in np.asarray(flow)])
-    return torch.from_numpy(flow)
+def estimate_steps(estimate, frames, i, j, known):
+    """The flows from frame i to i + 1, ..., j - 1 to j: those in known, {i: flow}, and new ones.
 
-
-def motion_of(flow):
-    """Flow (2, H, W) -> the reason to reject it or None, and statistics in pixels"""
-    scale = max(flow.shape[1:]) / 512
-    p90, p95 = np.percentile(np.hypot(*flow.numpy()), (90, 95)).tolist()
-    reason = "too far" if p90 >= TOO_FAR * scale else "still" if p95 < TOO_STILL * scale else None
-    return reason, dict(moved_90=round(p90, 2), moved_95=round(p95, 2))
-
-
-def flows_between(estimate, frames, i, j, known):
-    """The flows from frame i to i + 1, ..., j - 1 to j. Those not in known, {i: flow}, are estimated, and added to it:
-    neighbours together, because a network then sees each frame once."""
+    Neighbours are estimated together, because a network then sees each frame once.
+    """
     for begin in range(i, j):
         if begin not in known:
             end = next((k for k in range(begin, j) if k in known), j)
@@ -119,20 +127,65 @@ def flows_between(estimate, frames, i, j, known):
     return [known[k] for k in range(i, j)]
 
 
-def covered(edits, model):
-    """Whether the edit by this motion model shows enough of the reference."""
-    return 1 - edits[model][1].float().mean() >= COVERED[model]
+def compose_steps(steps):
+    """Flows (2, H, W) from frame to frame -> the flow from the first frame to the last."""
+    flow, *others = steps
+    for other in others:
+        # Out of frame a pixel goes on as the nearest edge does: little errors would wear the
+        # borders away, and what left with the camera may come back with it.
+        flow = warp.compose_flow(flow[None], other[None], "border")[0]
+    # A median, as in the release (15x15 there; three of 5x5 reach nearly as far).
+    planes = []
+    for plane in flow.numpy():
+        for _ in range(3):
+            plane = cv2.medianBlur(np.ascontiguousarray(plane), 5)
+        planes.append(plane)
+    return torch.from_numpy(np.stack(planes))
 
 
-def encoded(image, extension, *options):
-    return cv2.imencode(extension, image[..., [2, 1, 0, 3][: image.shape[2]]], options)[1].tobytes()
+def measure_motion(flow):
+    """Flow (2, H, W) -> statistics in pixels. Rejected: too much moves too far, or too little."""
+    scale = max(flow.shape[1:]) / 512
+    p90, p95 = np.percentile(np.hypot(*flow.numpy()), (90, 95)).tolist()
+    if p90 >= TOO_FAR * scale:
+        raise Rejected("too far")
+    if p95 < TOO_STILL * scale:
+        raise Rejected("still")
+    return dict(moved_90=round(p90, 2), moved_95=round(p95, 2))
+
+
+def warp_frames(I, I_gt, flow, segment, estimate_depth):
+    """Both coarse edits of two frames (H, W, 3) uint8, by a flow (2, H, W) from the first on.
+
+      ->  {model: (coarse (H, W, 3) uint8, holes (H, W) bool)}, how many segments there are
+    Rejected: too many holes.
+    """
+    x, x_gt = (torch.from_numpy(frame).permute(2, 0, 1)[None] / 255 for frame in (I, I_gt))
+    edits = {"flow": flow_edit(x, x_gt, flow[None])}
+    check_cover(edits, "flow")  # before the slower model
+    segments = torch.as_tensor(segment(I))
+    depth = torch.as_tensor(estimate_depth(I, flow.numpy()))
+    edits["affine"] = affine_edit(x, x_gt, flow[None], segments[None], depth[None])
+    check_cover(edits, "affine")
+    for model, (coarse, holes) in edits.items():
+        coarse = (coarse[0] * 255).round().byte().permute(1, 2, 0).numpy()
+        edits[model] = coarse, holes[0, 0].numpy()
+    return edits, int(segments.max())
+
+
+def check_cover(edits, model):
+    """Rejected: the edit by this motion model shows too little of the reference."""
+    _, holes = edits[model]
+    if 1 - holes.float().mean() < COVERED[model]:
+        raise Rejected("holes")
 
 
 def make_pair(recipe, clip, index, preview=False, weights=None, device="cpu"):
-    """Pair `index` of the clip (name, path). -> reason of rejection (None: kept), message, {extension: bytes}, picture
+    """Pair `index` of the clip (name, path). -> {extension: bytes}, pictures
 
-    weights, {name: path}, are the files of the recipe's networks, which run on the device. The picture is a row of the
-    preview: I, I_gt, both coarse edits with grey holes, the flow's colours.
+    weights, {name: path}, are the files of the recipe's networks, which run on the device. The
+    pictures are a row of the preview, or None: I, I_gt, both coarse edits with grey holes, the
+    flow's colours. Rejected: the clip cannot be read, or TRIES pairs are not good enough.
     """
     name, path = clip
     seed = hashlib.sha256(f"{recipe.seed} {index} {name}".encode(*ANY_NAME)).digest()
@@ -140,133 +193,206 @@ def make_pair(recipe, clip, index, preview=False, weights=None, device="cpu"):
     try:
         frames, times = read_window(path, recipe.size, recipe.fps, rng)
     except (ValueError, cv2.error) as e:
-        return "broken", f"{path} {str(e).splitlines()[0]}", None, None
+        raise Rejected("broken", f"{path} {str(e).splitlines()[0]}") from None
     cuts = [is_cut(*two) for two in zip(frames, frames[1:])]
-    estimate_flows, segment, estimate_depth = (
-        estimators.estimator(table, name, weights, device)
-        for table, name in ((FLOW, recipe.flow), (SEGMENTS, recipe.segments), (DEPTH, recipe.depth)))
-    known = {}
-    for _ in range(TRIES):
-        if (ends := choose_pair(times, cuts, rng)) is None:
-            return "too short", None, None, None
-        flow, *others = flows_between(estimate_flows, frames, *ends, known)
-        for other in others:
-            # Out of frame a pixel goes on as the nearest edge does: little errors would wear the borders away, and what
-            # left with the camera may come back with it.
-            flow = warp.compose_flow(flow[None], other[None], "border")[0]
-        flow = smoothed(flow)
-        reason, statistics = motion_of(flow)
-        if reason:
-            continue
-        I, I_gt = frames[ends[0]], frames[ends[1]]
-        x, x_gt = (torch.from_numpy(f).permute(2, 0, 1)[None] / 255 for f in (I, I_gt))
-        edits, reason = {"flow": flow_edit(x, x_gt, flow[None])}, "holes"
-        if not covered(edits, "flow"):
-            continue
-        segments = torch.as_tensor(segment(I))
-        depth = torch.as_tensor(estimate_depth(I, flow.numpy()))
-        edits["affine"] = affine_edit(x, x_gt, flow[None], segments[None], depth[None])
-        if covered(edits, "affine"):
+    estimate_flows, segment, estimate_depth = estimators.get_estimators(recipe, weights, device)
+
+    known = {}  # flows, for all tries
+    for tries_left in reversed(range(TRIES)):
+        try:
+            i, j = choose_frames(times, cuts, rng)
+            flow = compose_steps(estimate_steps(estimate_flows, frames, i, j, known))
+            moved = measure_motion(flow)
+            edits, count = warp_frames(frames[i], frames[j], flow, segment, estimate_depth)
             break
-    else:
-        return reason, None, None, None
+        except Rejected:
+            if not tries_left:
+                raise
 
-    files, row = {}, [I, I_gt]
+    # Painting holes in costs more than all else in reading a pair: here it is done once, instead of
+    # in every epoch.
+    files = {}
     for model, (coarse, holes) in edits.items():
-        coarse, holes = (coarse[0] * 255).round().byte().permute(1, 2, 0).numpy(), holes[0, 0].numpy()
         alpha = np.where(holes, 0, 255).astype(np.uint8)
-        # Painting holes in costs more than all else in reading a pair: here, once, instead of in every epoch.
         painted = np.dstack([collage.fill_holes(coarse, holes), alpha])
-        files[f"{model}.png"] = encoded(painted, ".png", cv2.IMWRITE_PNG_COMPRESSION, 3)
-        statistics[f"covered_{model}"] = round(1 - holes.mean().item(), 4)
-        row.append(np.where(holes[..., None], 128, coarse).astype(np.uint8))
-    for key, image in (("ref.jpg", I), ("gt.jpg", I_gt)):
-        files[key] = encoded(image, ".jpg", cv2.IMWRITE_JPEG_QUALITY, 95)
-    times = [round(times[i], 4) for i in ends]
-    told = dict(source=name, pair=index, times=times, steps=ends[1] - ends[0], size=recipe.size, **statistics,
-                segments=int(segments.max()), estimators=[recipe.flow, recipe.segments, recipe.depth])
-    files["json"] = json.dumps(told).encode()
+        files[f"{model}.png"] = shards.encode(painted, ".png", cv2.IMWRITE_PNG_COMPRESSION, 3)
+        moved[f"covered_{model}"] = round(1 - holes.mean().item(), 4)
+    for key, k in (("ref.jpg", i), ("gt.jpg", j)):
+        files[key] = shards.encode(frames[k], ".jpg", cv2.IMWRITE_JPEG_QUALITY, 95)
+    origin = dict(source=name, pair=index, times=[round(times[k], 4) for k in (i, j)], steps=j - i)
+    used = dict(segments=count, estimators=[recipe.flow, recipe.segments, recipe.depth])
+    files["json"] = json.dumps(origin | dict(size=recipe.size) | moved | used).encode()
     if not preview:
-        return None, None, files, None
-    row.append((warp.flow_to_colour(flow[None])[0] * 255).byte().permute(1, 2, 0).numpy())
+        return files, None
+
+    row = [frames[i], frames[j]]
+    for coarse, holes in edits.values():
+        row.append(np.where(holes[..., None], 128, coarse).astype(np.uint8))
+    colours = warp.flow_to_colour(flow[None])[0]
+    row.append((colours * 255).byte().permute(1, 2, 0).numpy())
     side = min(256, recipe.size)
-    return None, None, files, [cv2.resize(r, (side, side), interpolation=cv2.INTER_AREA) for r in row]
+    return files, [cv2.resize(r, (side, side), interpolation=cv2.INTER_AREA) for r in row]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def try_pair(*task):
+    """`make_pair`, or the Rejected that it raises: in a worker, that would end the others' work."""
+    try:
+        return make_pair(*task)
+    except Rejected as e:
+        return e
+
+
+# --------------------------------------------------------------------------------------------------
 # From pairs to shards
 
 
-def run(args):
-    recipe = Recipe(args.size, args.pairs, args.seed, args.fps, args.flow, args.segments, args.depth)
+def make_shards(args):
+    """The command line's pairs, in shards in args.out."""
+    recipe = PairRecipe(
+        args.size, args.pairs, args.seed, args.fps, args.flow, args.segments, args.depth
+    )
     clips = find_clips(args.videos)
-    weights = estimators.find((recipe.flow, recipe.segments, recipe.depth), args.networks or published.FOLDER)
+    weights = estimators.find_weights(recipe, args.networks or published.FOLDER)
     if not weights and (args.networks or args.device):
-        raise ValueError("--networks and --device are for --flow raft, --segments sam and --depth midas")
+        raise ValueError("--networks, --device are for --flow raft, --segments sam, --depth midas")
     device = choose_device(args.device or "auto") if weights else "cpu"
-    estimators.model.cache_clear()  # of an earlier run in this process: another file may have the same path by now
-    shards = work(recipe, clips)
+    estimators.load_model.cache_clear()  # since an earlier run, another file may have the same path
+
+    # Until here nothing is written. The manifest says what these shards are, to a later run too.
+    work = shards.list_work(len(clips) * recipe.pairs)
     names = hashlib.sha256("\n".join(name for name, _ in clips).encode(*ANY_NAME)).hexdigest()
-    manifest = {"recipe": asdict(recipe), "clips": len(clips), "clips_sha256": names, "shards": len(shards)}
-    if weights:  # where they lie does not matter
-        manifest["networks"] = {n: {"file": path.name, "sha256": published.digest(path)} for n, path in weights.items()}
-    begun = args.out / "manifest.json"
-    if begun.exists():
-        try:
-            there = json.loads(begun.read_bytes())
-            other = next((key for key, value in manifest.items() if there[key] != value), None)
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{begun} is damaged: choose another --out") from None
-        if other:
-            raise ValueError(f"{args.out} was begun with other {other.replace('_sha256', '')}: choose another --out")
-    elif args.out.is_dir() and any(args.out.glob("*.tar")):
-        raise ValueError(f"{args.out} holds shards, but no manifest.json: choose another --out")
-    else:
-        write_json(begun, manifest)
+    manifest = {"recipe": asdict(recipe), "clips": len(clips), "clips_sha256": names}
+    manifest["shards"] = len(work)
+    if weights:
+        manifest["networks"] = {
+            name: {"file": path.name, "sha256": published.digest(path)}  # wherever it lies
+            for name, path in weights.items()
+        }
+    shards.begin(args.out, manifest)
 
+    # This machine's part of the shards that are not done. Number k is a pair of clip k // pairs.
     part, parts = args.shard
-    todo = [s for s in range(part, len(shards), parts) if not (args.out / f"pairs-{s:06d}.json").exists()]
-    numbers, counts, begin = [k for s in todo for k in shards[s]], Counter(), time.perf_counter()
-    tasks = ((recipe, clips[k // recipe.pairs], k % recipe.pairs, args.preview, weights, device) for k in numbers)
-    results = in_order(make_pair, tasks, args.workers)
-    with tqdm(total=len(numbers), unit="clip" if recipe.pairs == 1 else "pair", disable=None) as bar:
+    todo = [s for s in range(part, len(work), parts) if not shards.is_done(args.out, s)]
+    numbers = [k for s in todo for k in work[s]]
+    tasks = ((recipe, clips[k // recipe.pairs], k % recipe.pairs, args.preview, weights, device)
+             for k in numbers)
+
+    # Results come in the order of the tasks, however many workers there are.
+    results = shards.run_in_order(try_pair, tasks, args.workers)
+    counts = Counter()
+    start = time.perf_counter()
+    unit = "clip" if recipe.pairs == 1 else "pair"
+    with tqdm(total=len(numbers), unit=unit, disable=None) as bar:
         for s in todo:
-            samples, rows, rejected = [], [], Counter()
-            for k in shards[s]:
-                reason, message, files, row = next(results)
-                if message:
-                    bar.write(f"data.py: skipped: {message}", file=sys.stderr)
-                if reason:
-                    rejected[reason] += 1
+            kept, rows, rejected = [], [], Counter()
+            for k in work[s]:
+                result = next(results)
+                if isinstance(result, Rejected):
+                    rejected[result.reason] += 1
+                    if result.message:
+                        bar.write(f"data.py: skipped: {result.message}", file=sys.stderr)
                 else:
-                    samples.append((k, files))
-                    rows += [row] if row and len(rows) < 8 else []
-                counts[reason or "kept"] += 1
+                    files, row = result
+                    kept.append((k, files))
+                    if row and len(rows) < 8:
+                        rows.append(row)
                 bar.update()
-                bar.set_postfix(counts, refresh=False)
-            path = args.out / f"pairs-{s:06d}.tar"
-            if samples:
-                write_shard(path, samples)
-            if rows:
-                write_preview(path.with_suffix(".png"), rows)
-            write_json(path.with_suffix(".json"), {"kept": len(samples), "rejected": rejected})
+                bar.set_postfix(counts + rejected + Counter(kept=len(kept)), refresh=False)
+            shards.write_shard(args.out, s, kept, rows, rejected)
+            counts += rejected + Counter(kept=len(kept))
+
     if numbers:
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - start
         rate = len(numbers) / recipe.pairs / seconds
-        print(f"{args.out}: {summary(counts)} in {seconds:.0f} s, {rate:.2f} clips/s")
-    done, counts = totals_of(args.out, len(shards))
-    if done == len(shards):
-        write_json(begun, manifest | {"totals": dict(sorted(counts.items()))})
-        if not counts["kept"]:
-            raise ValueError(f"{args.out}: {summary(counts)}: there is nothing to train on")
-    print(f"{args.out}: {done} of {len(shards)} shards are there: {summary(counts)}")
+        print(f"{args.out}: {shards.summarize(counts)} in {seconds:.0f} s, {rate:.2f} clips/s")
+    done, counts = shards.add_up(args.out, len(work))
+    if done == len(work):
+        shards.finish(args.out, manifest, counts)
+    print(f"{args.out}: {done} of {len(work)} shards are there: {shards.summarize(counts)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# And back
+
+
+class ShardPairs(IterableDataset):
+    """The pairs in a folder of shards, in an order that is a function of the seed.
+
+    path          the --out of this program. A shard counts once its .json lies beside it
+    model         'flow', 'affine', or 'both': either, at random for each pair and epoch
+    batch         the batch size of the DataLoader that reads this. Ranks take turns batch by batch,
+                  and so do workers: the batches come in the same order with any number of workers
+    shuffle       how far a pair may go from its place, in pairs; whole shards are shuffled as well,
+                  anew in every epoch. 0: as they lie
+    epochs        None: without end. Otherwise the last batch may be smaller
+    rank, world   this process among how many; None: what torchrun says
+    start         batches that this rank has had: to resume, the training step. Costs nothing
+
+    Yields dictionaries of
+
+      reference, target, coarse    (3, H, W) float32 in [-1, 1]; `coarse` has its holes painted in
+      mask                         (1, H, W) float32: 1 where a pixel of the reference landed, 0 in
+                                   the holes (M)
+
+    ValueError: no shards, one that is damaged, an unknown model.
+    """
+
+    def __init__(self, path, model="both", batch=1, *, seed=0, shuffle=4096, epochs=None,
+                 rank=None, world=None, start=0):
+        check_model(model)
+        self.model, self.batch, self.start = model, batch, start
+        self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
+        self.rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+        self.world = int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"there is no rank {self.rank} among {self.world}")
+        self.shards = shards.find_shards(path)  # [(path, pairs)]
+        self.pairs = sum(kept for _, kept in self.shards)  # in an epoch
+
+    def order(self, epoch):
+        """-> which shard (pairs,), which pair in it (pairs,), whether model 2 (pairs,) bool"""
+        rng = np.random.default_rng([self.seed, epoch])
+        counts = np.array([kept for _, kept in self.shards])
+        order = rng.permutation(len(counts)) if self.shuffle else np.arange(len(counts))
+        shard = np.repeat(order, counts[order])
+        pair = np.concatenate([np.arange(n) for n in counts[order]])
+        # Nobody moves farther than `shuffle`, so that a reader stays in few shards.
+        place = np.arange(self.pairs) + self.shuffle * rng.random(self.pairs)
+        near = np.argsort(place, kind="stable")
+        affine = rng.random(self.pairs) < MODELS[self.model]
+        return shard[near], pair[near], affine
+
+    def __iter__(self):
+        worker = get_worker_info()
+        turn, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        turn += self.start
+        end = math.inf if self.epochs is None else self.epochs * self.pairs
+        current = None  # the epoch that shard, pair, affine are of
+        while (first := (turn * self.world + self.rank) * self.batch) < end:
+            for place in range(first, min(first + self.batch, end)):
+                epoch, i = divmod(place, self.pairs)
+                if epoch != current:
+                    current = epoch
+                    shard, pair, affine = self.order(epoch)
+                path, _ = self.shards[shard[i]]
+                yield read_pair(path, int(pair[i]), "affine" if affine[i] else "flow")
+            turn += workers
+
+
+def read_pair(path, i, model):
+    """Pair number i of a shard, with the coarse edit of `model`, as `ShardPairs` yields it."""
+    pictures = shards.read_pictures(path, i, ("ref.jpg", "gt.jpg", f"{model}.png"))
+    reference, target, coarse = (p[:3].float().div_(127.5).sub_(1) for p in pictures)
+    mask = (pictures[2][3:] > 127).float()
+    return dict(reference=reference, target=target, coarse=coarse, mask=mask)
+
+
+# --------------------------------------------------------------------------------------------------
 # The command line
 
 
-def part_of(text):
+def read_part(text):
+    """'3/40' -> (3, 40)"""
     try:
         i, n = (int(s) for s in text.split("/"))
         if 0 <= i < n:
@@ -277,27 +403,29 @@ def part_of(text):
 
 
 def parse(argv):
-    p = Parser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("videos", nargs="+", metavar="VIDEO_OR_FOLDER")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the shards go")
-    p.add_argument("--size", type=number(int, 32, 4096), default=Recipe.size, help="side in pixels (default: 512)")
-    p.add_argument("--pairs", type=number(int, 1, 1000), default=Recipe.pairs,
-                   help="per clip (default: 1, as the paper)")
-    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=Recipe.seed)
-    p.add_argument("--fps", type=number(float, 1, 1000), default=Recipe.fps, help="of folders of frames (default: 24)")
-    p.add_argument("--flow", choices=FLOW, default=Recipe.flow)
-    p.add_argument("--segments", choices=SEGMENTS, default=Recipe.segments)
-    p.add_argument("--depth", choices=DEPTH, default=Recipe.depth)
-    p.add_argument("--networks", type=Path, metavar="DIR",
-                   help="where the files of raft, sam, midas lie (default: weights)")
-    p.add_argument("--device", help="of raft, sam, midas: auto, cpu, cuda, mps (default: auto); they round differently")
-    p.add_argument("--preview", action="store_true", help="also a sheet per shard, pairs-000012.png")
-    p.add_argument("--workers", type=number(int, 1, 1024), default=1, help="processes, one thread each")
-    p.add_argument("--shard", type=part_of, metavar="I/N", help="only this part of the work (default: torchrun's rank)")
+    p = Parser(prog="data.py", description=__doc__,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("videos", nargs="+", metavar="VIDEO_OR_FOLDER")
+    add("--out", type=Path, required=True, metavar="DIR", help="where the shards go")
+    p.set_defaults(**asdict(PairRecipe()))  # of the next seven options
+    add("--size", type=number(int, 32, 4096), help="side in pixels (default: 512)")
+    add("--pairs", type=number(int, 1, 1000), help="per clip (default: 1, as the paper)")
+    add("--seed", type=number(int, 0, 2**63 - 1))
+    add("--fps", type=number(float, 1, 1000), help="of folders of frames (default: 24)")
+    add("--flow", choices=FLOW)
+    add("--segments", choices=SEGMENTS)
+    add("--depth", choices=DEPTH)
+    add("--networks", type=Path, metavar="DIR", help="folder of their files (default: weights)")
+    add("--device", help="of raft, sam, midas: auto, cpu, cuda, mps (default: auto)")
+    add("--preview", action="store_true", help="also a sheet per shard, pairs-000012.png")
+    add("--workers", type=number(int, 1, 1024), default=1, help="processes, one thread each")
+    add("--shard", type=read_part, metavar="I/N", help="part of the work (default: by torchrun)")
     args = p.parse_args(argv)
     if args.shard is None:
         try:
-            args.shard = part_of(f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}")
+            rank, world = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
+            args.shard = read_part(f"{rank}/{world}")
         except argparse.ArgumentTypeError:
             p.error("the environment's RANK and WORLD_SIZE make no sense: give --shard I/N")
     return p, args
@@ -307,9 +435,10 @@ def main(argv=None):
     parser, args = parse(argv)
     try:
         with report_errors(parser, "fewer --workers, or --device cpu. What is done is kept"):
-            run(args)
+            make_shards(args)
     except BrokenProcessPool:
-        parser.error("a worker died: too little memory, or a video that crashes the decoder. What is done is kept")
+        parser.error("a worker died: too little memory, or a video that crashes the decoder. "
+                     "What is done is kept")
     except KeyboardInterrupt:
         parser.exit(130, "data.py: interrupted; the same command goes on from here\n")
 

@@ -56,9 +56,10 @@ from common.run_state import (
     save_state,
     trained_parameters,
 )
+from data import MODELS, ShardPairs
 from kernels.blocks import checkpoint_blocks, compile_blocks
 from kernels.memory import hold_memory
-from pairs import MODELS, ShardPairs, ToyPairs, toy_pairs
+from toy.pairs import ToyPairs, toy_pairs
 
 # --------------------------------------------------------------------------------------------------
 # Recipes. An option of the same name on the command line changes a field.

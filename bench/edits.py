@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 import diffdiff
 import mfx
-import pairs
 from bench import peers
 from bench.clock import Row, call_in_turn, compute_difference, run_in_own_process, synchronize
 from bench.models import NAMES, SIDES, choose_dtypes, make_stable_diffusion, make_without_text
@@ -27,6 +26,7 @@ from common.devices import choose_precision, make_fast
 from common.pictures import picture_to_tensor, tensor_to_picture
 from kernels.memory import hold_memory
 from sample import edit, fixup
+from toy.pairs import toy_pairs
 
 MEADOW = Path(__file__).parent.parent / "examples" / "meadow.png"
 STEPS = {"toy": 50, "full": 4}
@@ -76,7 +76,7 @@ def make_fixup_edit(who, kind, dtype, device):
         model = mfx.from_stable_diffusion(make_without_text(kind))
         model = model.requires_grad_(False).eval().to(device, dtype)
     model = make_fast(model, device)
-    pair = pairs.toy_pairs(1, torch.Generator().manual_seed(0), size=SIDES[kind])
+    pair = toy_pairs(1, torch.Generator().manual_seed(0), size=SIDES[kind])
     pictures = [pair[name] for name in ("reference", "coarse", "mask")]
     if who == "ours":
         return partial(fixup, model, *pictures)

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 import mfx
-import pairs
 import train
 from bench.clock import Row, run_in_own_process, synchronize, time_in_turn, watch
 from bench.models import NAMES, SIDES, make_without_text
+from toy import pairs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A step

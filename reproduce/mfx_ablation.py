@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-import pairs
 import train
 from common.cli import Parser
 from common.run_state import list_states
@@ -31,6 +30,7 @@ from reproduce.mfx_tables import (
     some,
     with_missing,
 )
+from toy.pairs import toy_pairs
 
 TESTS = ("affine", "flow")
 STEPS = 25  # half of the paper's for a toy, to which they make no difference here: the item measures it
@@ -50,7 +50,7 @@ def held_out(n, test, size):
 
     The scenes, and what moves in them, are the same for both tests: only the coarse edits are made differently.
     """
-    parts = [pairs.toy_pairs(min(8, n - i), torch.Generator().manual_seed(HELD_OUT + 2000 + i), test, size)
+    parts = [toy_pairs(min(8, n - i), torch.Generator().manual_seed(HELD_OUT + 2000 + i), test, size)
              for i in range(0, n, 8)]
     whole = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
     return {"reference": whole["reference"] / 2 + 0.5, "coarse": whole["coarse"] / 2 + 0.5,

@@ -29,6 +29,7 @@ from reproduce.lab import (
 )
 from reproduce.toy import scenes_of
 from toy import world as toyworld
+from toy.edits import VERBS, random_edits, to_collage
 
 CHAPTER = "Magic Fixup"
 
@@ -88,11 +89,11 @@ def edits_of(scenes, seed, size=128):
     """One edit of one object of each scene -> dict of (n, ...): reference, coarse, truth (3, S, S) in [0, 1], mask
     (1, S, S); changed (S, S) bool: where the truth's shadows and reflections differ from the reference's; object (S, S)
     bool: the edited object, where it truly is afterwards. And verb, a list; after, the edited Scene."""
-    edited, edits = toyworld.random_edits(scenes, torch.Generator().manual_seed(HELD_OUT + seed), size)
+    edited, edits = random_edits(scenes, torch.Generator().manual_seed(HELD_OUT + seed), size)
     before, after = toyworld.render(scenes, size), toyworld.render(edited, size)
     coarse, mask = [], []
     for i, image in enumerate((before.image * 255).round().byte().permute(0, 2, 3, 1).numpy()):
-        edit = collage.composite(image, toyworld.pieces(edited[i : i + 1], edits[i], before.segments[i]))
+        edit = collage.composite(image, to_collage(edited[i : i + 1], edits[i], before.segments[i]))
         holes = edit[..., 3] == 0
         coarse.append(torch.from_numpy(collage.fill_holes(edit[..., :3], holes)).permute(2, 0, 1) / 255)
         mask.append(torch.from_numpy(~holes)[None].float())
@@ -157,7 +158,7 @@ def regions_of(edits):
 
 def by_verb(edits, *columns):
     """Rows of pictures for a sheet, the first edit of each kind; columns (n, 3, S, S) in [0, 1]"""
-    first = [edits["verb"].index(verb) for verb in toyworld.VERBS if verb in edits["verb"]]
+    first = [edits["verb"].index(verb) for verb in VERBS if verb in edits["verb"]]
     return [[to_picture(x[i] * 2 - 1) for x in columns] for i in first], [edits["verb"][i] for i in first]
 
 
@@ -189,9 +190,9 @@ def magic_fixup(model, quick, out, each=iter):
             result[where][name] = {who: round(e, 5) for who, e in errors.items()} | {
                 "removed": [round(removed, 3), round((drawn[0] / drawn[1]).std().item(), 3)]}
     rows = (edits["reference"], coarse, output, truth)  # of the sheet; a column for each verb
-    first = [edits["verb"].index(verb) for verb in toyworld.VERBS]
+    first = [edits["verb"].index(verb) for verb in VERBS]
     columns = [pictures.tensor_to_picture(torch.cat([x[i] for x in rows], 1)) for i in first]
-    pictures.save_picture(pictures.labelled(columns, toyworld.VERBS), out / "magic_fixup.png", {})
+    pictures.save_picture(pictures.labelled(columns, VERBS), out / "magic_fixup.png", {})
     return result
 
 

@@ -14,6 +14,7 @@ from reproduce import mfx_tables as claims_mfx
 from reproduce.lab import FALSE, OPEN, PART, TRUE
 from reproduce.mfx_tables import AFFINE, ALONE, FLOW, FULL, TRAINED
 from toy import world as toyworld
+from toy.edits import VERBS
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def test_without_models_a_run_goes_on_and_says_how_they_are_trained(tmp_path, ca
 
 def test_edits_know_their_truth():
     edits = claims_mfx.user_edits(16, size=64)
-    assert set(edits["verb"]) == set(toyworld.VERBS)
+    assert set(edits["verb"]) == set(VERBS)
     for verb, there in zip(edits["verb"], edits["object"]):
         assert there.any() == (verb != "delete")
     wrong = (edits["coarse"] - edits["truth"]).abs().amax(1) > 0.02

@@ -1,56 +1,23 @@
-"""Published files: found, read, refused; and data.py by all three networks, small and random ones under those names."""
+"""checkpoints/published.py: published files, found, read, refused; small and random ones under those names."""
 
-import functools
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-import data
 from checkpoints import published
 from networks import lpips, midas, raft, sam
-from pairs import ShardPairs
-from tests.runs import contents, film, last_line, picture
-from video import estimators
-
-fails = functools.partial(last_line, program=data)
-DPT = midas.DPTConfig(width=64, blocks=4, grid=2, channels=(8, 8, 8, 8), features=8)
-SIDE, PAN = 64, 2.4  # pixels of the pairs, and by how many the film goes left in data.STEP, four frames of 25 a second
-
-
-def raft_that_says(x, y):
-    """RAFT by which everything moves by x, y pixels of 128x128 in the first iteration, whatever it sees."""
-    model = raft.RAFT()
-    head = model.update_block.flow_head.conv2
-    head.weight.data.zero_()
-    head.bias.data.copy_(torch.tensor([x / 8, y / 8]))
-    return model
-
-
-def sam_that_is_sure():
-    """Segment Anything whose masks are random, but have sharp edges and are thought good."""
-    model = sam.SAM(sam.CONFIGS["toy"])
-    for name, p in model.named_parameters():
-        p.data += (0.5 if "pos" in name else 0.05) * torch.randn(p.shape)
-    for mlp in model.mask_decoder.output_hypernetworks_mlps:
-        mlp.layers[-1].weight.data *= 1000
-    model.mask_decoder.iou_prediction_head.layers[-1].bias.data += 3
-    return model
+from tests.networks import FILES, write_networks
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """One file of each kind, and of LPIPS with AlexNet and VGG-16, which are zeros."""
     folder = tmp_path_factory.mktemp("networks")
-    torch.manual_seed(0)
-    for name, model in (("raft_large_C_T_SKHT_V2-ff5fadd5.pth", raft_that_says(-PAN * 128 / SIDE, 0)),
-                        ("sam_vit_b_01ec64.pth", sam_that_is_sure()), ("dpt_large_384.pt", midas.DPT(DPT))):
-        torch.save(model.state_dict(), folder / name)
+    write_networks(folder)
     for name in ("alexnet", "vgg16"):
         with torch.device("meta"):
             model = lpips.LPIPS(name)
@@ -59,9 +26,6 @@ def folder(tmp_path_factory):
         for file, heads in zip(published.LPIPS[name], (False, True)):
             torch.save({k: t for k, t in tensors.items() if k.startswith("lin") == heads}, folder / file)
     return folder
-
-
-FILES = {"raft": "raft_large_C_T_SKHT_V2-ff5fadd5.pth", "sam": "sam_vit_b_01ec64.pth", "midas": "dpt_large_384.pt"}
 
 
 def refused(load, *arguments):
@@ -196,115 +160,3 @@ def test_lpips_wrong_files(folder, tmp_path):
     ):
         message = refused(published.load_lpips, backbone, heads)
         assert told in message and (str(folder) in message or str(tmp_path) in message)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# As estimators: data.py
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """RAFT at a size and a number of iterations for tests, where no other process needs to know."""
-    monkeypatch.setitem(estimators.FLOW, "raft", lambda model, frames: raft.clip_flows(model, frames, (128, 128), 1))
-    yield
-    estimators.model.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return film(tmp_path_factory.mktemp("film") / "pan.mp4", pan=PAN / 4)
-
-
-def test_what_estimators_give(folder, quick):
-    names = {"flow": (estimators.FLOW, "dis", "raft"), "segments": (estimators.SEGMENTS, "classical", "sam"),
-             "depth": (estimators.DEPTH, "flow", "midas")}
-    weights = estimators.find(["raft", "sam", "midas", "dis", "flow"], folder)
-    assert weights == {kind: folder / name for kind, name in FILES.items()}
-    first, second = np.random.default_rng(0).integers(0, 256, (2, 48, 80, 3), np.uint8)
-    flow = np.ones((2, 48, 80), np.float32)
-    arguments = {"flow": ([first, second],), "segments": (first,), "depth": (first, flow)}
-    for what, (table, classical, network) in names.items():
-        old, new = (estimators.estimator(table, name, weights)(*arguments[what]) for name in (classical, network))
-        if what == "flow":
-            assert len(old) == len(new) == 1
-            old, new = old[0].numpy(), new[0].numpy()
-        assert old.shape == new.shape and (old.dtype == new.dtype or what == "depth"), what
-        assert np.isfinite(new).all() and (new.min() >= 0 or what != "segments")
-    near = midas.depth(published.load("midas", weights["midas"]), first).numpy()
-    far = estimators.estimator(estimators.DEPTH, "midas", weights)(first, None)
-    ends = far.ravel()[near.argmax()], far.ravel()[near.argmin()]
-    assert near.std() > 0 and ends == pytest.approx((far.min(), far.max()), rel=1e-4)  # of two loaded networks
-
-
-def test_a_stretch_of_flows_is_estimated_once_and_together():
-    asked, frames, known = [], list(range(10)), {}
-
-    def estimate(frames):
-        asked.append(frames)
-        return [10 * a + b for a, b in zip(frames, frames[1:])]
-
-    def flows(i, j):
-        asked.clear()
-        assert data.flows_between(estimate, frames, i, j, known) == [11 * k + 1 for k in range(i, j)]
-        return asked
-
-    assert flows(3, 5) == [[3, 4, 5]]
-    assert flows(3, 5) == []
-    assert flows(1, 7) == [[1, 2, 3], [5, 6, 7]]  # on both sides of what is known
-    assert flows(0, 9) == [[0, 1], [7, 8, 9]]
-
-
-ALL = ("--flow", "raft", "--segments", "sam", "--depth", "midas")
-
-
-def test_pairs_by_all_three_networks(folder, clip, tmp_path, quick, capsys):
-    data.main([str(clip), "--out", str(tmp_path), "--size", str(SIDE), "--pairs", "3", *ALL, "--networks", str(folder)])
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["totals"]["kept"] == 3 and str(folder) not in json.dumps(manifest)
-    assert manifest["networks"] == {kind: {"file": name, "sha256": published.digest(folder / name)}
-                                    for kind, name in FILES.items()}
-    assert len(list(ShardPairs(tmp_path, "affine", epochs=1))) == 3
-    weights = estimators.find(FILES, folder)
-    _, _, files, _ = data.make_pair(data.Recipe(size=SIDE, flow="raft", segments="sam", depth="midas"),
-                                    ("pan.mp4", clip), 0, weights=weights)
-    told = json.loads(files["json"])
-    assert told["estimators"] == ["raft", "sam", "midas"] and told["segments"] >= 1
-    assert told["moved_95"] == pytest.approx(PAN * told["steps"], abs=0.1)  # this RAFT knows the film
-    ref, gt, coarse = (picture(files, k).astype(float) for k in ("ref.jpg", "gt.jpg", "flow.png"))
-    kept = coarse[..., 3] == 255
-    assert np.abs(coarse[..., :3] - gt)[kept].mean() < 0.25 * np.abs(ref - gt)[kept].mean()
-
-
-def test_another_file_is_another_recipe(folder, clip, tmp_path, capsys):
-    out, other = tmp_path / "out", tmp_path / "other"
-    arguments = (clip, "--out", out, "--size", "64", "--depth", "midas", "--networks")
-    data.main([str(a) for a in (*arguments, folder)])
-    done = contents(out)
-    other.mkdir()
-    (other / "dpt_large_384.pt").write_bytes((folder / "dpt_large_384.pt").read_bytes())
-    data.main([str(a) for a in (*arguments, other)])  # the same file, elsewhere
-    torch.save(midas.DPT(DPT).state_dict(), other / "dpt_large_384.pt")
-    assert "was begun with other networks" in fails(capsys, *arguments, other)
-    assert "was begun with other recipe" in fails(capsys, clip, "--out", out, "--size", "64")
-    assert contents(out) == done
-
-
-def test_two_workers_make_the_same(folder, clip, tmp_path):
-    arguments = [str(clip), "--size", "64", "--pairs", "3", *ALL[2:], "--networks", str(folder)]
-    for workers in ("1", "2"):
-        data.main([*arguments, "--out", str(tmp_path / workers), "--workers", workers])
-    assert contents(tmp_path / "1") == contents(tmp_path / "2") and (tmp_path / "1" / "pairs-000000.tar").exists()
-
-
-def test_wrong_networks_are_told_before_anything_is_written(folder, clip, tmp_path, capsys):
-    out = tmp_path / "out"
-    arguments = (clip, "--out", out, *ALL, "--networks", tmp_path)
-    assert "RAFT-Large needs raft_large" in fails(capsys, *arguments)
-    for kind in ("raft", "sam"):
-        (tmp_path / FILES[kind]).symlink_to(folder / FILES[kind])
-    assert "DPT-Large needs dpt_large_384.pt" in fails(capsys, *arguments)
-    (tmp_path / FILES["midas"]).symlink_to(folder / FILES["sam"])
-    assert fails(capsys, *arguments).endswith("and this is Segment Anything")
-    assert fails(capsys, *arguments).startswith("data.py: error: ")
-    assert "--device tpu cannot be used here" in fails(capsys, *arguments[:-1], folder, "--device", "tpu")
-    assert not out.exists()

@@ -26,8 +26,8 @@ from checkpoints.configs import schedule_to_json
 from checkpoints.parts import save_part
 from common.files import write_json
 from common.run_state import read_newest_state
-from pairs import toy_pairs
 from tests import small
+from toy.pairs import toy_pairs
 
 ROOT = Path(train.__file__).parent
 UNET = unet.UNetConfig(channels=(16, 32), layers=1, depth=(1, 1), heads=2, context=32, groups=8)

@@ -1,4 +1,4 @@
-"""Clips, as data.py cuts pairs from them: videos and folders of frames found, a stretch of one read, its cuts seen."""
+"""Clips for data.py: find videos and folders of frames, read a stretch of one, see its cuts."""
 
 import re
 from pathlib import Path
@@ -37,7 +37,7 @@ def find_clips(paths):
     return clips
 
 
-def fitted(frame, size):
+def fit_square(frame, size):
     """(h, w, 3) -> (size, size, 3): the middle square, resized"""
     h, w = frame.shape[:2]
     side = min(h, w)
@@ -45,49 +45,60 @@ def fitted(frame, size):
     return cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC)
 
 
-def opencv_name(path):
+def name_for_opencv(path):
     """ValueError for a name that is not UTF-8, over which OpenCV would end the process."""
     if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
         raise ValueError("has a name that is not UTF-8: rename it")
     return str(path)
 
 
+def sort_naturally(paths):
+    """2 before 10"""
+
+    def key(path):
+        return [(int(n), text) for text, n in re.findall(r"(\D*)(\d+)", path.stem)] + [(0, path.stem)]
+
+    return sorted(paths, key=key)
+
+
 def read_window(path, size, fps, rng):
     """A stretch of at most LONGEST seconds from somewhere in a clip, with a frame for about every STEP seconds.
 
+    fps  of a folder of frames; a video says its own
       ->  frames [(size, size, 3) uint8 RGB], times [seconds from the clip's beginning]
     ValueError if it cannot be read, or not to its end.
     """
     path, video = Path(path), None
-    if path.is_dir():  # in natural order: 2 before 10
-        order = sorted((p for p in path.iterdir() if p.suffix.lower() in PICTURES),
-                       key=lambda p: [(int(n), s) for s, n in re.findall(r"(\D*)(\d+)", p.stem)] + [(0, p.stem)])
-        count = len(order)
+    if path.is_dir():
+        pictures = sort_naturally(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
+        count = len(pictures)
     else:
-        video = cv2.VideoCapture(opencv_name(path))
+        video = cv2.VideoCapture(name_for_opencv(path))
         if not video.isOpened():
             raise ValueError("is no video that OpenCV can open")
         count, fps = int(video.get(cv2.CAP_PROP_FRAME_COUNT)), video.get(cv2.CAP_PROP_FPS)
         if not 1 <= fps <= 1000 or not 0 < count < 1e8:
             raise ValueError(f"says that it has {count} frames at {fps:.6g} per second")
+
+    # Which frames: every `stride`-th of a stretch, from a random one of its first.
     length = min(count, round(LONGEST * fps) + 1)
     stride = min(max(1, round(STEP * fps)), max(1, length - 1))
     start = int(rng.integers(count - length + 1))
     phase = int(rng.integers(max(1, min(stride, length - 2 * stride))))
-    frames, numbers = [], range(start + phase, start + length, stride)
+    numbers = range(start + phase, start + length, stride)
+
+    # A video is decoded from the start of the stretch on; only what is wanted becomes a picture.
+    frames = []
     if video and start:
         video.set(cv2.CAP_PROP_POS_FRAMES, start)
     for i in range(start, numbers[-1] + 1):
-        if video is None:
-            frame = cv2.imread(opencv_name(order[i]), cv2.IMREAD_COLOR) if i in numbers else None
-        elif not video.grab():
+        if video and not video.grab():
             break
-        elif i in numbers:
-            frame = video.retrieve()[1]
         if i in numbers:
+            frame = video.retrieve()[1] if video else cv2.imread(name_for_opencv(pictures[i]), cv2.IMREAD_COLOR)
             if frame is None:
                 raise ValueError(f"frame {i} cannot be read")
-            frames.append(cv2.cvtColor(fitted(frame, size), cv2.COLOR_BGR2RGB))
+            frames.append(cv2.cvtColor(fit_square(frame, size), cv2.COLOR_BGR2RGB))
     if len(frames) < len(numbers) - 1:  # containers promise a frame or two too many
         raise ValueError(f"breaks off: {len(frames)} of {len(numbers)} frames could be read")
     return frames, [i / fps for i in numbers[: len(frames)]]

@@ -1,7 +1,7 @@
-"""What pairs from video need to know about pictures: flow, segments, depth. Each by name, in the tables at the end.
+"""Flow, segments and depth of pictures, for data.py's pairs. Each by name, in the tables at the end.
 
-Classical means need no file of weights. The networks that the paper used, RAFT-Large, Segment Anything and MiDaS,
-give the same kind of result, and need a file each (checkpoints/published.py). Pictures are (H, W, 3) uint8 RGB.
+Classical estimators need no weights. The networks that the paper uses, RAFT-Large, Segment Anything and MiDaS, give
+the same kind of result, and need a file each (checkpoints/published.py). Pictures are (H, W, 3) uint8 RGB.
 """
 
 import functools
@@ -18,18 +18,18 @@ SMALLEST = 300  # pixels of a 512x512 picture; the release drops smaller segment
 CPU_MEMORY = 2**29  # bytes for RAFT on a CPU: one pair of frames at a time, where several at once are no faster
 
 
-def grey(image):
+def to_grey(image):
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
 
 
 @functools.cache
-def dis(preset):
+def make_dis(preset):
     return cv2.DISOpticalFlow_create(preset)
 
 
 def dis_flow(first, second, preset=cv2.DISOPTICAL_FLOW_PRESET_MEDIUM):
     """Dense inverse search, Kroeger et al. 2016. -> flow (2, H, W) float32"""
-    return torch.from_numpy(dis(preset).calc(grey(first), grey(second), None)).permute(2, 0, 1)
+    return torch.from_numpy(make_dis(preset).calc(to_grey(first), to_grey(second), None)).permute(2, 0, 1)
 
 
 def dis_flows(frames):
@@ -47,22 +47,25 @@ def classical_segments(image):
     H, W = image.shape[:2]
     scale = max(H, W) / 512
     lab = cv2.cvtColor(cv2.bilateralFilter(cv2.medianBlur(image, 5), 7, 25, 5), cv2.COLOR_RGB2LAB)
+
+    # A watershed from where the picture is flattest.
     slope = sum(np.abs(cv2.Sobel(lab, cv2.CV_32F, dx, 1 - dx)).sum(2) for dx in (0, 1))
     slope = cv2.GaussianBlur(slope, (0, 0), 1.5)
-    seeds = slope <= cv2.erode(slope, np.ones((9, 9)))  # where the picture is flattest within 9x9 pixels
+    seeds = slope <= cv2.erode(slope, np.ones((9, 9)))
     labels = cv2.watershed(lab, cv2.connectedComponents(seeds.astype(np.uint8))[1])
     while (labels <= 0).any():  # lines between the basins, one pixel wide: to a neighbour
         grown = cv2.dilate(labels.clip(0).astype(np.float32), np.ones((3, 3))).astype(np.int32)
         labels = np.where(labels > 0, labels, grown)
     labels -= 1
 
+    # Of each region: how many pixels, the sum of their colours, and {neighbour: how many pixels of border}.
     n = int(labels.max()) + 1
     area = np.bincount(labels.ravel(), minlength=n).astype(float).tolist()
     total = np.stack([np.bincount(labels.ravel(), lab[..., c].ravel(), n) for c in range(3)], 1)  # (n, 3)
     a, b = (np.concatenate([down.ravel(), right.ravel()])
             for down, right in ((labels[1:], labels[:, 1:]), (labels[:-1], labels[:, :-1])))
     edges, lengths = np.unique((np.minimum(a, b) * n + np.maximum(a, b))[a != b], return_counts=True)
-    border = [{} for _ in range(n)]  # of each region: {neighbour: how many pixels of border}
+    border = [{} for _ in range(n)]
     for edge, length in zip(edges.tolist(), lengths.tolist()):
         i, j = divmod(edge, n)
         border[i][j] = border[j][i] = length
@@ -71,7 +74,9 @@ def classical_segments(image):
         difference = total[i] / area[i] - total[j] / area[j]
         return area[i] * area[j] / (area[i] + area[j]) * float(difference @ difference) / border[i][j]
 
-    age = [0] * n  # of a region's colour: what the queue says about a younger one is out of date. -1: merged away
+    # Merge the two that cost least, until none is cheap. A region's age changes with its colour: what the queue says
+    # of another age is out of date. -1: merged away.
+    age = [0] * n
     queue = [(cost(i, j), i, j, 0, 0) for i in range(n) for j in border[i] if i < j]
     heapq.heapify(queue)
     into = np.arange(n)
@@ -80,14 +85,18 @@ def classical_segments(image):
         if (age[i], age[j]) != (age_i, age_j):
             continue
         into[into == j] = i
-        area[i], total[i] = area[i] + area[j], total[i] + total[j]
-        age[i], age[j] = age[i] + 1, -1
+        area[i] += area[j]
+        total[i] += total[j]
+        age[i] += 1
+        age[j] = -1
         for k, length in border[j].items():
             del border[k][j]
             if k != i:
                 border[i][k] = border[k][i] = border[i].get(k, 0) + length
         for k in border[i]:
             heapq.heappush(queue, (cost(i, k), i, k, age[i], age[k]))
+
+    # Number those that are large enough.
     labels = into[labels]
     useful = np.bincount(labels.ravel(), minlength=n) >= SMALLEST * scale**2
     return ((np.cumsum(useful) * useful)[labels]).astype(np.int32)
@@ -128,21 +137,29 @@ SEGMENTS = {"classical": classical_segments, "sam": sam_segments}  # (image) -> 
 DEPTH = {"none": no_depth, "flow": flow_depth, "midas": midas_depth}  # (image, flow) -> (H, W), larger = farther
 
 
-def find(names, folder):
-    """{name: path} of those of the names that are networks, loaded on trial: errors as `published.find` and `load`."""
-    weights = {name: published.find(name, folder) for name in names if name in published.PUBLISHED}
+def find_weights(recipe, folder):
+    """{name: path} for the networks in a data.PairRecipe, loaded on trial: errors as `published.find` and `load`."""
+    weights = {}
+    for name in (recipe.flow, recipe.segments, recipe.depth):
+        if name in published.PUBLISHED:
+            weights[name] = published.find(name, folder)
     for name, path in weights.items():
         published.load(name, path)  # mapped, so that it costs next to nothing
     return weights
 
 
 @functools.cache
-def model(kind, path, device):
+def load_model(kind, path, device):
     return published.load(kind, path, device=device)
 
 
-def estimator(table, name, weights=None, device="cpu"):
-    """The function of that name in FLOW, SEGMENTS or DEPTH; a network's with its model, which is read once in a process
-    from the weights that `find` found."""
-    function = table[name]
-    return functools.partial(function, model(name, weights[name], device)) if name in published.PUBLISHED else function
+def get_estimators(recipe, weights=None, device="cpu"):
+    """The functions of a data.PairRecipe in FLOW, SEGMENTS and DEPTH. A network's has its model, which a process reads
+    once, from what `find_weights` found."""
+    functions = []
+    for table, name in ((FLOW, recipe.flow), (SEGMENTS, recipe.segments), (DEPTH, recipe.depth)):
+        function = table[name]
+        if name in published.PUBLISHED:
+            function = functools.partial(function, load_model(name, weights[name], device))
+        functions.append(function)
+    return functions

@@ -1,0 +1,155 @@
+"""data.py as a program: shards by many workers and machines, killed and resumed, and its errors."""
+
+import errno
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+from data import ShardPairs
+from tests.runs import contents, film, last_line
+from video import shards
+
+fails = functools.partial(last_line, program=data)
+
+threads = torch.get_num_threads()
+shards.quieten()  # what FFmpeg may say is settled at its first use in a process
+torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    for i in range(4):
+        film(folder / f"{i}.mp4", seed=i)
+    film(folder / "still.mp4", pan=0, frames=20)
+    return folder
+
+
+ARGUMENTS = ("--size", "64", "--pairs", "6")
+
+
+@pytest.fixture(scope="module")
+def made(clips, tmp_path_factory):
+    """One process, without a break: 30 pairs in shards of 8, of which the still clip's are rejected."""
+    out = tmp_path_factory.mktemp("made") / "pairs"
+    data.main([str(clips), "--out", str(out), *ARGUMENTS, "--preview"])
+    return out
+
+
+def keys(out):
+    names = []
+    for path in sorted(out.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            names += tar.getnames()
+    return [name.split(".")[0] for name in names]
+
+
+def test_shards_and_manifest(made):
+    manifest = json.loads((made / "manifest.json").read_text())
+    assert manifest["totals"]["still"] == 6 and manifest["totals"]["kept"] >= 16 and manifest["shards"] == 4
+    assert sum(manifest["totals"].values()) == 30
+    names = keys(made)
+    assert len(names) == 5 * manifest["totals"]["kept"] and len(set(names)) == manifest["totals"]["kept"]
+    assert len(list(ShardPairs(made, epochs=1))) == ShardPairs(made).pairs == len(set(names))
+    assert (made / "pairs-000000.png").exists() and not [p for p in made.iterdir() if p.name.startswith(".")]
+
+
+def test_two_machines_make_the_same(clips, made, tmp_path, monkeypatch, capsys):
+    data.main([str(clips), "--out", str(tmp_path), *ARGUMENTS, "--shard", "1/2"])
+    assert {p.name for p in tmp_path.glob("*.json")} == {"manifest.json", "pairs-000001.json", "pairs-000003.json"}
+    assert "2 of 4 shards are there" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    data.main([str(clips), "--out", str(tmp_path), *ARGUMENTS])
+    assert contents(tmp_path) == contents(made)
+
+
+@pytest.mark.slow
+def test_two_workers_make_the_same(clips, made, tmp_path):
+    data.main([str(clips), "--out", str(tmp_path / "out"), *ARGUMENTS, "--workers", "2"])
+    assert contents(tmp_path / "out") == contents(made)
+
+
+@pytest.mark.slow
+def test_kill_and_resume(clips, made, tmp_path):
+    command = [sys.executable, data.__file__, str(clips), "--out", str(tmp_path), *ARGUMENTS, "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.time() + 60
+    while not (tmp_path / "pairs-000000.json").exists() and time.time() < end and process.poll() is None:
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    children = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    leave_halves(tmp_path)
+    data.main([str(clips), "--out", str(tmp_path), *ARGUMENTS])
+    assert contents(tmp_path) == contents(made)
+    end = time.time() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.time() < end:
+        time.sleep(0.1)
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]  # no worker outlives its parent
+
+
+def leave_halves(out):
+    """What a kill leaves: in the middle of writing, and between a shard and its .json with the disk's worst."""
+    (out / ".pairs-000002.tar.1").write_bytes(b"half")
+    (out / "pairs-000001.tar").write_bytes(b"torn")
+    (out / "pairs-000001.json").unlink(missing_ok=True)
+    (out / "pairs-000002.json").unlink(missing_ok=True)
+
+
+def test_a_run_goes_on_over_what_a_kill_left(clips, made, tmp_path):
+    for name, content in contents(made).items():
+        (tmp_path / name).write_bytes(content)
+    leave_halves(tmp_path)
+    data.main([str(clips), "--out", str(tmp_path), *ARGUMENTS])
+    assert contents(tmp_path) == contents(made)
+
+
+def test_a_full_disk_leaves_nothing_half_written(clips, tmp_path, capsys, monkeypatch):
+    real, members = tarfile.TarFile.addfile, []
+
+    def addfile(self, member, *rest):
+        members.append(member)
+        if len(members) > 7:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, member, *rest)
+
+    with monkeypatch.context() as m:
+        m.setattr(tarfile.TarFile, "addfile", addfile)
+        line = fails(capsys, clips / "0.mp4", "--out", tmp_path, "--size", 64, "--pairs", 4)
+    assert "No space left on device" in line
+    assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+    data.main([str(clips / "0.mp4"), "--out", str(tmp_path), "--size", "64", "--pairs", "4"])
+    assert len(set(keys(tmp_path))) >= 2
+
+
+def test_what_is_wrong_is_said_in_one_line(clips, made, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    assert "holds no video and no frames" in fails(capsys, tmp_path / "empty", "--out", out)
+    assert "there is no file or folder" in fails(capsys, tmp_path / "nowhere", "--out", out)
+    assert not out.exists()
+    (tmp_path / "file").write_text("x")
+    assert "file" in fails(capsys, clips, "--out", tmp_path / "file")
+    assert "is no part" in fails(capsys, clips, "--out", out, "--shard", "2/2")
+    assert "whole number in 32" in fails(capsys, clips, "--out", out, "--size", "7")
+    assert "invalid choice: 'farneback'" in fails(capsys, clips, "--out", out, "--flow", "farneback")
+    assert "--device are for --flow raft, --segments sam" in fails(capsys, clips, "--out", out, "--device", "cpu")
+    assert "begun with other recipe" in fails(capsys, clips, "--out", made, "--size", 96)
+    assert "begun with other clips" in fails(capsys, clips / "0.mp4", "--out", made, *ARGUMENTS)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "a.tar").write_text("")
+    assert "no manifest.json" in fails(capsys, clips, "--out", tmp_path / "foreign")
+    monkeypatch.setenv("RANK", "7")
+    assert "RANK and WORLD_SIZE" in fails(capsys, clips, "--out", out)

@@ -1,0 +1,196 @@
+"""toy/world.py: the toy world keeps the promises that its pictures are judged by."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import warp
+from tests.toy import scene, seeded
+from toy import world
+from toy.world import COLOURS, GROUNDS, KINDS, TIMES, captions, random_scenes, render
+
+# --------------------------------------------------------------------------------------------------
+# Random scenes
+
+
+def test_same_seed_same_pictures_and_captions():
+    def draw(seed):
+        g = seeded(seed)
+        scenes = random_scenes(6, g)
+        return render(scenes).image, captions(scenes, g)
+
+    a, b, c = draw(1), draw(1), draw(2)
+    assert torch.equal(a[0], b[0]) and a[1] == b[1]
+    assert not torch.equal(a[0], c[0]) and a[1] != c[1]
+
+
+def test_a_new_kind_changes_no_old_scene(monkeypatch):
+    old = random_scenes(200, seeded(0))
+    monkeypatch.setattr(world, "KINDS", (*KINDS, "snowman"))
+    same, new = random_scenes(200, seeded(0)), random_scenes(200, seeded(0), kinds=7)
+    for field in dataclasses.fields(old):
+        assert torch.equal(getattr(old, field.name), getattr(same, field.name))
+        if field.name != "kind":
+            assert torch.equal(getattr(old, field.name), getattr(new, field.name))
+    assert old.kind.max() == 5 and new.kind.max() == 6
+    assert torch.equal(old.kind >= 0, new.kind >= 0)
+
+
+def test_captions_name_what_is_there():
+    g = seeded(0)
+    scenes = random_scenes(300, g)
+    named = 0
+    for i, text in enumerate(captions(scenes, g)):
+        ground, time = GROUNDS[scenes.ground[i]], TIMES[scenes.time[i]]
+        assert ground in text or time in text
+        for k in range(3):
+            if scenes.kind[i, k] >= 0:
+                thing = f"{COLOURS[scenes.colour[i, k]]} {KINDS[scenes.kind[i, k]]}"
+                named += thing in text
+        for other in set(GROUNDS) - {ground}:
+            assert other not in text
+    assert named > 0.8 * (scenes.kind >= 0).sum()
+
+
+# --------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def test_pictures_are_in_range_and_objects_visible():
+    f = render(random_scenes(64, seeded(9)))
+    assert f.image.min() >= 0 and f.image.max() <= 1 and f.image.isfinite().all()
+    assert ((f.segments > 0).flatten(1).float().mean(1) > 0.005).all()
+    assert world.PART.shape == (len(KINDS), 3, 8)
+
+
+def test_a_scene_looks_the_same_in_any_batch():
+    scenes = random_scenes(8, seeded(0))
+    whole = render(scenes)
+    for i in range(8):
+        alone = render(scenes[i : i + 1])
+        torch.testing.assert_close(alone.image[0], whole.image[i], atol=1e-5, rtol=0)
+        assert torch.equal(alone.segments[0], whole.segments[i])
+
+
+def test_objects_stand_where_the_camera_model_says():
+    s = scene(x=(0.5,), z=(4.0,))
+    segments = render(s, 256).segments[0]
+    rows, columns = (segments == 1).nonzero().T
+    assert columns.float().mean() / 256 == pytest.approx(0.5 + 0.5 / 4, abs=0.01)
+    assert rows.max() / 256 == pytest.approx(0.42 + 1 / 4, abs=0.01)
+    width = (columns.max() - columns.min() + 1) / 256
+    assert width == pytest.approx(0.8 / 4, abs=0.01)  # a ball is one size wide
+
+
+def test_nearer_objects_hide_farther_ones_and_depth_agrees():
+    s = scene(kind=("box", "ball"), colour=("red", "blue"), x=(0.0, 0.0), z=(4.0, 2.5), size=(0.8, 0.8))
+    f = render(s)
+    box, ball = f.segments[0] == 1, f.segments[0] == 2
+    assert box.any() and ball.any()
+    assert (f.depth[0][ball] == 2.5).all() and (f.depth[0][box] == 4.0).all()
+    assert f.depth[0, 0, 0] == math.inf
+    alone = render(dataclasses.replace(s, kind=torch.tensor([[KINDS.index("box"), -1]])))
+    assert (box.sum() < (alone.segments == 1).sum()).item()
+
+
+def find_shadow(s, size=256):
+    """-> (size, size) bool, where the ground is darker for the objects that stand on it"""
+    with_it, without = render(s, size), render(dataclasses.replace(s, kind=torch.full_like(s.kind, -1)), size)
+    return ((without.image - with_it.image).mean(1)[0] > 0.04) & (with_it.segments[0] == 0)
+
+
+@pytest.mark.parametrize("sun", [0.7, -0.7, math.pi - 0.7, math.pi + 0.7])
+def test_shadows_fall_away_from_the_light(sun):
+    darker = find_shadow(scene(sun=sun, z=(3.0,)))
+    rows, columns = darker.nonzero().T.float() / 256
+    assert darker.sum() > 200
+    assert math.copysign(1, columns.mean() - 0.5) == -math.copysign(1, math.sin(sun))
+    foot = 0.42 + 1 / 3
+    # Light ahead: towards the camera
+    assert math.copysign(1, rows.mean() - foot) == math.copysign(1, math.cos(sun))
+    assert (rows > 0.42).all()
+
+
+def test_all_parts_of_a_figure_cast_shadows(monkeypatch):
+    snowman = [(world.ROUND, 0.0, 0.3, 0.3, 0.3, 0.0, world.OWN, world.CASTS),
+               (world.ROUND, 0.0, 0.8, 0.2, 0.2, 0.0, world.OWN, world.CASTS),
+               (world.TURNED, 0.0, 1.2, 0.4, 0.2, 0.0, world.DARK, world.CASTS)]  # a broad hat
+    buttons = [(*part[:7], world.INSIDE) for part in snowman[:2]] + snowman[2:]
+
+    def shadow(parts):
+        monkeypatch.setattr(world, "PART", world.pack_parts(world.PARTS | {"ball": parts}))
+        return find_shadow(scene(sun=0.3, z=(3.5,)))
+
+    whole, hatless, hat = shadow(snowman), shadow(snowman[:2]), shadow(buttons)
+    assert (whole & ~hatless).sum() > 100  # the third part's own
+    assert (whole & hat).sum() > 100 and (whole & ~hat).sum() > 100  # what is INSIDE casts none
+    assert not (hat & ~whole).any()
+
+
+def test_water_reflects_and_dry_ground_does_not():
+    for ground, reflects in (("water", True), ("snow", False)):
+        s = scene(ground, z=(3.0,), sun=math.pi + 0.5)  # light from behind: no shadow below the foot
+        empty = dataclasses.replace(s, kind=torch.tensor([[-1]]))
+        below = int((0.42 + 1 / 3 + 0.06) * 256)
+        change = (render(s, 256).image - render(empty, 256).image)[0, :, below, 128]
+        assert (change[0] - change[2] > 0.15).item() is reflects  # redder below the ball
+
+
+def test_deleting_an_object_leaves_no_trace():
+    s = random_scenes(16, seeded(5))
+    gone = dataclasses.replace(s, kind=torch.full_like(s.kind, -1))
+    f = render(gone)
+    assert f.segments.max() == 0
+    moved = dataclasses.replace(gone, x=s.x + 1)
+    assert torch.equal(f.image, render(moved).image)
+
+
+# --------------------------------------------------------------------------------------------------
+# Motion
+
+
+def test_exact_flow_leads_to_the_same_surface():
+    """Read the second frame where the flow leads: colours agree but where something hides, or light
+    and shadow move."""
+    a = random_scenes(24, seeded(3))
+    still = torch.zeros(24, 3, 2)
+    aside, away = torch.tensor([0.15, 0.1]), torch.tensor([0.1, -0.2])
+    for velocity, camera in ((still, aside), (still + away, torch.zeros(2))):
+        b = world.move(a, velocity, camera.expand(24, 2), 1.0)
+        first, second = render(a), render(b)
+        flow = world.flow_between(a, b, first)
+        there = warp.backwarp(second.segments[:, None].float(), flow).round()[:, 0]
+        same = there == first.segments
+        error = (warp.backwarp(second.image, flow) - first.image).abs().mean(1)
+        objects = same & (first.segments > 0)
+        assert same.float().mean() > 0.93
+        assert error[same].median() < 0.004 and error[objects].median() < 0.01
+        naive = (second.image - first.image).abs().mean(1)
+        assert error[objects].mean() < 0.3 * naive[objects].mean()
+
+
+def test_flow_is_none_where_nothing_moves_and_follows_the_camera():
+    a = random_scenes(4, seeded(3))
+    frames = render(a)
+    assert world.flow_between(a, a, frames).abs().max() < 1e-3
+    aside = world.move(a, torch.zeros(4, 3, 2), torch.tensor([[0.2, 0.0]]), 1.0)
+    flow = world.flow_between(a, aside, frames)
+    parallax = -0.2 * 128 / frames.depth
+    torch.testing.assert_close(flow[:, 0], parallax, atol=4e-2, rtol=1e-3)
+    assert flow[:, 1].abs().max() < 1e-3
+
+
+def test_flow_composed_of_ten_steps_is_the_exact_one():
+    s = random_scenes(16, seeded(7))
+    velocity = torch.randn(16, 3, 2, generator=seeded(8)) * 0.4
+    camera = torch.randn(16, 2, generator=seeded(9)) * 0.2
+    at = [world.move(s, velocity, camera, i / 10) for i in range(11)]
+    frames = [render(scenes) for scenes in at]
+    flow = world.flow_between(at[0], at[1], frames[0])
+    for i in range(1, 10):
+        flow = warp.compose_flow(flow, world.flow_between(at[i], at[i + 1], frames[i]))
+    exact = world.flow_between(at[0], at[10], frames[0])
+    error = (flow - exact).norm(dim=1)
+    assert error[error.isfinite()].median() < 0.5
