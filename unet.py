@@ -74,6 +74,8 @@ class Embedding(nn.Module):
 class ResnetBlock(nn.Module):
     """Two convolutions, the time added between them, and a skip, 1x1 where the width changes."""
 
+    index = None  # its place among the network's blocks, which UNet gives it
+
     def __init__(self, c_in, c_out, c_time, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-5)
@@ -135,7 +137,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the context, feed-forward: each of a layer norm, added to x."""
 
-    index = None  # its place among the network's blocks, which UNet gives it
+    index = None  # likewise
 
     def __init__(self, width, heads, context):
         super().__init__()

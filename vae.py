@@ -239,13 +239,11 @@ class VAE(nn.Module):
         """The bytes per pixel of all tensors that `encode`, and `decode`, have at one time.
 
         Most are alive in a ResnetBlock at full resolution, just after a silu: the level's input, x,
-        h, norm and silu of h. In the decoder the level's input is as wide as the level below, and
-        its first block has that, norm and silu. Weights and workspaces are not counted, nor what
-        attention takes where PyTorch has no fused kernel: the square of the latent pixels.
+        h, norm and silu of h; in the decoder the level's input is twice as wide. Weights and
+        workspaces are not counted, nor attention's where PyTorch has no fused kernel for it.
         """
-        c, below = self.config.channels[0], self.config.channels[:2][-1]
-        size = self.quant_conv.weight.element_size()
-        return 5 * c * size, max(below + 4 * c, 3 * below) * size
+        feature_map = self.config.channels[0] * self.quant_conv.weight.element_size()
+        return 5 * feature_map, 6 * feature_map
 
     def run_in_parts(self, f, x, a, b, bytes_per_pixel):
         """f(x): whole if `memory` allows, else in parts of the batch, else a picture in tiles.

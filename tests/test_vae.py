@@ -1,5 +1,5 @@
-"""vae.py: what one reads of it holds. That its numbers are diffusers' is in tests/parity, and what becomes of wrong
-inputs, of memory and of seams in tests/robust."""
+"""vae.py: what one reads of it holds. That its numbers are diffusers' is in tests/parity; wrong inputs, memory and
+seams are in tests/robust."""
 
 from dataclasses import replace
 
@@ -112,18 +112,6 @@ def test_above_its_memory_no_more_is_computed_at_once():
     model.memory = 50 * 50 * decode
     assert model.decode_scaled(z).shape == (2, 3, 96, 160) and len(shapes) > 2 and len(set(shapes)) == 1
     assert 8 * 8 <= shapes[0][2] * shapes[0][3] <= 12.5 * 12.5
-
-
-def test_tiles_have_a_smallest_size_whatever_the_memory():
-    model, shapes = watched_model()
-    model.memory = 0
-    decoded = model.decode_scaled(model.encode_scaled(torch.randn(1, 3, 36, 100)))
-    assert decoded.shape == (1, 3, 36, 100) and decoded.isfinite().all()
-    assert set(shapes) == {(1, 3, 32, 32), (1, 12, 8, 8)}
-    x, noise = torch.randn(1, 3, 24, 16), torch.randn(1, 12, 6, 4)  # a single tile
-    mean, logvar = model.encode(x)
-    torch.testing.assert_close(model.encode_scaled(x), mean / 2)
-    torch.testing.assert_close(model.encode_scaled(x, noise), (mean + (logvar / 2).exp() * noise) / 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

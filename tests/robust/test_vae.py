@@ -1,5 +1,7 @@
 """vae.py: wrong shapes, and pictures too large for the memory: what is estimated of it, and what tiles look like."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -60,6 +62,20 @@ def test_the_estimate_of_memory_at_full_size(dtype):
         x, z = torch.empty(1, 3, 512, 512, dtype=dtype), torch.empty(1, 4, 64, 64, dtype=dtype)
     encode, decode = exaggeration(model, x, z)
     assert 0.7 <= encode <= 1.5 and 0.7 <= decode <= 1.5
+
+
+def test_tiles_have_a_smallest_size_whatever_the_memory():
+    model, shapes = randomise(VAE(replace(SMALL, scaling_factor=0.5, size=32))), []
+    model.memory = 0
+    for network in (model.encoder, model.decoder):
+        network.register_forward_pre_hook(lambda network, args: shapes.append(tuple(args[0].shape)))
+    decoded = model.decode_scaled(model.encode_scaled(torch.randn(1, 3, 36, 100)))
+    assert decoded.shape == (1, 3, 36, 100) and decoded.isfinite().all()
+    assert set(shapes) == {(1, 3, 32, 32), (1, 12, 8, 8)}
+    x, noise = torch.randn(1, 3, 24, 16), torch.randn(1, 12, 6, 4)  # a single tile
+    mean, logvar = model.encode(x)
+    torch.testing.assert_close(model.encode_scaled(x), mean / 2)
+    torch.testing.assert_close(model.encode_scaled(x, noise), (mean + (logvar / 2).exp() * noise) / 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
