@@ -72,7 +72,8 @@ def lay(image, mask, matrix):
 
     The pixels are resampled once, however many verbs the matrix is made of.
     """
-    lifted = warp.lift(np.dstack([image, np.full_like(image[..., :1], 255)]), mask, matrix)
+    opaque = np.dstack([image, np.full_like(image[..., :1], 255)])
+    lifted = warp.lift(opaque, mask, matrix)
     if lifted is None:
         return None
     piece, (x0, y0), (v, u) = lifted
