@@ -15,7 +15,6 @@ from tests.flows import random_case
 
 MODES = ["sum", "avg", "linear", "soft"]
 FOLDER = Path(warp.__file__).parent / "kernels"
-SOURCES = FOLDER / "softsplat_cpu.cpp", FOLDER / "softsplat.cu"
 compiled = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
 
 
@@ -102,20 +101,28 @@ def test_without_a_compiler_there_is_one_warning(monkeypatch, tmp_path):
 @compiled
 def test_the_library_is_cached_whole(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compile_cpu(*SOURCES)
+    source, header = tmp_path / "number.cpp", tmp_path / "number.h"
+    source.write_text('#include "number.h"\nextern "C" int number() { return NUMBER; }\n')
+    header.write_text("#define NUMBER 3\n")
+    assert compile_cpu(source, header)("number") == 3
     (library,) = (tmp_path / "photo-editing").iterdir()  # no leftovers
     before = library.stat().st_mtime_ns
-    compile_cpu(*SOURCES)
+    assert compile_cpu(source, header)("number") == 3
     assert library.stat().st_mtime_ns == before
+    header.write_text("#define NUMBER 4\n")  # what is included counts as well
+    assert compile_cpu(source, header)("number") == 4
     (tmp_path / "file").touch()  # no folder can be made here: compiled all the same
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    compile_cpu(*SOURCES)
+    assert compile_cpu(source, header)("number") == 4
+    header.write_text("#define\n")
+    with pytest.raises(RuntimeError, match="failed"):
+        compile_cpu(source, header)
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 def test_nvcc_compiles_the_kernel(tmp_path):
     targets = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 90)]
-    command = ["nvcc", *targets, "-fatbin", "-Werror=all-warnings", "-o", tmp_path / "kernel.fatbin", SOURCES[1]]
+    command = ["nvcc", *targets, "-fatbin", "-Werror=all-warnings", "-o", tmp_path / "kernel.fatbin", FOLDER / "softsplat.cu"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "kernel.fatbin").stat().st_size > 0
