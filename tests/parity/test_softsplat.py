@@ -122,8 +122,8 @@ def test_the_library_is_cached_whole(monkeypatch, tmp_path):
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 def test_nvcc_compiles_the_kernel(tmp_path):
     targets = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 90)]
-    command = ["nvcc", *targets, "-fatbin", "-Werror=all-warnings", "-o", tmp_path / "kernel.fatbin", FOLDER / "softsplat.cu"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = ["nvcc", *targets, "-fatbin", "-Werror=all-warnings", "-o", tmp_path / "kernel.fatbin"]
+    result = subprocess.run([*command, FOLDER / "softsplat.cu"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "kernel.fatbin").stat().st_size > 0
 
