@@ -17,7 +17,7 @@ import sd
 from checkpoints import published
 from editing import change_maps as maps
 from networks import midas, sam
-from tests import test_midas
+from tests import midas_file
 from tests.runs import MEADOW, fails, run
 
 CLICK = "sam:40,60=0;90,30=0.5"
@@ -291,7 +291,7 @@ def small_sam():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("networks")
     torch.save(small_sam().state_dict(), folder / "sam_vit_b_01ec64.pth")
-    tensors = test_midas.random_tensors(test_midas.published_shapes(**test_midas.SMALL))
+    tensors = midas_file.random_tensors(midas_file.published_shapes(**midas_file.SMALL))
     torch.save(tensors, folder / "dpt_large_384.pt")
     return folder
 

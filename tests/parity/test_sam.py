@@ -1,10 +1,8 @@
 """sam.py and automask.py against the authors' own package, on random weights in the layout of the published files."""
 
-import importlib.util
 import os
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -13,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from bench.peers import OPERATORS
 from checkpoints import published
 from networks import sam
 from networks.automask import automatic_masks, cut_off, point_grid, segments, suppress, without_small_regions
@@ -37,30 +36,17 @@ def plain_nms(boxes, scores, iou_threshold):
 
 @pytest.fixture(scope="session")
 def peer():
-    return authors()
-
-
-def authors():
     """The `segment-anything` package: its modeling, predictor and automatic mask generator."""
-    found = importlib.util.find_spec("torchvision"), importlib.util.find_spec("segment_anything")
-    if None in found:
-        pytest.skip("segment-anything and torchvision are not installed")
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    try:
-        torch.ops.load_library(Path(found[0].origin).parent / "_C.so")
-    except OSError:  # built for another PyTorch: its Python half insists on what it would have defined
-        for name in ("nms", "qnms"):
-            if not hasattr(torch.ops.torchvision, name):
-                library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        if not torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU"):
-            library.impl("nms", plain_nms, "CPU")
-        from torchvision import extension
+    pytest.importorskip("segment_anything")
+    extension = pytest.importorskip("torchvision.extension")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU"):
+        OPERATORS.impl("nms", plain_nms, "CPU")
         extension._has_ops = lambda: True
     import segment_anything
     from segment_anything import modeling, sam_model_registry, utils
+
     return SimpleNamespace(modeling=modeling, Predictor=segment_anything.SamPredictor, utils=utils.amg,
-                           Generator=segment_anything.SamAutomaticMaskGenerator, sizes=sam_model_registry,
-                           library=library)  # which lasts as long as its Python object
+                           Generator=segment_anything.SamAutomaticMaskGenerator, sizes=sam_model_registry)
 
 
 def peer_model(peer, c, seed=0):
@@ -90,9 +76,10 @@ def toy(peer, tmp_path_factory):
     return model, published.load("sam", file), file
 
 
-def sharp_models(peer, c):
+@pytest.fixture(scope="module")
+def sharp(peer):
     """(the authors' model, ours), still random, but with automatic masks of many sizes and places, and IoU near 0.5."""
-    theirs, ours = peer_model(peer, c), SAM(c).requires_grad_(False).eval()
+    theirs, ours = peer_model(peer, TOY), SAM(TOY).requires_grad_(False).eval()
     decoder, last = theirs.mask_decoder, theirs.image_encoder.neck[3]
     for p in (last.weight, last.bias, theirs.prompt_encoder.no_mask_embed.weight):
         p *= 0.1  # what is there counts less than where it is:
@@ -113,11 +100,6 @@ def sharp_models(peer, c):
         decoder.iou_prediction_head.layers[-1].bias[n + 1] += 0.5 - iou[:, n].median()
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
-
-
-@pytest.fixture(scope="module")
-def sharp(peer):
-    return sharp_models(peer, TOY)
 
 
 def picture(H, W, seed=0):
@@ -257,7 +239,7 @@ COMMON = dict(points_per_side=9, pred_iou_thresh=0.5, stability_score_thresh=0.5
 CROPS = dict(crop_n_layers=1, crop_n_points_downscale_factor=2, crop_nms_thresh=0.8)
 
 
-@pytest.mark.parametrize("size", [(96, 128), (301, 421)])
+@pytest.mark.parametrize("size", [(96, 128), pytest.param((301, 421), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [{}, CROPS, {"min_mask_region_area": 40}, CROPS | {"min_mask_region_area": 25}],
                          ids=["plain", "crops", "clean", "crops-clean"])
 def test_same_automatic_masks(peer, sharp, size, options):

@@ -1,15 +1,13 @@
 """lpips.py against the package of the same name: random backbones in torchvision's files, the package's own heads."""
 
-import importlib.metadata
 import importlib.util
-import sys
-import types
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
+from bench.peers import import_lpips
 from checkpoints import published
 from networks import lpips
 
@@ -17,28 +15,11 @@ NAMES = {"alexnet": "alex", "vgg16": "vgg", "squeezenet1_1": "squeeze"}  # torch
 
 
 @pytest.fixture(scope="module")
-def torchvision():
-    return pytest.importorskip("torchvision")
-
-
-@pytest.fixture(scope="module")
-def package(torchvision):
-    return authors()
-
-
-def authors():
-    """The lpips package. Our file has the name, and lends it while the package is imported."""
-    try:
-        root = Path(importlib.metadata.distribution("lpips").locate_file("lpips"))
-    except importlib.metadata.PackageNotFoundError:
+def package():
+    pytest.importorskip("torchvision")
+    if not importlib.util.find_spec("lpips"):
         pytest.skip("no lpips package")
-    spec = importlib.util.spec_from_file_location("lpips", root / "__init__.py", submodule_search_locations=[str(root)])
-    module = importlib.util.module_from_spec(spec)
-    trainer = types.ModuleType("lpips.trainer")  # left out, for it asks for scipy
-    with mock.patch.dict(sys.modules, {"lpips": module, "lpips.trainer": trainer}):
-        spec.loader.exec_module(module)
-    module.weights = root / "weights" / "v0.1"
-    return module
+    return import_lpips()
 
 
 def random_backbone(torchvision, name):
@@ -71,7 +52,8 @@ def models(name, package, folder):
     import torchvision
     tensors = random_backbone(torchvision, name)
     torch.save(tensors, folder / "backbone.pth")
-    ours = published.load_lpips(folder / "backbone.pth", package.weights / f"{NAMES[name]}.pth")
+    heads = Path(package.__file__).parent / "weights" / "v0.1" / f"{NAMES[name]}.pth"
+    ours = published.load_lpips(folder / "backbone.pth", heads)
     with torch.device("meta"):
         empty = getattr(torchvision.models, name)(weights=None)
     with mock.patch.object(torchvision.models, name, lambda pretrained: empty):  # saves drawing the classifier
