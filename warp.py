@@ -64,7 +64,8 @@ def softsplat(x, flow, metric=None, mode="soft", *, holes=False):
     dtype = torch.promote_types(x.dtype, torch.float32)
     args = [t if t is None else t.to(dtype) for t in (x, flow, metric)]
     fast = dtype == torch.float32 and x.numel() > 0 and load_kernels(x.device)
-    out, norm = (SoftsplatKernel.apply if fast else softsplat_plain)(*args, mode)
+    splat = SoftsplatKernel.apply if fast else softsplat_plain
+    out, norm = splat(*args, mode)
     out = out.to(x.dtype)
     return (out, norm == 0) if holes else out
 
@@ -271,7 +272,6 @@ def flow_to_colour(flow):
 # --------------------------------------------------------------------------------------------------
 # The rigid collage: the second motion model of Magic Fixup, section 3.5
 
-
 POINTS = 500  # of each segment, for RANSAC. (The release takes 50.)
 
 
@@ -314,7 +314,7 @@ def piecewise_affine_warp(image, flow, segments, depth, metric=None):
     out, source, holes = layer[0, :C], layer[0, C:], holes[0, 0]
     source[:, holes] = torch.nan
 
-    # Segments are laid over it, the farthest first. A pixel is covered if more than half of it is.
+    # Segments are laid over it, the farthest first. A is for indices of pixels, lift for edges.
     opaque = torch.cat([image, torch.ones(1, H, W)]).permute(1, 2, 0).numpy()
     for _, inside, A in sorted(pieces, key=lambda piece: -piece[0]):
         edges = np.column_stack([A[:, :2], A[:, 2] + 0.5 - A[:, :2].sum(1) / 2])
@@ -322,6 +322,8 @@ def piecewise_affine_warp(image, flow, segments, depth, metric=None):
         if lifted is None:
             continue
         piece, (x0, y0), (v, u) = lifted
+
+        # Each pixel there is read from where it came from, X, Y. It is covered if half of it is.
         back = torch.from_numpy(cv2.invertAffineTransform(A)).double()
         there = here[:, v, u].double()
         X, Y = torch.einsum("ij,jhw->ihw", back[:, :2], there) + back[:, 2, None, None]

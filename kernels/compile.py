@@ -22,15 +22,11 @@ from pathlib import Path
 import torch
 
 
-def c_arguments(values):
-    """Numbers as C ints, tensors and None as pointers."""
-    arguments = []
-    for value in values:
-        if isinstance(value, int):
-            arguments.append(ctypes.c_int(value))
-        else:
-            arguments.append(ctypes.c_void_p(None if value is None else value.data_ptr()))
-    return arguments
+def to_c(value):
+    """A whole number as a C int, a tensor or None as a pointer."""
+    if isinstance(value, int):
+        return ctypes.c_int(value)
+    return ctypes.c_void_p(None if value is None else value.data_ptr())
 
 
 def check(status, what):
@@ -79,7 +75,7 @@ def compile_cpu(path, *includes):
         # No home, no room, a file system that runs nothing: for this process only, then.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             library = build(Path(scratch))
-    return lambda function, *args: library[function](*c_arguments(args))
+    return lambda function, *args: library[function](*map(to_c, args))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,10 +103,8 @@ def compile_cuda(name, source, capability):
     """
     nvrtc = find_nvrtc()
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    created = nvrtc.nvrtcCreateProgram(
-        ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None
-    )
-    check(created, "NVRTC")
+    text, file = source.encode(), f"{name}.cu".encode()
+    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, file, 0, None, None), "NVRTC")
     try:
         option = ctypes.c_char_p("--gpu-architecture=sm_{}{}".format(*capability).encode())
         status = nvrtc.nvrtcCompileProgram(program, 1, ctypes.byref(option))
@@ -129,7 +123,7 @@ def compile_cuda(name, source, capability):
 
 
 def load_cuda(index, code):
-    """Machine code -> launch(name, (B, H, W), *arguments): a thread per pixel, on torch's stream."""
+    """Machine code -> launch(name, (B, H, W), *arguments): a thread per pixel, torch's stream."""
     driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     context, module = ctypes.c_void_p(), ctypes.c_void_p()
     functions = {}
@@ -142,22 +136,17 @@ def load_cuda(index, code):
     def launch(name, shape, *args):
         if name not in functions:
             functions[name] = ctypes.c_void_p()
-            found = driver.cuModuleGetFunction(
-                ctypes.byref(functions[name]), module, name.encode()
-            )
-            check(found, name)
+            found = ctypes.byref(functions[name])
+            check(driver.cuModuleGetFunction(found, module, name.encode()), name)
         B, H, W = shape
-        grid = (W + 127) // 128, min(H, 65535), B
-        block = 128, 1, 1
-        values = c_arguments(args)
+        size = (W + 127) // 128, min(H, 65535), B, 128, 1, 1  # of the grid, then of a block
+        values = [to_c(value) for value in args]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         with torch.cuda.device(index):
             # Autograd's own threads may not have a context yet.
             check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
             stream = ctypes.c_void_p(torch.cuda.current_stream(index).cuda_stream)
-            launched = driver.cuLaunchKernel(
-                functions[name], *grid, *block, 0, stream, pointers, None
-            )
+            launched = driver.cuLaunchKernel(functions[name], *size, 0, stream, pointers, None)
             check(launched, f"launching {name}")
 
     return launch
