@@ -34,7 +34,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import cv2
@@ -48,6 +48,7 @@ import warp
 from checkpoints import published
 from common.cli import Parser, number, report_errors
 from common.devices import choose_device
+from common.files import write_json
 from video import estimators, shards
 from video.clips import LONGEST, find_clips, is_cut, read_window
 from video.estimators import DEPTH, FLOW, SEGMENTS
@@ -248,9 +249,7 @@ def try_pair(*task):
 
 def make_shards(args):
     """The command line's pairs, in shards in args.out."""
-    recipe = PairRecipe(
-        args.size, args.pairs, args.seed, args.fps, args.flow, args.segments, args.depth
-    )
+    recipe = PairRecipe(**{field.name: getattr(args, field.name) for field in fields(PairRecipe)})
     clips = find_clips(args.videos)
     weights = estimators.find_weights(recipe, args.networks or published.FOLDER)
     if not weights and (args.networks or args.device):
@@ -263,16 +262,15 @@ def make_shards(args):
     names = hashlib.sha256("\n".join(name for name, _ in clips).encode(*ANY_NAME)).hexdigest()
     manifest = {"recipe": asdict(recipe), "clips": len(clips), "clips_sha256": names}
     manifest["shards"] = len(work)
-    if weights:
-        manifest["networks"] = {
-            name: {"file": path.name, "sha256": published.digest(path)}  # wherever it lies
-            for name, path in weights.items()
-        }
+    used = {n: {"file": p.name, "sha256": published.digest(p)} for n, p in weights.items()}
+    if used:  # wherever these files lie
+        manifest["networks"] = used
     shards.begin(args.out, manifest)
 
     # This machine's part of the shards that are not done. Number k is a pair of clip k // pairs.
     part, parts = args.shard
-    todo = [s for s in range(part, len(work), parts) if not shards.is_done(args.out, s)]
+    mine = range(part, len(work), parts)
+    todo = [s for s in mine if not shards.name_shard(args.out, s, "json").exists()]
     numbers = [k for s in todo for k in work[s]]
     tasks = ((recipe, clips[k // recipe.pairs], k % recipe.pairs, args.preview, weights, device)
              for k in numbers)
@@ -307,7 +305,10 @@ def make_shards(args):
         print(f"{args.out}: {shards.summarize(counts)} in {seconds:.0f} s, {rate:.2f} clips/s")
     done, counts = shards.add_up(args.out, len(work))
     if done == len(work):
-        shards.finish(args.out, manifest, counts)
+        write_json(args.out / "manifest.json", manifest | {"totals": dict(sorted(counts.items()))})
+        if not counts["kept"]:
+            found = shards.summarize(counts)
+            raise ValueError(f"{args.out}: {found}: there is nothing to train on")
     print(f"{args.out}: {done} of {len(work)} shards are there: {shards.summarize(counts)}")
 
 

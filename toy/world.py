@@ -11,8 +11,7 @@ right, y is up. It is a pinhole with focal length 1 in units of the image's side
 
     px = 1/2 + (x - camera_x) / (z - camera_z)    py = horizon + 1 / (z - camera_z)    in [0, 1]
 
-Objects are flat figures facing the camera, `size` units large. Light comes from the sun or the moon
-at azimuth `sun`.
+Objects are flat figures facing the camera, `size` units large. Light comes from azimuth `sun`.
 """
 
 import math
@@ -119,8 +118,7 @@ def random_scenes(n, generator=None, objects=3, kinds=6):
     kind = choice(kinds, n, objects).where(there, torch.tensor(-1))
 
     # Each object has a column of the picture: they overlap at times, but never hide each other.
-    deal = torch.rand(n, objects, generator=generator).masked_fill(~there, 9.0)
-    slot = deal.argsort(1).argsort(1)
+    slot = uniform(0, 1, n, objects).masked_fill(~there, 9.0).argsort(1).argsort(1)
     width = 1.0 / (more[:, None] + 1)
     px = (slot + 0.5) * width + uniform(-0.28, 0.28, n, objects) * width
     z = uniform(2.1, 4.6, n, objects)
@@ -209,8 +207,7 @@ def find_objects(scenes, slot):
 
 
 def project(scenes, i, k):
-    """Where object k of scene i stands in the picture, x and y in 0 .. 1, and how large one object
-    size is there; (n, 1, 1) each."""
+    """Object k of scene i in the picture: its foot's x, y in 0 .. 1, its size; (n, 1, 1) each"""
     distance = scenes.z[i, k] - scenes.camera[i, 1]
     foot_x = 0.5 + (scenes.x[i, k] - scenes.camera[i, 0]) / distance
     foot_y = scenes.horizon[i] + 1 / distance
@@ -219,15 +216,14 @@ def project(scenes, i, k):
 
 
 def to_object(scenes, i, k, x, y):
-    """Pixels x, y in coordinates of the object: u to the right, v up from the foot, in sizes.
-    -> u (n, 1, W), v (n, H, 1), the size in the picture (n, 1, 1)"""
+    """Pixels as the object's u (n, 1, W) to the right, v (n, H, 1) up from its foot, in sizes"""
     foot_x, foot_y, scale = project(scenes, i, k)
-    return (x - foot_x) / scale, (foot_y - y) / scale, scale
+    return (x - foot_x) / scale, (foot_y - y) / scale, scale  # and a size in the picture
 
 
 def cover_part(part, u, v, soft):
-    """One part (n, 8) per object, its edge `soft` sizes wide. -> coverage in [0, 1], and where in
-    the part a pixel is: across and up in half widths and half heights; (n, H, W) each"""
+    """One part (n, 8) per object, its edge `soft` sizes wide -> coverage in [0, 1], and a pixel's
+    place in half widths and half heights; (n, H, W) each"""
     shape, cu, cv, w, h, taper = (part[:, j, None, None] for j in range(6))
     du, dv = u - cu, (v - cv) / h
     w = w * (1 - taper * (dv.clamp(-1, 1) + 1) / 2)
@@ -241,9 +237,8 @@ def cover_part(part, u, v, soft):
 def paint(scenes, i, k, u, v, image, soft):
     """Object k of scene i over `image` (n, 3, H, W). -> image, coverage (n, H, W)"""
     tint, direct = TIME[scenes.time[i], :3], TIME[scenes.time[i], 9]
-    sun = scenes.sun[i]
-    toward = -sun.cos() * 0.71  # the camera
-    light = torch.stack([sun.sin() * 0.71, torch.full_like(sun, 0.7), toward], 1)  # (n, 3)
+    sun, up = scenes.sun[i], torch.full((len(i),), 0.7)
+    light = torch.stack([sun.sin() * 0.71, up, -sun.cos() * 0.71], 1)  # (n, 3): x, y, to the camera
     coverage = torch.zeros_like(u + v)
     for p in range(PART.shape[1]):
         part = PART[scenes.kind[i, k], p]
@@ -271,8 +266,7 @@ def paint(scenes, i, k, u, v, image, soft):
 
 
 def draw_sky(scenes, x, y, size):
-    """Gradient, clouds, sun or moon, hills.
-    -> sky (B, 3, H, W), the colour of the haze at the horizon (B, 3, 1, 1)"""
+    """Gradient, clouds, sun or moon, hills. -> sky (B, 3, H, W), horizon's haze (B, 3, 1, 1)"""
     tint, top, bottom = TIME[scenes.time, :9, None, None].split(3, 1)  # (B, 3, 1, 1) each
     p = scenes.texture[:, :, None, None]
     horizon, sun = scenes.horizon[:, None, None], scenes.sun[:, None, None]
@@ -314,8 +308,7 @@ def cast_shadows(scenes, i, k, ground, land):
     size = scenes.size[i, k][:, None, None]
     length = TIME[scenes.time[i], 10][:, None, None]
     dx, dz = (g[i] - s[i, k][:, None, None] for g, s in zip(ground, (scenes.x, scenes.z)))
-    # The ground point (dx, dz) from the foot is dark if its ray to the light meets the figure, at
-    # (u, v).
+    # The ground dx, dz from the foot is dark if its ray to the light meets the figure, at u, v.
     v = -dz / (length * sun.cos())
     u = dx + length * v * sun.sin()
     touch = torch.exp(-(dx**2 + (2.5 * dz) ** 2) / (0.18 * size**2))  # hardly any light under it
@@ -349,8 +342,7 @@ def reflect(scenes, i, k, x, y, ground, land, size):
 
 
 def move(scenes, velocity, camera_velocity, time):
-    """The scenes `time` later. velocity (B, K, 2), camera_velocity (B, 2): x and z in world units
-    per unit of time."""
+    """The scenes `time` later. velocity (B, K, 2), camera_velocity (B, 2): world x and z"""
     x, z = scenes.x + time * velocity[..., 0], scenes.z + time * velocity[..., 1]
     return replace(scenes, x=x, z=z, camera=scenes.camera + time * camera_velocity)
 

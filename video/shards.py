@@ -31,7 +31,7 @@ from common.pictures import labelled
 def list_work(pairs):
     """The numbers 0 .. pairs - 1 as a list of ranges, one per shard.
 
-    A shard holds up to 256 pairs, some 150 MB, but fewer where there would be less than 64 shards, for many machines.
+    A shard holds up to 256 pairs, some 150 MB; fewer, where there would be less than 64 shards for many machines.
     """
     per_shard = min(256, max(8, pairs // 64))
     return [range(k, min(k + per_shard, pairs)) for k in range(0, pairs, per_shard)]
@@ -77,10 +77,6 @@ def quieten():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
-
-
-def is_done(out, number):
-    return name_shard(out, number, "json").exists()
 
 
 def name_shard(out, number, ending):
@@ -137,18 +133,12 @@ def add_up(out, count):
     """What the .json of the finished shards say: how many of `count` are done, a Counter of the pairs."""
     done, counts = 0, Counter()
     for number in range(count):
-        if is_done(out, number):
-            kept, rejected = read_counts(name_shard(out, number, "json"))
+        path = name_shard(out, number, "json")
+        if path.exists():
+            kept, rejected = read_counts(path)
             counts += Counter(rejected, kept=kept)
             done += 1
     return done, counts
-
-
-def finish(out, manifest, counts):
-    """Add the totals to the manifest. ValueError: no pair was kept."""
-    write_json(out / "manifest.json", manifest | {"totals": dict(sorted(counts.items()))})
-    if not counts["kept"]:
-        raise ValueError(f"{out}: {summarize(counts)}: there is nothing to train on")
 
 
 def summarize(counts):
