@@ -1,4 +1,4 @@
-"""Videos become training pairs for Magic Fixup (section 3.5), in shards; training reads them back.
+"""Videos become training pairs for Magic Fixup (section 3.5), in shards.
 
     python data.py VIDEO_OR_FOLDER ... --out pairs/      what OpenCV opens, or folders of frames
     python data.py clips/ --out pairs/ --workers 16      16 processes
@@ -23,12 +23,12 @@ The arguments alone decide the list of work: clip after clip, so many pairs of e
 shards. A pair is a function of its clip's name and its number, so anyone can make a shard, at any
 time. It is done when `pairs-000012.json` (kept, rejected and why) lies beside it. `manifest.json`
 holds the recipe and the digests of the networks' files; the last shard adds the totals.
+video/batches.py reads the shards for training.
 """
 
 import argparse
 import hashlib
 import json
-import math
 import os
 import sys
 import time
@@ -40,7 +40,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
 import collage
@@ -52,7 +51,7 @@ from common.files import write_json
 from video import estimators, shards
 from video.clips import LONGEST, find_clips, is_cut, read_window
 from video.estimators import DEPTH, FLOW, SEGMENTS
-from video.motion import MODELS, affine_edit, check_model, flow_edit
+from video.motion import affine_edit, flow_edit
 
 
 @dataclass
@@ -310,82 +309,6 @@ def make_shards(args):
             found = shards.summarize(counts)
             raise ValueError(f"{args.out}: {found}: there is nothing to train on")
     print(f"{args.out}: {done} of {len(work)} shards are there: {shards.summarize(counts)}")
-
-
-# --------------------------------------------------------------------------------------------------
-# And back
-
-
-class ShardPairs(IterableDataset):
-    """The pairs in a folder of shards, in an order that is a function of the seed.
-
-    path          the --out of this program. A shard counts once its .json lies beside it
-    model         'flow', 'affine', or 'both': either, at random for each pair and epoch
-    batch         the batch size of the DataLoader that reads this. Ranks take turns batch by batch,
-                  and so do workers: the batches come in the same order with any number of workers
-    shuffle       how far a pair may go from its place, in pairs; whole shards are shuffled as well,
-                  anew in every epoch. 0: as they lie
-    epochs        None: without end. Otherwise the last batch may be smaller
-    rank, world   this process among how many; None: what torchrun says
-    start         batches that this rank has had: to resume, the training step. Costs nothing
-
-    Yields dictionaries of
-
-      reference, target, coarse    (3, H, W) float32 in [-1, 1]; `coarse` has its holes painted in
-      mask                         (1, H, W) float32: 1 where a pixel of the reference landed, 0 in
-                                   the holes (M)
-
-    ValueError: no shards, one that is damaged, an unknown model.
-    """
-
-    def __init__(self, path, model="both", batch=1, *, seed=0, shuffle=4096, epochs=None,
-                 rank=None, world=None, start=0):
-        check_model(model)
-        self.model, self.batch, self.start = model, batch, start
-        self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
-        self.rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-        self.world = int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
-        if not 0 <= self.rank < self.world:
-            raise ValueError(f"there is no rank {self.rank} among {self.world}")
-        self.shards = shards.find_shards(path)  # [(path, pairs)]
-        self.pairs = sum(kept for _, kept in self.shards)  # in an epoch
-
-    def order(self, epoch):
-        """-> which shard (pairs,), which pair in it (pairs,), whether model 2 (pairs,) bool"""
-        rng = np.random.default_rng([self.seed, epoch])
-        counts = np.array([kept for _, kept in self.shards])
-        order = rng.permutation(len(counts)) if self.shuffle else np.arange(len(counts))
-        shard = np.repeat(order, counts[order])
-        pair = np.concatenate([np.arange(n) for n in counts[order]])
-        # Nobody moves farther than `shuffle`, so that a reader stays in few shards.
-        place = np.arange(self.pairs) + self.shuffle * rng.random(self.pairs)
-        near = np.argsort(place, kind="stable")
-        affine = rng.random(self.pairs) < MODELS[self.model]
-        return shard[near], pair[near], affine
-
-    def __iter__(self):
-        worker = get_worker_info()
-        turn, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        turn += self.start
-        end = math.inf if self.epochs is None else self.epochs * self.pairs
-        current = None  # the epoch that shard, pair, affine are of
-        while (first := (turn * self.world + self.rank) * self.batch) < end:
-            for place in range(first, min(first + self.batch, end)):
-                epoch, i = divmod(place, self.pairs)
-                if epoch != current:
-                    current = epoch
-                    shard, pair, affine = self.order(epoch)
-                path, _ = self.shards[shard[i]]
-                yield read_pair(path, int(pair[i]), "affine" if affine[i] else "flow")
-            turn += workers
-
-
-def read_pair(path, i, model):
-    """Pair number i of a shard, with the coarse edit of `model`, as `ShardPairs` yields it."""
-    pictures = shards.read_pictures(path, i, ("ref.jpg", "gt.jpg", f"{model}.png"))
-    reference, target, coarse = (p[:3].float().div_(127.5).sub_(1) for p in pictures)
-    mask = (pictures[2][3:] > 127).float()
-    return dict(reference=reference, target=target, coarse=coarse, mask=mask)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,19 +17,15 @@ import argparse
 import contextlib
 import copy
 import functools
-import itertools
 import math
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import diffdiff
 import diffusion
 import mfx
 import sd
@@ -46,20 +42,19 @@ from common.processes import (
     slice_batch,
 )
 from common.run_state import (
-    cache_tensors,
-    digest,
     draw_curve,
     draw_sheet,
+    generator_at,
     prepare_folder,
     read_recipe,
     restore_state,
     save_state,
     trained_parameters,
 )
-from data import MODELS, ShardPairs
-from kernels.blocks import checkpoint_blocks, compile_blocks
+from kernels.blocks import checkpoint_blocks, compile_blocks, to_channels_last
 from kernels.memory import hold_memory
-from toy.pairs import ToyPairs, toy_pairs
+from video.batches import cache_latents, encode_pairs, make_held_out, stream_pairs
+from video.motion import MODELS
 
 # --------------------------------------------------------------------------------------------------
 # Recipes. An option of the same name on the command line changes a field.
@@ -131,94 +126,6 @@ def fit_micro_batch(share, device):
     free = torch.cuda.mem_get_info(device)[0] / 2**30 if device.type == "cuda" else 0
     most = max(1, int((0.95 * free - 25.4) / 1.2))
     return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
-
-
-# --------------------------------------------------------------------------------------------------
-# Pairs
-
-
-def read_shards(recipe, held_out=False, **options):
-    """The pairs in the folder recipe.data: those to train on, or those held out. The latter are the
-    last shard, since other shards are of other clips."""
-    pairs = ShardPairs(recipe.data, recipe.motion, seed=recipe.seed + 4, **options)
-    if recipe.held_out:
-        if len(pairs.shards) == 1:
-            raise ValueError(f"{recipe.data} has one shard, and no other to hold out for "
-                             "validation: --held-out 0")
-        pairs.shards = pairs.shards[-1:] if held_out else pairs.shards[:-1]
-        pairs.pairs = sum(count for _, count in pairs.shards)
-    return pairs
-
-
-def make_held_out(recipe, size):
-    """-> a dict of recipe.held_out pairs that training does not see"""
-    if recipe.data == "toy":
-        g = generator_at(recipe.seed + 2, 0)
-        return toy_pairs(recipe.held_out, g, recipe.motion, size)
-    pairs = read_shards(recipe, held_out=True, shuffle=0, epochs=1, rank=0, world=1)
-    return next(iter(DataLoader(pairs, recipe.held_out)))
-
-
-def stream_pairs(recipe, size, step, device):
-    """-> this process's micro-batches of pictures, from those of `step` on"""
-    parts = slice_batch(recipe.batch, recipe.micro_batch)
-    n = parts[0].stop - parts[0].start
-    # On a CPU the training has all cores. On a GPU they decode pictures ahead, in processes of
-    # their own.
-    gpu = device.type == "cuda"
-    workers = min(8, (os.cpu_count() or 1) // process_count()) if gpu else 0
-    if recipe.data != "toy":
-        pairs = read_shards(recipe, batch=n, rank=process_rank(), world=process_count(),
-                            start=step * len(parts))
-        return iter(DataLoader(pairs, n, num_workers=workers, pin_memory=gpu))
-
-    def number_pairs():  # sample i of the run is the toy world's pair i
-        for s in range(step, recipe.steps):
-            for part in parts:
-                yield range(s * recipe.batch + part.start, s * recipe.batch + part.stop)
-
-    pairs = ToyPairs(recipe.steps * recipe.batch, recipe.seed + 4, recipe.motion, size)
-    return iter(DataLoader(pairs, batch_sampler=number_pairs(), num_workers=workers,
-                           pin_memory=gpu))
-
-
-def cache_latents(recipe, path, vae, size, device):
-    """recipe.pairs pairs, encoded once and kept in a file -> a dict of (N, ...) in fp16. To encode
-    them again at every step would cost as much as the training."""
-    if recipe.data == "toy":
-        seeds = range(0, recipe.pairs, 32)
-        batches = (
-            toy_pairs(32, generator_at(recipe.seed + 4, i), recipe.motion, size) for i in seeds
-        )
-        source = ()
-    else:
-        shards = read_shards(recipe, batch=32, rank=0, world=1)
-        batches = DataLoader(shards, 32)
-        source = (recipe.data, [(path.name, count) for path, count in shards.shards])
-
-    def make():
-        count = math.ceil(recipe.pairs / 32)
-        parts = []
-        for batch in tqdm(itertools.islice(batches, count), "pairs", count, unit="batch"):
-            encoded = encode_pairs(batch, vae, device)
-            parts.append({name: tensor.half().cpu() for name, tensor in encoded.items()})
-        return {name: torch.cat([p[name] for p in parts]).contiguous() for name in parts[0]}
-
-    made_from = digest(vae, recipe.pairs, recipe.seed, recipe.motion, *source)
-    return cache_tensors(path, made_from, make)
-
-
-@torch.no_grad()
-def encode_pairs(pairs, vae, device):
-    """reference, target, coarse (B, 3, H, W), mask (B, 1, H, W)
-    -> latents (B, C, h, w), mask (B, 1, h, w)"""
-    latents = {}
-    few = max(1, 32 * 128**2 // pairs["mask"][0].numel())  # pictures that fit beside a large model
-    for name in ("reference", "target", "coarse"):
-        x = to_channels_last(pairs[name].to(device, non_blocking=True))
-        latents[name] = torch.cat([vae.encode_scaled(some) for some in x.split(few)])
-    mask = diffdiff.down_sample(pairs["mask"], latents["target"].shape[-2:])
-    return latents | {"mask": mask.to(device)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -409,21 +316,11 @@ def read_losses(pending, step):
     return [value for value, _ in values]
 
 
-def generator_at(seed, step):
-    """The random generator of one step: exact resume without saving any random state."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
 def draw_timesteps(batch, generator):
     """(B,) timesteps, one from each of `batch` equal parts of 0 .. T-1: uniform, with less variance
     than free draws."""
     parts = torch.arange(batch) + torch.rand(batch, generator=generator)
     return (parts / batch * diffusion.T).long()
-
-
-def to_channels_last(x):
-    """The memory format that convolutions are fastest in."""
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ import mfx
 import train
 from bench.clock import Row, run_in_own_process, synchronize, time_in_turn, watch
 from bench.models import NAMES, SIDES, make_without_text
+from common.run_state import generator_at
 from toy import pairs
+from video.batches import encode_pairs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A step
@@ -44,7 +46,7 @@ def train_for_some_steps(kind, batch, checkpointing, device, rounds):
     with tempfile.TemporaryDirectory() as out, watch(device) as w:
         model = model.to(device, memory_format=torch.channels_last)
         model.unfreeze()
-        latents = train.encode_pairs(pictures, model.vae, device)
+        latents = encode_pairs(pictures, model.vae, device)
 
         def loss(step, part):
             synchronize(device)
@@ -52,8 +54,8 @@ def train_for_some_steps(kind, batch, checkpointing, device, rounds):
             if len(times) > rounds + 2:
                 raise Enough
             # As the recipes have it: the toy's pairs are encoded once and kept, the paper's as they come.
-            encoded = train.encode_pairs(pictures, model.vae, device) if recipe.pairs == 0 else latents
-            return model.loss(dict(encoded), train.generator_at(0, step))
+            encoded = encode_pairs(pictures, model.vae, device) if recipe.pairs == 0 else latents
+            return model.loss(dict(encoded), generator_at(0, step))
 
         with contextlib.suppress(Enough):
             train.fit("mfx", model, loss, None, recipe, Path(out), False)

@@ -133,6 +133,11 @@ def restore_state(out, stage, model, average, optimizer):
     return losses, notes["validation"]
 
 
+def generator_at(seed, step):
+    """The random generator of one step: exact resume without saving any random state."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensors that are expensive to make
 

@@ -24,3 +24,8 @@ def compile_blocks(model, kinds):
     for block in model.modules():
         if isinstance(block, kinds):
             block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def to_channels_last(x):
+    """The memory format that convolutions are fastest in."""
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x

@@ -27,10 +27,11 @@ import vae
 from checkpoints.parts import build_part, load_part, save_part
 from common.cli import TOY, Parser, number, report_errors
 from common.devices import choose_device
-from common.run_state import cache_tensors, digest, prepare_folder, read_recipe
+from common.run_state import cache_tensors, digest, generator_at, prepare_folder, read_recipe
+from kernels.blocks import to_channels_last
 from kernels.memory import hold_memory
 from toy import world
-from train import draw_timesteps, generator_at, to_channels_last
+from train import draw_timesteps
 
 
 @dataclass

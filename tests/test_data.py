@@ -10,11 +10,12 @@ import torch
 from torch.utils.data import DataLoader
 
 import data
-from data import Rejected, ShardPairs
+from data import Rejected
 from tests.runs import film, picture
 from tests.toy import seeded
 from toy.pairs import toy_pairs
-from video import estimators, shards
+from video import batches, estimators, shards
+from video.batches import ShardPairs
 
 SMALL = data.PairRecipe(size=64)
 
@@ -168,7 +169,7 @@ def made(tmp_path_factory):
 @pytest.fixture
 def places(monkeypatch):
     """Instead of the pair itself, the reader yields where it lies."""
-    monkeypatch.setattr(data, "read_pair", lambda path, i, model: (path.name, i))
+    monkeypatch.setattr(batches, "read_pair", lambda path, i, model: (path.name, i))
 
 
 def test_read_pairs_are_what_was_written(made):

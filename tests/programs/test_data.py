@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import data
-from data import ShardPairs
 from tests.runs import contents, film, last_line
 from video import shards
+from video.batches import ShardPairs
 
 fails = functools.partial(last_line, program=data)
 

@@ -10,11 +10,12 @@ import torch
 
 import data
 from checkpoints import published
-from data import PairRecipe, ShardPairs
+from data import PairRecipe
 from networks import midas, raft
 from tests.networks import DPT, FILES, write_networks
 from tests.runs import contents, film, last_line, picture
 from video import estimators
+from video.batches import ShardPairs
 
 fails = functools.partial(last_line, program=data)
 # Pixels of the pairs, and by how many the film goes left in clips.STEP, four frames of 25 a second

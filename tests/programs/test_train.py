@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import mfx
 import train
 from tests.training import arguments, equal, read_state, run_python, write_shards, write_stable
+from video.batches import ShardPairs, make_held_out
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +83,9 @@ def test_shards_are_resumed_where_they_were_left(stable, tmp_path, micro):
 
 def test_held_out_shards_are_not_trained_on(tmp_path):
     recipe = replace(train.RECIPES["paper"], data=str(write_shards(tmp_path / "pairs")), held_out=64)
-    taught, held = (train.read_shards(recipe, held_out=h) for h in (False, True))
+    taught, held = (ShardPairs(recipe.data, held_out=held_out) for held_out in (False, True))
     assert {p for p, _ in taught.shards}.isdisjoint(p for p, _ in held.shards)
-    assert (taught.pairs, held.pairs, len(train.make_held_out(recipe, 16)["mask"])) == (8, 4, 4)
+    assert (taught.pairs, held.pairs, len(make_held_out(recipe, 16)["mask"])) == (8, 4, 4)
 
 
 def test_without_cross_reference_there_is_no_extractor(stable, tmp_path):

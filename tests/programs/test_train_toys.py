@@ -12,13 +12,12 @@ from safetensors.torch import load_file
 import diffusion
 import sample
 import sd
-from common.run_state import read_recipe
+from common.run_state import generator_at, read_recipe
 from reproduce import lab as claims
 from reproduce import train_toys
 from tests import small
 from tests.training import fails
 from toy import world
-from train import generator_at
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import data
-from data import Rejected, ShardPairs
+from data import Rejected
 from tests.runs import film, last_line, picture
 from tests.toy import seeded
 from toy.pairs import toy_motion
 from toy.world import render
 from video import shards
+from video.batches import ShardPairs
 
 fails = functools.partial(last_line, program=data)
 SMALL = data.PairRecipe(size=64)

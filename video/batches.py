@@ -1,0 +1,183 @@
+"""The pairs that training sees, from data.py's shards or from the toy world, in batches.
+
+Each batch is a function of the seed and the step alone. `recipe` is train.FixupRecipe.
+"""
+
+import itertools
+import math
+import os
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+import diffdiff
+from common.processes import process_count, process_rank, slice_batch
+from common.run_state import cache_tensors, digest, generator_at
+from kernels.blocks import to_channels_last
+from toy.pairs import ToyPairs, toy_pairs
+from video import shards
+from video.motion import MODELS, check_model
+
+# --------------------------------------------------------------------------------------------------
+# Shards
+
+
+class ShardPairs(IterableDataset):
+    """The pairs in a folder of shards, in an order that is a function of the seed.
+
+    path          the --out of data.py. A shard counts once its .json lies beside it
+    model         'flow', 'affine', or 'both': either, at random for each pair and epoch
+    batch         the batch size of the DataLoader that reads this. Ranks take turns batch by batch,
+                  and so do workers: the batches come in the same order with any number of workers
+    shuffle       how far a pair may go from its place, in pairs; whole shards are shuffled as well,
+                  anew in every epoch. 0: as they lie
+    epochs        None: without end. Otherwise the last batch may be smaller
+    rank, world   this process among how many; None: what torchrun says
+    start         batches that this rank has had: to resume, the training step. Costs nothing
+    held_out      True: only the last shard, whose clips no other has; False: all others; None: all
+
+    Yields dictionaries of
+
+      reference, target, coarse    (3, H, W) float32 in [-1, 1]; `coarse` has its holes painted in
+      mask                         (1, H, W) float32: 1 where a pixel of the reference landed, 0 in
+                                   the holes (M)
+
+    ValueError: no shards, one that is damaged, an unknown model.
+    """
+
+    def __init__(self, path, model="both", batch=1, *, seed=0, shuffle=4096, epochs=None,
+                 rank=None, world=None, start=0, held_out=None):
+        check_model(model)
+        self.model, self.batch, self.start = model, batch, start
+        self.seed, self.shuffle, self.epochs = seed, shuffle, epochs
+        self.rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+        self.world = int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"there is no rank {self.rank} among {self.world}")
+        self.shards = shards.find_shards(path)  # [(path, pairs)]
+        if held_out is not None:
+            if len(self.shards) == 1:
+                raise ValueError(f"{path} has one shard, and no other to hold out for validation: "
+                                 "--held-out 0")
+            self.shards = self.shards[-1:] if held_out else self.shards[:-1]
+        self.pairs = sum(kept for _, kept in self.shards)  # in an epoch
+
+    def order(self, epoch):
+        """-> which shard (pairs,), which pair in it (pairs,), whether model 2 (pairs,) bool"""
+        rng = np.random.default_rng([self.seed, epoch])
+        counts = np.array([kept for _, kept in self.shards])
+        order = rng.permutation(len(counts)) if self.shuffle else np.arange(len(counts))
+        shard = np.repeat(order, counts[order])
+        pair = np.concatenate([np.arange(n) for n in counts[order]])
+        # Nobody moves farther than `shuffle`, so that a reader stays in few shards.
+        place = np.arange(self.pairs) + self.shuffle * rng.random(self.pairs)
+        near = np.argsort(place, kind="stable")
+        affine = rng.random(self.pairs) < MODELS[self.model]
+        return shard[near], pair[near], affine
+
+    def __iter__(self):
+        worker = get_worker_info()
+        turn, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        turn += self.start
+        end = math.inf if self.epochs is None else self.epochs * self.pairs
+        current = None  # the epoch that shard, pair, affine are of
+        while (first := (turn * self.world + self.rank) * self.batch) < end:
+            for place in range(first, min(first + self.batch, end)):
+                epoch, i = divmod(place, self.pairs)
+                if epoch != current:
+                    current = epoch
+                    shard, pair, affine = self.order(epoch)
+                path, _ = self.shards[shard[i]]
+                yield read_pair(path, int(pair[i]), "affine" if affine[i] else "flow")
+            turn += workers
+
+
+def read_pair(path, i, model):
+    """Pair number i of a shard, with the coarse edit of `model`, as `ShardPairs` yields it."""
+    pictures = shards.read_pictures(path, i, ("ref.jpg", "gt.jpg", f"{model}.png"))
+    reference, target, coarse = (p[:3].float().div_(127.5).sub_(1) for p in pictures)
+    mask = (pictures[2][3:] > 127).float()
+    return dict(reference=reference, target=target, coarse=coarse, mask=mask)
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches of a training
+
+
+def read_shards(recipe, batch, rank=0, world=1, start=0):
+    """The pairs in the folder recipe.data to train on"""
+    return ShardPairs(recipe.data, recipe.motion, batch, seed=recipe.seed + 4, rank=rank,
+                      world=world, start=start, held_out=False if recipe.held_out else None)
+
+
+def make_held_out(recipe, size):
+    """-> a dict of recipe.held_out pairs that training does not see"""
+    if recipe.data == "toy":
+        g = generator_at(recipe.seed + 2, 0)
+        return toy_pairs(recipe.held_out, g, recipe.motion, size)
+    pairs = ShardPairs(recipe.data, recipe.motion, shuffle=0, epochs=1, rank=0, world=1,
+                       seed=recipe.seed + 4, held_out=True)
+    return next(iter(DataLoader(pairs, recipe.held_out)))
+
+
+def stream_pairs(recipe, size, step, device):
+    """-> this process's micro-batches of pictures, from those of `step` on"""
+    parts = slice_batch(recipe.batch, recipe.micro_batch)
+    n = parts[0].stop - parts[0].start
+    # On a CPU the training has all cores. On a GPU they decode pictures ahead, in processes of
+    # their own.
+    gpu = device.type == "cuda"
+    workers = min(8, (os.cpu_count() or 1) // process_count()) if gpu else 0
+    if recipe.data != "toy":
+        pairs = read_shards(recipe, n, process_rank(), process_count(), start=step * len(parts))
+        return iter(DataLoader(pairs, n, num_workers=workers, pin_memory=gpu))
+
+    def number_pairs():  # sample i of the run is the toy world's pair i
+        for s in range(step, recipe.steps):
+            for part in parts:
+                yield range(s * recipe.batch + part.start, s * recipe.batch + part.stop)
+
+    pairs = ToyPairs(recipe.steps * recipe.batch, recipe.seed + 4, recipe.motion, size)
+    return iter(DataLoader(pairs, batch_sampler=number_pairs(), num_workers=workers,
+                           pin_memory=gpu))
+
+
+def cache_latents(recipe, path, vae, size, device):
+    """recipe.pairs pairs, encoded once and kept in a file -> a dict of (N, ...) in fp16. To encode
+    them again at every step would cost as much as the training."""
+    if recipe.data == "toy":
+        seeds = range(0, recipe.pairs, 32)
+        batches = (
+            toy_pairs(32, generator_at(recipe.seed + 4, i), recipe.motion, size) for i in seeds
+        )
+        source = ()
+    else:
+        pairs = read_shards(recipe, batch=32)
+        batches = DataLoader(pairs, 32)
+        source = (recipe.data, [(path.name, count) for path, count in pairs.shards])
+
+    def make():
+        count = math.ceil(recipe.pairs / 32)
+        parts = []
+        for batch in tqdm(itertools.islice(batches, count), "pairs", count, unit="batch"):
+            encoded = encode_pairs(batch, vae, device)
+            parts.append({name: tensor.half().cpu() for name, tensor in encoded.items()})
+        return {name: torch.cat([p[name] for p in parts]).contiguous() for name in parts[0]}
+
+    made_from = digest(vae, recipe.pairs, recipe.seed, recipe.motion, *source)
+    return cache_tensors(path, made_from, make)
+
+
+@torch.no_grad()
+def encode_pairs(pairs, vae, device):
+    """reference, target, coarse (B, 3, H, W), mask (B, 1, H, W)
+    -> latents (B, C, h, w), mask (B, 1, h, w)"""
+    latents = {}
+    few = max(1, 32 * 128**2 // pairs["mask"][0].numel())  # pictures that fit beside a large model
+    for name in ("reference", "target", "coarse"):
+        x = to_channels_last(pairs[name].to(device, non_blocking=True))
+        latents[name] = torch.cat([vae.encode_scaled(some) for some in x.split(few)])
+    mask = diffdiff.down_sample(pairs["mask"], latents["target"].shape[-2:])
+    return latents | {"mask": mask.to(device)}
