@@ -3,8 +3,8 @@
     model = load("sam", find("sam"))          sam.SAM; "raft" gives a raft.RAFT, "midas" a midas.DPT
     metric = load_lpips(*find_lpips())        lpips.LPIPS
 
-They are too large to be shipped here: whoever wants a network puts its file, under its published name, into FOLDER or
-names another folder. raft.py, sam.py, midas.py and lpips.py know what is in the files, and nothing of files.
+They are too large to be shipped here. A user puts a file, under its published name, into FOLDER or names another
+folder. networks/ knows what the tensors mean, and nothing of files.
 """
 
 import hashlib
@@ -31,10 +31,10 @@ LPIPS = {  # the backbone's file, and the heads' file that goes with it
 }
 LPIPS_SOURCE = ("torchvision's IMAGENET1K_V1 weights of that network, and lpips/weights/v0.1 of "
                 "github.com/richzhang/PerceptualSimilarity")
-NETWORKS = {  # kind: a stored name -> the model's, or None for what it has no use of; {name: shape} -> model
-    "raft": (raft.our_name, lambda shapes: raft.RAFT()),
+BUILD = {  # kind: a stored name -> the model's, or None for what it has no use of; {name: shape} -> model
+    "raft": (raft.rename, lambda shapes: raft.RAFT()),
     "sam": (lambda name: name, lambda shapes: sam.SAM(sam.config_from_shapes(shapes))),
-    "midas": (midas.our_name, lambda shapes: midas.DPT(midas.config_from_shapes(shapes))),
+    "midas": (midas.rename, lambda shapes: midas.DPT(midas.config_from_shapes(shapes))),
 }
 SIGNS = {  # how the names of tensors begin in files that may be mistaken for each other
     "raft": (r"(module\.)?(fnet|feature_encoder)\.", "RAFT"),
@@ -52,8 +52,8 @@ def find(kind, folder=FOLDER):
     for name in files:
         if (path := Path(folder) / name).is_file():
             return path
-    raise FileNotFoundError(f"{what} needs {either(files)}, from {source}, and none is in {folder}: put it there, or "
-                            "name another folder by --networks DIR")
+    raise FileNotFoundError(f"{what} needs {join_names(files)}, from {source}, and none is in {folder}: put it there, "
+                            "or name another folder by --networks DIR")
 
 
 def find_lpips(network="alexnet", folder=FOLDER):
@@ -86,24 +86,28 @@ def load(kind, path, dtype=None, device="cpu"):
     not whole, or another network's.
     """
     what, files, _ = PUBLISHED[kind]
-    expected = f"expected {what} as published ({either(files)})"
-    stored = contents(path, expected)
-    our_name, build = NETWORKS[kind]
-    tensors = {name: tensor for n, tensor in stored.items() if (name := our_name(n))}
+    expected = f"expected {what} as published ({join_names(files)})"
+    stored = read_contents(path, expected)
+
+    # Name the tensors as the model does, build it on the meta device, and compare.
+    rename, build = BUILD[kind]
+    tensors = {name: tensor for n, tensor in stored.items() if (name := rename(n))}
     try:
         with torch.device("meta"):
-            model = build(shapes(tensors))
-        problems = describe_misfits(model, shapes(tensors))
+            model = build(read_shapes(tensors))
+        problems = describe_misfits(model, read_shapes(tensors))
     except KeyError as name:
         problems = f"there is no tensor {name.args[0]}; the first is {next(iter(stored))}"
     except (LookupError, ValueError, RuntimeError, ZeroDivisionError) as e:
         problems = f"its shapes make no sense: {str(e).splitlines()[0]}"
     if problems:
-        raise ValueError(f"{path}: {expected}, and {recognised(stored, kind) or problems}")
-    # The frequencies of SAM's positional encoding stay as they are: with 8 bits, distant places would be confused.
-    model.load_state_dict({
-        name: tensor.to(device, dtype if tensor.is_floating_point() and not name.endswith("gaussian_matrix") else None)
-        for name, tensor in tensors.items()}, assign=True)
+        raise ValueError(f"{path}: {expected}, and {recognise(stored, kind) or problems}")
+
+    # The frequencies of SAM's positional encoding keep their digits: with 8 bits it would confuse distant places.
+    for name, tensor in tensors.items():
+        rounded = tensor.is_floating_point() and not name.endswith("gaussian_matrix")
+        tensors[name] = tensor.to(device, dtype if rounded else None)
+    model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False).eval()
 
 
@@ -115,33 +119,36 @@ def load_lpips(backbone, heads):
 
     Errors as `load`.
     """
-    expected = f"expected the whole {either(lpips.NETWORKS)} of torchvision"
-    stored = contents(backbone, expected)
+    # Which of the three networks has most of these tensors?
+    expected = f"expected the whole {join_names(lpips.NETWORKS)} of torchvision"
+    stored = read_contents(backbone, expected)
     features = {name: tensor for name, tensor in stored.items() if name.startswith("features.")}
     with torch.device("meta"):
         models = {name: lpips.LPIPS(name) for name in lpips.NETWORKS}
-    wanted = {name: shapes(model.state_dict()) for name, model in models.items()}
-    name = min(models, key=lambda n: len(set(shapes(features).items()) ^ set(wanted[n].items())))
+    wanted = {name: read_shapes(model.state_dict()) for name, model in models.items()}
+    name = min(models, key=lambda n: len(set(read_shapes(features).items()) ^ set(wanted[n].items())))
     rest = {k: shape for k, shape in wanted[name].items() if not k.startswith("features.")}
-    if problems := describe_misfits(models[name], rest | shapes(features)):
+    if problems := describe_misfits(models[name], rest | read_shapes(features)):
         raise ValueError(f"{backbone}: {expected}, and "
-                         f"{recognised(stored, 'backbone') or f'it is closest to {name}, but for {problems}'}")
+                         f"{recognise(stored, 'backbone') or f'it is closest to {name}, but for {problems}'}")
+
+    # Its heads.
     expected = f"expected the heads of {name} ({LPIPS[name][1]}), as {backbone} is one"
-    found = contents(heads, expected)
-    if problems := describe_misfits(models[name], shapes(features) | shapes(found)):
-        raise ValueError(f"{heads}: {expected}, and {recognised(found, 'heads') or problems}")
+    found = read_contents(heads, expected)
+    if problems := describe_misfits(models[name], read_shapes(features) | read_shapes(found)):
+        raise ValueError(f"{heads}: {expected}, and {recognise(found, 'heads') or problems}")
     models[name].load_state_dict(features | found, assign=True)
     return models[name].requires_grad_(False).eval()
 
 
-def contents(path, expected):
+def read_contents(path, expected):
     try:
         return read_tensors(path)
     except ValueError as e:
         raise ValueError(f"{e}; {expected}") from None
 
 
-def recognised(stored, kind):
+def recognise(stored, kind):
     """What tensors of these names are instead of the kind, in words; None if they are of that kind, or unknown."""
     for other, (sign, words) in SIGNS.items():
         if any(re.match(sign, name) for name in stored):
@@ -149,10 +156,10 @@ def recognised(stored, kind):
     return None
 
 
-def shapes(tensors):
+def read_shapes(tensors):
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def either(names):
+def join_names(names):
     *most, last = names
     return f"{', '.join(most)} or {last}" if most else last

@@ -40,27 +40,33 @@ def automatic_masks(
     ValueError for a picture that is none (see SAM.encode).
     """
     H, W = image.shape[:2]
-    crops, found = crop_boxes(H, W, crop_n_layers, crop_overlap_ratio), []
+    crops = list_crops(H, W, crop_n_layers, crop_overlap_ratio)
+
+    # What the clicks in each crop find, without those that have a better one's box; then the same between crops.
+    found = []
     for crop, layer in crops:
         n = int(points_per_side / crop_n_points_downscale_factor**layer)
-        candidates = crop_masks(sam, image, crop, n, points_per_batch, pred_iou_thresh, stability_score_thresh,
+        candidates = find_masks_in_crop(sam, image, crop, n, points_per_batch, pred_iou_thresh, stability_score_thresh,
                                 stability_score_offset)
         found += suppress(candidates, [c["predicted_iou"] for c in candidates], box_nms_thresh)
     if len(crops) > 1:
-        found = suppress(found, [1 / area(c["crop"]) for c in found], crop_nms_thresh)
+        found = suppress(found, [1 / compute_area(c["crop"]) for c in found], crop_nms_thresh)
+
+    # From here on masks are whole pictures, not bits of a crop.
     for c in found:
-        c["mask"] = unpack(c["mask"], c["crop"], H, W)
+        c["mask"] = unpack_mask(c["mask"], c["crop"], H, W)
     if min_mask_region_area > 0:
         for c in found:
-            mask = without_small_regions(c["mask"], min_mask_region_area)
+            mask = remove_small_regions(c["mask"], min_mask_region_area)
             c["changed"] = mask is not c["mask"]
             if c["changed"]:
-                c["mask"], c["box"] = mask, mask_box(mask)
+                c["mask"] = mask
+                c["box"] = find_box(mask)
         # Of two that have become alike, prefer one that was so before.
         found = suppress(found, [float(not c["changed"]) for c in found], max(box_nms_thresh, crop_nms_thresh))
-    return [{"segmentation": c["mask"], "area": int(np.count_nonzero(c["mask"])), "bbox": xywh(c["box"]),
+    return [{"segmentation": c["mask"], "area": int(np.count_nonzero(c["mask"])), "bbox": to_xywh(c["box"]),
              "predicted_iou": c["predicted_iou"], "point_coords": [c["point"]],
-             "stability_score": c["stability_score"], "crop_box": xywh(c["crop"])} for c in found]
+             "stability_score": c["stability_score"], "crop_box": to_xywh(c["crop"])} for c in found]
 
 
 def segments(sam, image, smallest=0, **options):
@@ -79,42 +85,47 @@ def segments(sam, image, smallest=0, **options):
     return (np.cumsum(seen) * seen)[labels].astype(np.int32)
 
 
-def crop_masks(sam, image, crop, n, batch, iou_thresh, stability_thresh, offset):
+def find_masks_in_crop(sam, image, crop, n, batch, iou_thresh, stability_thresh, offset):
     """What a grid of n x n clicks in a crop (x0, y0, x1, y1) gives -> candidates, their coordinates the picture's"""
     (H, W), (x0, y0, x1, y1) = image.shape[:2], crop
-    encoded, found = sam.encode(image[y0:y1, x0:x1]), []
-    for points in np.split(point_grid(n) * [x1 - x0, y1 - y0], range(batch, n * n, batch)):
+    encoded = sam.encode(image[y0:y1, x0:x1])
+    found = []
+    for points in np.split(make_point_grid(n) * [x1 - x0, y1 - y0], range(batch, n * n, batch)):
         iou, hyper, embedding = sam.attend(encoded, points[:, None])
         iou = iou[:, 1:].float()  # a click may mean several things: the three masks, not the one
         good = iou > iou_thresh
         drawn = good.any(1)
         if not drawn.any():
             continue
+
+        # Draw the good ones, some at a time, and keep those that are stable and whole.
         low_res = sam.mask_decoder.draw(embedding[drawn], hyper[drawn, 1:]).float()[good[drawn]]  # (k, 4 g, 4 g)
-        scores, clicks = iou[good].tolist(), points[good.nonzero()[:, 0].cpu().numpy()] + [x0, y0]
+        scores = iou[good].tolist()
+        clicks = points[good.nonzero()[:, 0].cpu().numpy()] + [x0, y0]
         few = max(1, AT_ONCE // max(sam.config.size**2, (x1 - x0) * (y1 - y0)))
         for first in range(0, len(low_res), few):
             logits = sam.upscale(low_res[None, first:first + few], encoded)[0]
             inner, outer = ((logits > at).sum(2, dtype=torch.int32).sum(1) for at in (offset, -offset))
             stability = inner / outer
             stable = ((stability >= stability_thresh) & (inner > 0)).nonzero()[:, 0]  # and not empty
-            masks, stability = (logits[stable] > 0).cpu().numpy(), stability.tolist()
+            masks = (logits[stable] > 0).cpu().numpy()
+            stability = stability.tolist()
             for i, mask in zip(stable.tolist(), masks):
-                box = mask_box(mask) + [x0, y0, x0, y0]
-                if not cut_off(box, crop, (0, 0, W, H)):
+                box = find_box(mask) + [x0, y0, x0, y0]
+                if not is_cut_off(box, crop, (0, 0, W, H)):
                     found.append({
                         "mask": np.packbits(mask, axis=1), "box": box, "crop": crop, "stability_score": stability[i],
                         "predicted_iou": scores[first + i], "point": clicks[first + i].tolist()})
     return found
 
 
-def point_grid(n):
+def make_point_grid(n):
     """(n n, 2): x, y in 0 .. 1, row by row"""
     centres = np.linspace(1 / (2 * n), 1 - 1 / (2 * n), n)
     return np.stack(np.meshgrid(centres, centres), -1).reshape(-1, 2)
 
 
-def crop_boxes(H, W, layers, overlap_ratio):
+def list_crops(H, W, layers, overlap_ratio):
     """The picture and then its crops, from the largest to the smallest: a list of ((x0, y0, x1, y1), layer)"""
     boxes = [((0, 0, W, H), 0)]
     for layer in range(1, layers + 1):
@@ -126,28 +137,28 @@ def crop_boxes(H, W, layers, overlap_ratio):
     return boxes
 
 
-def cut_off(box, crop, picture, margin=20):
+def is_cut_off(box, crop, picture, margin=20):
     """Whether a box reaches an edge of its crop, to within `margin` pixels, which is not an edge of the picture."""
     box, crop, picture = map(np.asarray, (box, crop, picture))
     return bool(((abs(box - crop) <= margin) & (abs(box - picture) > margin)).any())
 
 
-def mask_box(mask):
+def find_box(mask):
     """(H, W) bool, not empty -> x0, y0, x1, y1 of its outermost pixels"""
     rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
     return np.array([columns[0], rows[0], columns[-1], rows[-1]])
 
 
-def xywh(box):
+def to_xywh(box):
     x0, y0, x1, y1 = map(int, box)
     return [x0, y0, x1 - x0, y1 - y0]
 
 
-def area(box):
+def compute_area(box):
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def unpack(bits, crop, H, W):
+def unpack_mask(bits, crop, H, W):
     """A crop's mask as bits -> (H, W) bool"""
     x0, y0, x1, y1 = crop
     mask = np.zeros((H, W), bool)
@@ -161,7 +172,8 @@ def suppress(candidates, scores, threshold):
     if not candidates:
         return []
     boxes = np.stack([c["box"] for c in candidates]).astype(np.float32)
-    order, kept = np.argsort(-np.asarray(scores, np.float32), kind="stable"), []
+    order = np.argsort(-np.asarray(scores, np.float32), kind="stable")
+    kept = []
     while len(order):
         best, order = order[0], order[1:]
         kept.append(candidates[best])
@@ -169,21 +181,24 @@ def suppress(candidates, scores, threshold):
         sides = np.minimum(others[:, 2:], boxes[best, 2:]) - np.maximum(others[:, :2], boxes[best, :2])
         common = sides.clip(0).prod(1)
         with np.errstate(invalid="ignore"):  # two boxes without an area: 0 / 0, and both stay
-            iou = common / (area(boxes[best]) + area(others.T) - common)
+            iou = common / (compute_area(boxes[best]) + compute_area(others.T) - common)
         order = order[~(iou > threshold)]
     return kept
 
 
-def without_small_regions(mask, smallest):
+def remove_small_regions(mask, smallest):
     """Holes, then islands, of fewer than `smallest` pixels are gone -> (H, W) bool, the same object if there are none.
 
     Diagonal neighbours are connected. If every island is small, the largest stays.
     """
+    # Holes are regions of what is not the mask. Region 0 is what they are holes in: the mask itself.
     _, regions, stats, _ = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=8)
     small = stats[:, cv2.CC_STAT_AREA] < smallest
-    small[0] = False  # this is the mask itself
+    small[0] = False
     if small.any():
         mask = mask | small[regions]
+
+    # Islands are regions of the mask.
     _, regions, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     areas = stats[:, cv2.CC_STAT_AREA]
     areas[0] = 0

@@ -110,7 +110,7 @@ class ViT(nn.Module):
 
 
 class Readout(nn.Module):
-    """The paper's Read_proj: every token is told what the first one, which stands for no place, knows. -> (B, hw, D)"""
+    """The paper's Read_proj: every token reads the first one, which stands for no place. -> (B, hw, D)"""
 
     def __init__(self, width):
         super().__init__()
@@ -153,11 +153,11 @@ class FeatureFusionBlock(nn.Module):
 
     def forward(self, x, own=None):
         x = x if own is None else x + self.resConfUnit1(own)
-        # The paper enlarges first. A 1x1 convolution and an interpolation may trade places; so it has a quarter to do
-        return twice(self.out_conv(self.resConfUnit2(x)))
+        # The paper enlarges first. A 1x1 convolution and an interpolation may trade places, and here it has less to do.
+        return double_size(self.out_conv(self.resConfUnit2(x)))
 
 
-def twice(x):
+def double_size(x):
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
 
 
@@ -181,7 +181,7 @@ class DPT(nn.Module):
             setattr(self.scratch, f"refinenet{i}", FeatureFusionBlock(features, coarsest=i == 4))
         self.scratch.output_conv = nn.Sequential(
             nn.Conv2d(features, features // 2, 3, padding=1),
-            nn.UpsamplingBilinear2d(scale_factor=2),  # with its corners aligned, as `twice`
+            nn.UpsamplingBilinear2d(scale_factor=2),  # with its corners aligned, as in `double_size`
             nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(),
             nn.Conv2d(32, 1, 1), nn.ReLU(),
         )
@@ -208,8 +208,8 @@ class DPT(nn.Module):
 # What a file's names and shapes say
 
 
-# What the file holds, and no depth is computed with: the end of the classifier that the transformer once was, and the
-# part of the coarsest fusion that would take in a coarser path.
+# The file holds these tensors too, and nothing reads them: the end of the classifier that the transformer once was, and
+# the part of the coarsest fusion that would take in a coarser path.
 UNUSED = re.compile(r"pretrained\.model\.(norm|head)\..*|scratch\.refinenet4\.resConfUnit1\..*")
 
 
@@ -225,7 +225,7 @@ def config_from_shapes(shapes):
     return DPTConfig(width, len(blocks), grid, channels, shapes["scratch.layer1_rn.weight"][0])
 
 
-def our_name(name):
+def rename(name):
     """A tensor's name in the file -> its name here, which is the same; None for one that is not used"""
     return None if UNUSED.fullmatch(name) else name
 
@@ -234,9 +234,10 @@ def our_name(name):
 # A picture's depth
 
 
-def fitted_size(width, height, side):
-    """The size at which the network sees a picture: about its aspect, in multiples of 32, scaled as little as can be
-    for one side to come out at `side`. As released ('minimal'), but never less than 32."""
+def fit_size(width, height, side):
+    """The size at which the network sees a picture: about its aspect, in multiples of 32, and one side is `side`.
+
+    Of the two possible scales it is the one nearer to 1, as released ('minimal'), and no side is below 32."""
     scale = min(side / height, side / width, key=lambda s: abs(1 - s))
     return tuple(max(32, round(scale * x / 32) * 32) for x in (width, height))
 
@@ -245,12 +246,12 @@ def fitted_size(width, height, side):
 def depth(model, image):
     """image (H, W, 3) uint8 RGB -> inverse depth (H, W), float32, on the CPU: larger = nearer.
 
-    Up to a scale and a shift that nobody knows: it can be compared within a picture, and is no distance. A little
-    below 0 is possible, where the bicubic enlargement overshoots.
+    Its scale and shift are unknown: it compares places within a picture, and is no distance. It can be a little below
+    0, where the bicubic enlargement overshoots.
     """
     H, W = image.shape[:2]
     weight = model.scratch.output_conv[0].weight
-    size = fitted_size(W, H, PATCH * model.config.grid)
+    size = fit_size(W, H, PATCH * model.config.grid)
     x = cv2.resize(image.astype(np.float32) / 255, size, interpolation=cv2.INTER_CUBIC)
     x = torch.from_numpy((x - 0.5) / 0.5).permute(2, 0, 1)[None].to(weight)
     d = model(x).float().cpu()[:, None]

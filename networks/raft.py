@@ -33,14 +33,18 @@ MEMORY = 2**31  # bytes that correlation volumes and activations may take togeth
 # Encoders, section 3.1. Both have the same layers; features are normalised per picture, context by frozen statistics.
 
 
-def conv(c_in, c_out, kernel, stride=1, norm=None, relu=True):
+def make_conv(c_in, c_out, kernel, stride=1, norm=None, relu=True):
     """Convolution, normalisation if any, ReLU if any: attributes 0, 1, ..."""
-    layers = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2), norm and norm(c_out), relu and nn.ReLU(inplace=True)
-    return nn.Sequential(*(layer for layer in layers if layer))
+    layers = [nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)]
+    if norm:
+        layers.append(norm(c_out))
+    if relu:
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
 
 
-def instance_norm(c):
-    """As a GroupNorm with a group per channel, because that one is not slower in channels_last."""
+def make_instance_norm(c):
+    """A GroupNorm with one group per channel computes the same, and is as fast in channels_last."""
     return nn.GroupNorm(c, c, affine=False)
 
 
@@ -49,22 +53,22 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, c_in, c_out, stride, norm):
         super().__init__()
-        self.convnormrelu1 = conv(c_in, c_out, 3, stride, norm)
-        self.convnormrelu2 = conv(c_out, c_out, 3, 1, norm)
-        self.downsample = nn.Identity() if stride == 1 else conv(c_in, c_out, 1, stride, norm, relu=False)
+        self.convnormrelu1 = make_conv(c_in, c_out, 3, stride, norm)
+        self.convnormrelu2 = make_conv(c_out, c_out, 3, 1, norm)
+        self.downsample = nn.Identity() if stride == 1 else make_conv(c_in, c_out, 1, stride, norm, relu=False)
 
     def forward(self, x):
         return F.relu_(self.convnormrelu2(self.convnormrelu1(x)) + self.downsample(x))
 
 
-def encoder(c_out, norm):
+def make_encoder(c_out, norm):
     """(B, 3, H, W) -> (B, c_out, h, w)"""
 
     def layer(c_in, c_out, stride):
         return nn.Sequential(ResidualBlock(c_in, c_out, stride, norm), ResidualBlock(c_out, c_out, 1, norm))
 
     return nn.Sequential(OrderedDict(
-        convnormrelu=conv(3, 64, 7, 2, norm), layer1=layer(64, 64, 1), layer2=layer(64, 96, 2),
+        convnormrelu=make_conv(3, 64, 7, 2, norm), layer1=layer(64, 64, 1), layer2=layer(64, 96, 2),
         layer3=layer(96, 128, 2), conv=nn.Conv2d(128, c_out, 1),
     ))
 
@@ -73,24 +77,30 @@ def encoder(c_out, norm):
 # Correlation, section 3.2
 
 
-def cells(h, w):
-    """How many numbers the pyramid holds for each pixel of the first features. Each level has a border of zeros."""
+def count_cells(h, w):
+    """How many numbers the pyramid holds for each pixel of the first features, a border of zeros around each level."""
     return sum(((h >> level) + 2) * ((w >> level) + 2) for level in range(LEVELS))
 
 
-def correlation(g1, g2, memory):
+def make_look_up(g1, g2, memory):
     """Features g1, g2 (B, C, h, w) -> the look-up L_C: x' (B, 2, h, w), positions x, y -> (B, 4 * 9 * 9, h, w).
 
     Entry C_ijkl = <g1_ij, g2_kl> / sqrt(C) (equation 1, which leaves the scale to the code). Level k of the pyramid
     pools the last two dimensions by 2^k; as C is linear in g2, pooling g2 comes to the same. Read bilinearly around
     x' / 2^k, zero out of frame; x moves along the window's first axis, y along its second.
 
-    If the whole pyramid fits in `memory` bytes it is computed here, and looked up by reading. Otherwise every look-up
-    computes the correlations that it reads, and no others: O(h w) memory instead of O(h^2 w^2), and slower.
+    If the whole pyramid fits in `memory` bytes it is computed here, and a look-up reads from it. Otherwise a look-up
+    computes the correlations that it needs: O(h w) memory instead of O(h^2 w^2), and slower.
     """
     B, C, h, w = g1.shape
-    whole = 4 * B * h * w * cells(h, w) <= memory
-    part = B * h * w if whole else max(1, min(memory, 2**23) // (4 * C * (2 * RADIUS + 2) ** 2))  # 8 MB stay in cache
+    whole = 4 * B * h * w * count_cells(h, w) <= memory
+
+    # A look-up takes so many queries at once: all, or what 8 MB hold, which stay in a CPU's cache.
+    part = B * h * w
+    if not whole:
+        part = max(1, min(memory, 2**23) // (4 * C * (2 * RADIUS + 2) ** 2))
+
+    # The pyramid: of each level its size, and the correlations or the features that make them.
     queries = g1.permute(0, 2, 3, 1).reshape(B, h * w, C) / C**0.5
     pyramid = []
     for _ in range(LEVELS):
@@ -98,21 +108,28 @@ def correlation(g1, g2, memory):
         keys = F.pad(g2, (1, 1, 1, 1)).permute(0, 2, 3, 1).flatten(1, 2)  # (B, cells of this level, C)
         pyramid.append((size, torch.bmm(queries, keys.mT).flatten(0, 1) if whole else keys.flatten(0, 1)))
         g2 = F.avg_pool2d(g2, 2)
+
+    # Where in the batch each query is, and the 10 positions between which 9 are interpolated.
     queries = queries.reshape(B * h * w, C, 1)
-    pair = torch.arange(B, device=g1.device).repeat_interleave(h * w)  # of each query
-    steps = torch.arange(-RADIUS, RADIUS + 2, device=g1.device)  # 10 positions, to interpolate 9 between them
+    pair = torch.arange(B, device=g1.device).repeat_interleave(h * w)
+    steps = torch.arange(-RADIUS, RADIUS + 2, device=g1.device)
 
     def window(positions, of, size, table):
         """positions (n, 2) on one level, of the queries `of`, a slice -> (n, 9, 9)"""
         low = positions.floor()
         X, Y = (low.long()[:, :, None] + steps).unbind(1)  # (n, 10) each
-        X, Y = X.clamp(-1, size[1]) + 1, Y.clamp(-1, size[0]) + 1  # what is out of frame reads the border
+        X = X.clamp(-1, size[1]) + 1  # what is out of frame reads the border
+        Y = Y.clamp(-1, size[0]) + 1
         index = (X[:, :, None] + Y[:, None, :] * (size[1] + 2)).flatten(1)  # (n, 100)
+
+        # Read the correlations, or compute them from the features at these positions.
         if whole:
             v = table[of].gather(1, index)
         else:
             index += pair[of, None] * ((size[0] + 2) * (size[1] + 2))
             v = torch.bmm(table.index_select(0, index.flatten()).view(*index.shape, C), queries[of])
+
+        # All points of a window lie at the same fractions between whole positions.
         v = v.view(-1, len(steps), len(steps))
         fx, fy = (positions - low)[:, :, None, None].unbind(1)
         v = torch.lerp(v[:, :-1], v[:, 1:], fx)
@@ -139,15 +156,16 @@ class MotionEncoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.convcorr1 = conv(LEVELS * (2 * RADIUS + 1) ** 2, 256, 1)
-        self.convcorr2 = conv(256, 192, 3)
-        self.convflow1 = conv(2, 128, 7)
-        self.convflow2 = conv(128, 64, 3)
-        self.conv = conv(192 + 64, MOTION - 2, 3)
+        self.convcorr1 = make_conv(LEVELS * (2 * RADIUS + 1) ** 2, 256, 1)
+        self.convcorr2 = make_conv(256, 192, 3)
+        self.convflow1 = make_conv(2, 128, 7)
+        self.convflow2 = make_conv(128, 64, 3)
+        self.conv = make_conv(192 + 64, MOTION - 2, 3)
 
     def forward(self, flow, found):
-        both = [self.convcorr2(self.convcorr1(found)), self.convflow2(self.convflow1(flow))]
-        return torch.cat([self.conv(torch.cat(both, 1)), flow], 1)
+        of_found = self.convcorr2(self.convcorr1(found))
+        of_flow = self.convflow2(self.convflow1(flow))
+        return torch.cat([self.conv(torch.cat([of_found, of_flow], 1)), flow], 1)
 
 
 class ConvGRU(nn.Module):
@@ -160,6 +178,7 @@ class ConvGRU(nn.Module):
 
     def with_context(self, context):
         """context (B, 128, h, w) -> a function (h, motion) -> h, all (B, 128, h, w), for every iteration with it"""
+        # The gates read the same, so their weights become one tensor, split by what it reads: h, context, motion.
         gates = self.convz, self.convr, self.convq
         weight = torch.cat([gate.weight for gate in gates])  # (3 * 128, 128 + 128 + 128, ...)
         of_h, of_context, of_motion = weight.split((HIDDEN, CONTEXT, MOTION), 1)
@@ -180,8 +199,8 @@ class RAFT(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.feature_encoder = encoder(FEATURES, instance_norm)
-        self.context_encoder = encoder(HIDDEN + CONTEXT, nn.BatchNorm2d)
+        self.feature_encoder = make_encoder(FEATURES, make_instance_norm)
+        self.context_encoder = make_encoder(HIDDEN + CONTEXT, nn.BatchNorm2d)
         self.update_block = nn.ModuleDict({
             "motion_encoder": MotionEncoder(),
             "recurrent_block": nn.ModuleDict({"convgru1": ConvGRU((1, 5)), "convgru2": ConvGRU((5, 1))}),
@@ -189,7 +208,9 @@ class RAFT(nn.Module):
                 conv1=nn.Conv2d(HIDDEN, 256, 3, padding=1), relu=nn.ReLU(), conv2=nn.Conv2d(256, 2, 3, padding=1),
             )),
         })
-        self.mask_predictor = nn.Sequential(OrderedDict(convrelu=conv(HIDDEN, 256, 3), conv=nn.Conv2d(256, 9 * 64, 1)))
+        self.mask_predictor = nn.Sequential(OrderedDict(
+            convrelu=make_conv(HIDDEN, 256, 3), conv=nn.Conv2d(256, 9 * 64, 1),
+        ))
 
     def forward(self, first, second, iterations=12, every=False, memory=MEMORY):
         """Flow from the first pictures to the second.
@@ -216,9 +237,13 @@ class RAFT(nn.Module):
         """
         frames, crop = self.prepare(frames)
         h, w = frames.shape[2] // 8, frames.shape[3] // 8
+
         # At their peak, early in an encoder, activations are 4 times 64 channels at half size: 16 KB for 8 x 8 pixels.
-        at_once = max(1, memory // (h * w * (4 * cells(h, w) + 2**14)))
-        flows, last = [frames.new_empty(0, 2, *frames.shape[2:], dtype=torch.float32)], self.feature_encoder(frames[:1])
+        at_once = max(1, memory // (h * w * (4 * count_cells(h, w) + 2**14)))
+
+        # The last frame of a batch is the first of the next one.
+        flows = [frames.new_empty(0, 2, *frames.shape[2:], dtype=torch.float32)]
+        last = self.feature_encoder(frames[:1])
         for i in range(0, len(frames) - 1, at_once):
             g = torch.cat([last, self.feature_encoder(frames[i + 1 : i + at_once + 1])])
             flows.append(self.update(g[:-1], g[1:], frames[i : i + len(g) - 1], iterations, memory))
@@ -239,14 +264,21 @@ class RAFT(nn.Module):
     def update(self, g1, g2, first, iterations, memory, every=False):
         """Features of both pictures (B, 256, h, w) and the first picture -> flow, as `forward`."""
         B, _, h, w = g1.shape
-        dtype, block = first.dtype, self.update_block
+        dtype = first.dtype
+        block = self.update_block
+
+        # The state of the GRU, and what stays the same in all iterations.
         hidden, context = self.context_encoder(first).split((HIDDEN, CONTEXT), 1)
-        hidden, context = hidden.tanh(), context.relu()
+        hidden = hidden.tanh()
+        context = context.relu()
         grus = [gru.with_context(context) for gru in block.recurrent_block.values()]
-        look_up = correlation(g1.float(), g2.float(), memory)
+        look_up = make_look_up(g1.float(), g2.float(), memory)
         rows, columns = (torch.arange(n, device=first.device) for n in (h, w))
         here = torch.stack(torch.meshgrid(columns, rows, indexing="xy")).float()  # (2, h, w)
-        flow, flows = here.new_zeros(B, 2, h, w), []
+
+        # Each iteration looks where the flow leads, and corrects it.
+        flow = here.new_zeros(B, 2, h, w)
+        flows = []
         for _ in range(iterations):
             motion = block.motion_encoder(flow.to(dtype), look_up(here + flow).to(dtype))
             for gru in grus:
@@ -288,7 +320,7 @@ ORIGINAL = {  # theirs -> torchvision's, which are ours; each row is a pattern, 
 }
 
 
-def our_name(name):
+def rename(name):
     for old, new in ORIGINAL.items():
         name = re.sub(old, new, name)
     return name
@@ -301,13 +333,13 @@ def our_name(name):
 def clip_flows(model, frames, size=(520, 960), iterations=12, memory=MEMORY):
     """N pictures (H, W, 3) uint8 RGB -> the flow from each to the next, (N - 1, 2, H, W) float32 in pixels, on the CPU.
 
-    As the release of Magic Fixup does (`compute_flow`): run at `size`, whatever the shape of the picture, and the flow
-    is stretched back. Pictures are rounded to whole numbers after being resized, as it does.
+    As the release of Magic Fixup (`compute_flow`), it resizes every picture to `size`, whatever its shape, rounds it to
+    whole numbers, and stretches the flow back.
     """
     H, W = frames[0].shape[:2]
-    resized = torch.cat([
-        F.interpolate(torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float(), size,
-                      mode="bilinear").round_().div_(127.5).sub_(1) for frame in frames
-    ])
-    flow = model.flows(resized, iterations, memory).cpu()
+    resized = []
+    for frame in frames:
+        x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
+        resized.append(F.interpolate(x, size, mode="bilinear").round_().div_(127.5).sub_(1))
+    flow = model.flows(torch.cat(resized), iterations, memory).cpu()
     return F.interpolate(flow, (H, W), mode="bilinear") * torch.tensor([W / size[1], H / size[0]]).view(2, 1, 1)

@@ -68,14 +68,16 @@ class LayerNorm2d(nn.LayerNorm):
 class FeedForward(nn.Module):
     def __init__(self, width, hidden, activation):
         super().__init__()
-        self.lin1, self.lin2, self.activation = nn.Linear(width, hidden), nn.Linear(hidden, width), activation
+        self.lin1 = nn.Linear(width, hidden)
+        self.lin2 = nn.Linear(hidden, width)
+        self.activation = activation
 
     def forward(self, x):
         return self.lin2(self.activation(self.lin1(x)))
 
 
 class RelativeAttention(nn.Module):
-    """Self-attention within a square of s x s patches, told how far apart two patches are, separately in y and x:
+    """Self-attention within a square of s x s patches, with a bias for the distance of two patches in y and in x:
 
         softmax(q k / sqrt(d) + q R_h[y_q - y_k] + q R_w[x_q - x_k]) v         (Li et al. 2021, MViTv2, equation 4)
     """
@@ -83,18 +85,23 @@ class RelativeAttention(nn.Module):
     def __init__(self, width, heads, side):
         super().__init__()
         self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, width // heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, width // heads))
 
     def forward(self, x):
         """(B, s, s, width) -> the same shape"""
         B, s, _, width = x.shape
+
+        # What each table says for each pair of rows and each pair of columns.
         i = torch.arange(s, device=x.device)
         R_h, R_w = (table[i[:, None] - i + s - 1] for table in (self.rel_pos_h, self.rel_pos_w))  # (s, s, d)
+
+        # Head by head: the bias of all at once would be 0.8 GB in a global block of ViT-B, and that of one is 64 MB.
         out = torch.empty(B, s * s, self.heads, width // self.heads, dtype=x.dtype, device=x.device)
-        # Head by head: the bias of all at once would be 0.8 GB in a global block of ViT-B, and that of one, 64 MB.
-        for n, (q, k, v) in enumerate(self.qkv(x).view(B, s * s, 3, self.heads, -1).permute(3, 2, 0, 1, 4)):
+        qkv = self.qkv(x).view(B, s * s, 3, self.heads, -1).permute(3, 2, 0, 1, 4)  # (heads, 3, B, s s, d)
+        for n, (q, k, v) in enumerate(qkv):
             by_place = q.view(B, s, s, -1)
             bias_h = torch.einsum("byxd,yjd->byxj", by_place, R_h).contiguous()
             bias_w = torch.einsum("byxd,xjd->byxj", by_place, R_w).contiguous()
@@ -114,11 +121,12 @@ class Block(nn.Module):
         self.mlp = FeedForward(c.width, 4 * c.width, F.gelu)
 
     def forward(self, x):
-        x = x + (self.windowed(self.norm1(x)) if self.window else self.attn(self.norm1(x)))
+        attend = self.attend_in_windows if self.window else self.attn
+        x = x + attend(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-    def windowed(self, x):
-        """Cut into windows, those at the right and below filled up with zeros, which are attended to as the rest is."""
+    def attend_in_windows(self, x):
+        """Those at the right and below are filled up with zeros, which are attended to as the rest is."""
         B, g, _, width = x.shape
         w, n = self.window, -(-g // self.window)  # n windows along a side
         x = F.pad(x, (0, 0, 0, n * w - g, 0, n * w - g))
@@ -185,16 +193,23 @@ class PromptEncoder(nn.Module):
         points (B, N, 2) and boxes (B, 4) in pixels of the padded square; labels (B, N): 1 object, 0 background, -1 no
         point; masks (B, 1, 4 g, 4 g) logits. Any of them None.
         """
-        dtype, sparse = self.no_mask_embed.weight.dtype, []
+        dtype = self.no_mask_embed.weight.dtype
+        sparse = []
+
+        # A token for each point: where it is, and of which kind.
         if points is not None:
             if boxes is None:  # then there is always one "no point", as in training
                 points, labels = F.pad(points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
             kinds = torch.cat([e.weight for e in (self.not_a_point_embed, *self.point_embeddings[:2])])
             where = self.pe_layer((points + 0.5) / self.config.size) * (labels >= 0)[..., None]
             sparse.append(where.to(dtype) + kinds[labels + 1])
+
+        # Two for each box, its corners.
         if boxes is not None:
             where = self.pe_layer((boxes.reshape(-1, 2, 2) + 0.5) / self.config.size)
             sparse.append(where.to(dtype) + torch.cat([e.weight for e in self.point_embeddings[2:]]))
+
+        # A mask is added to the image embedding, or one vector that says that there is none.
         if not sparse:
             sparse.append(self.no_mask_embed.weight.new_empty(1 if masks is None else len(masks), 0, self.config.dim))
         dense = self.no_mask_embed.weight[..., None, None] if masks is None else self.mask_downscaling(masks.to(dtype))
@@ -218,8 +233,13 @@ class Attention(nn.Module):
 
     def forward(self, q, k, v):
         B = max(len(q), len(k))
-        q, k, v = (proj(x).unflatten(-1, (self.HEADS, -1)).transpose(1, 2).expand(B, -1, -1, -1)
-                   for proj, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v)))
+
+        def split_heads(x):  # (B or 1, N, dim) -> (B, heads, N, dim / heads)
+            return x.unflatten(-1, (self.HEADS, -1)).transpose(1, 2).expand(B, -1, -1, -1)
+
+        q = split_heads(self.q_proj(q))
+        k = split_heads(self.k_proj(k))
+        v = split_heads(self.v_proj(v))
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -268,11 +288,11 @@ class MLP(nn.Module):
 
     def forward(self, x):
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
+            x = layer(x).relu()
         return self.layers[-1](x)
 
 
-def twice(conv, x):
+def double_size(conv, x):
     """A transposed convolution of kernel and stride 2, on (..., c): each place becomes (..., 2, 2, c'), rows, columns.
 
     No two outputs overlap, so it is one matrix product, and no channel has to move.
@@ -301,6 +321,7 @@ class MaskDecoder(nn.Module):
         Mask i's logit at a place will be the dot product of hyper[:, i], a classifier made for this prompt, and what
         the image has become there.
         """
+        # The tokens are the decoder's own and the prompt's.
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([own.expand(len(sparse), -1, -1), sparse], 1)
         image, pe = (x.flatten(2).transpose(1, 2).contiguous() for x in (embedding + dense, pe))
@@ -312,7 +333,7 @@ class MaskDecoder(nn.Module):
         """image (B, g g, dim), hyper (B, n, dim / 8) -> logits (B, n, 4 g, 4 g)"""
         g = self.config.grid
         up1, norm, gelu, up2, _ = self.output_upscaling
-        x = gelu(twice(up2, gelu(norm(twice(up1, image))))).flatten(1, -2) @ hyper.transpose(1, 2)
+        x = gelu(double_size(up2, gelu(norm(double_size(up1, image))))).flatten(1, -2) @ hyper.transpose(1, 2)
         x = x.view(len(x), g, g, 2, 2, 2, 2, -1).permute(0, 7, 1, 3, 5, 2, 4, 6)  # (B, n; y, y2, y4; x, x2, x4)
         return x.reshape(len(x), -1, 4 * g, 4 * g)
 
@@ -388,7 +409,7 @@ class SAM(nn.Module):
     def upscale(self, low_res, encoded):
         """logits (B, n, 4 g, 4 g) -> (B, n, H, W): to the padded square, cut out of it, and to the picture's size."""
         (h, w), factor = encoded.inner, self.config.patch // 4
-        low_res = low_res[..., :h // factor + 2, :w // factor + 2]  # what the padding shows, nobody needs
+        low_res = low_res[..., :h // factor + 2, :w // factor + 2]  # without most of the padding
         x = F.interpolate(low_res, scale_factor=float(factor), mode="bilinear")[..., :h, :w]
         return F.interpolate(x, encoded.size, mode="bilinear") if encoded.size != encoded.inner else x
 

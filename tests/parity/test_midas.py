@@ -134,11 +134,11 @@ def test_sizes_are_the_releases():
                (300, 200): (384, 256), (200, 300): (256, 384), (480, 320): (576, 384),
                (1000, 20): (384, 32)}
     for size, want in by_hand.items():
-        assert midas.fitted_size(*size, 384) == want
+        assert midas.fit_size(*size, 384) == want
     pil = pytest.importorskip("transformers.models.dpt.image_processing_pil_dpt")
     for width, height in np.random.default_rng(0).integers(150, 3000, (200, 2)).tolist():
         peer = pil.get_resize_output_image_size(np.zeros((1, height, width)), (384, 384), True, 32)
-        assert midas.fitted_size(width, height, 384) == (peer.width, peer.height)
+        assert midas.fit_size(width, height, 384) == (peer.width, peer.height)
 
 
 def test_depth_of_a_picture(small):

@@ -187,7 +187,7 @@ def test_look_up_is_its_definition(memory):
     g1, g2 = torch.randn(2, 2, 6, 17, 19, generator=g)
     x = 40 * torch.rand(2, 2, 17, 19, generator=g) - 10  # many leave the frame
     x[0, :, 0, :4] = torch.tensor([[1e30, -1e30, 3.0, 18.0], [2.0, 5.0, -1e12, 16.0]])
-    found = raft.correlation(g1, g2, memory)(x).view(2, 4, 9, 9, 17, 19)
+    found = raft.make_look_up(g1, g2, memory)(x).view(2, 4, 9, 9, 17, 19)
     volume = torch.einsum("bchw,bcij->bhwij", g1, g2).double() / 6**0.5
     for b, i, j in [(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 0, 3), (1, 16, 18), (1, 0, 0), (0, 5, 11), (1, 9, 3)]:
         for level in range(4):
@@ -212,7 +212,7 @@ def test_features_of_a_frame_are_computed_once(model):
     seen = []
     hook = model.feature_encoder.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
     with contextlib.closing(types.SimpleNamespace(close=hook.remove)):
-        model.flows(pictures(6, 128, 128), 1, memory=2 * 16 * 16 * (4 * raft.cells(16, 16) + 2**14))
+        model.flows(pictures(6, 128, 128), 1, memory=2 * 16 * 16 * (4 * raft.count_cells(16, 16) + 2**14))
     assert seen == [1, 2, 2, 1]
 
 
@@ -234,7 +234,7 @@ def test_on_demand_is_bounded():
     sizes = {}
     for memory in (2**18, 2**31):
         with Largest() as largest:
-            found = raft.correlation(g1, g2, memory)(x)
+            found = raft.make_look_up(g1, g2, memory)(x)
         sizes[memory] = largest.size
         assert found.shape == (1, 324, 96, 128)
     assert sizes[2**31] > 4 * (96 * 128) ** 2 > 30 * sizes[2**18]

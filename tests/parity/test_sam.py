@@ -14,7 +14,7 @@ from torch import nn
 from bench.peers import OPERATORS
 from checkpoints import published
 from networks import sam
-from networks.automask import automatic_masks, cut_off, point_grid, segments, suppress, without_small_regions
+from networks.automask import automatic_masks, is_cut_off, make_point_grid, remove_small_regions, segments, suppress
 from networks.sam import CONFIGS, SAM, SAMConfig, config_from_shapes
 
 TOY = CONFIGS["toy"]  # 8 x 8 patches, and windows of 5 x 5: the last are filled up
@@ -94,7 +94,7 @@ def sharp(peer):
     up2.weight[:, 0], up2.bias[0] = 0, 3  # a channel that is 3 everywhere: its weight is a mask's bias
     image = picture(151, 203, seed=1)
     ours.load_state_dict(theirs.state_dict())
-    _, iou, low_res = ours.predict(ours.encode(image), points=(point_grid(6) * [203, 151])[:, None])
+    _, iou, low_res = ours.predict(ours.encode(image), points=(make_point_grid(6) * [203, 151])[:, None])
     for n in range(3):
         decoder.output_hypernetworks_mlps[n + 1].layers[-1].bias[0] -= low_res[:, n].quantile(0.85) / 3
         decoder.iou_prediction_head.layers[-1].bias[n + 1] += 0.5 - iou[:, n].median()
@@ -284,14 +284,14 @@ def test_small_regions(peer):
         for smallest in (1, 10, 60, 5000):
             want, filled = peer.utils.remove_small_regions(mask, smallest, "holes")
             want, cleaned = peer.utils.remove_small_regions(want, smallest, "islands")
-            got = without_small_regions(mask, smallest)
+            got = remove_small_regions(mask, smallest)
             assert np.array_equal(got, want) and (got is not mask) == (filled or cleaned)
 
 
 def test_cut_off():
     crop, whole = (50, 0, 150, 100), (0, 0, 200, 100)
-    assert not cut_off((71, 3, 129, 99), crop, whole)  # top and bottom are the picture's own edges
-    assert cut_off((70, 30, 100, 60), crop, whole) and cut_off((80, 30, 130, 60), crop, whole)
+    assert not is_cut_off((71, 3, 129, 99), crop, whole)  # top and bottom are the picture's own edges
+    assert is_cut_off((70, 30, 100, 60), crop, whole) and is_cut_off((80, 30, 130, 60), crop, whole)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
