@@ -68,7 +68,7 @@ def differential_diffusion(
                 i -> (B, C, h, w), for a fresh draw at each. None: drawn with seed 0
     skip        leave out the steps whose result is overwritten everywhere (section 3.3.1)
     nested      False: the ablation of Figure 3, a pixel is copied from the original once only
-    step_noise  i -> (B, C, h, w), needed by a stochastic sampler: diffusion.step_noise
+    step_noise  i -> (B, C, h, w), needed by a stochastic sampler: diffusion.make_step_noise
     callback    called as callback(i, z) with the result of step i
       ->        z_0 (B, C, h, w).  White pixels of a nested run are z_init's own, bit for bit.
     ValueError for a map outside 0 .. 1, or a stochastic sampler without step_noise.

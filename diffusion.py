@@ -2,22 +2,27 @@
 
 Everything happens in Stable Diffusion's own (variance preserving) space: a latent at level abar is
 
-    z = sqrt(abar) x0 + sqrt(1 - abar) eps                                                      DDPM eq. 4
+    z = sqrt(abar) x0 + sqrt(1 - abar) eps                                             DDPM eq. 4
 
-and alpha = sqrt(abar), sigma = sqrt(1 - abar), rho = sigma / alpha throughout. EDM, whose latents are x0 + rho eps,
-is converted inside its two samplers, so that a caller never needs to know which sampler it holds.
+and alpha = sqrt(abar), sigma = sqrt(1 - abar), rho = sigma / alpha throughout. EDM, whose latents
+are x0 + rho eps, is converted inside its two samplers, so a caller never needs to know which
+sampler it holds.
 
     schedule = Schedule('scaled_linear')
     sampler = make_sampler('ddim', schedule, k=50)
-    z = run_sampler(model, torch.randn(1, 4, 64, 64), sampler)                        # text to image
-    z = run_sampler(model, sampler.noise_to(20, z_init, noise), sampler, start=20)    # SDEdit at strength 30 / 50
+    z = run_sampler(model, torch.randn(1, 4, 64, 64), sampler)     # text to image
+    z = sampler.noise_to(20, z_init, noise)                        # SDEdit at strength 30 / 50
+    z = run_sampler(model, z, sampler, start=20)
 
-A `model` is any function (z, t) -> output, z (B, C, h, w), t (B,) long, output like z: the predicted noise or velocity.
+A `model` is any function (z, t) -> output, z (B, C, h, w), t (B,) long, output like z: the noise or
+the velocity that it predicts.
 
-All samplers walk the same k timesteps, so that one ladder of change-map thresholds i / k serves them all. A step of
-index i in 0 .. k-1 takes a latent from level i to level i+1; it may call the model more than once (Heun, PNDM).
+All samplers walk the same k timesteps, so one ladder of change-map thresholds i / k serves them
+all. Step i in 0 .. k-1 takes a latent from level i to level i+1; it may call the model more than
+once (Heun, PNDM).
 
-Papers: DDPM 2006.11239, DDIM 2010.02502, PNDM 2202.09778, EDM 2206.00364, DPM-Solver++ 2211.01095, DEIS 2204.13902.
+Papers: DDPM 2006.11239, DDIM 2010.02502, PNDM 2202.09778, EDM 2206.00364, DPM-Solver++ 2211.01095,
+DEIS 2204.13902.
 """
 
 import math
@@ -30,102 +35,120 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The forward process
 
 T = 1000  # training timesteps, in every model that this project reads
 
 
-
 def zero_terminal_snr(betas: Tensor) -> Tensor:
-    """betas (T,) -> betas whose last step leaves nothing of the picture. Lin et al. 2023, 2305.08891, algorithm 1."""
+    """betas (T,) -> betas whose last step leaves nothing of the picture: 2305.08891, algorithm 1"""
     alpha = (1 - betas).cumprod(dim=0).sqrt()
-    abar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2  # ends at 0, begins where it began
+    # It ends at 0 and begins where it began.
+    abar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
     return 1 - abar / F.pad(abar[:-1], (1, 0), value=1.0)
 
 
-BETAS = {  # beta_t, t = 0 .. T-1 (the papers' t = 1 .. T)
-    "scaled_linear": torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2,  # Stable Diffusion
-    "linear": torch.linspace(1e-4, 0.02, T, dtype=torch.float64),  # DDPM, and the text of Magic Fixup: alpha_T = 0.98
+# beta_t, t = 0 .. T-1 (the papers' t = 1 .. T)
+BETAS = {
+    # Stable Diffusion
+    "scaled_linear": torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2,
+    # DDPM, and the text of Magic Fixup: alpha_T = 0.98
+    "linear": torch.linspace(1e-4, 0.02, T, dtype=torch.float64),
 }
-BETAS["zero_snr"] = zero_terminal_snr(BETAS["scaled_linear"])  # what Magic Fixup's release trains and samples with
+# what Magic Fixup's release trains and samples with
+BETAS["zero_snr"] = zero_terminal_snr(BETAS["scaled_linear"])
 
 
 class Schedule:
     """How much noise there is at each timestep, and what the network was trained to say about it.
 
-    name        'scaled_linear' (Stable Diffusion), 'linear' (DDPM) or 'zero_snr' (the former, to no signal at all)
-    prediction  'epsilon' (the noise) or 'v_prediction' (alpha eps - sigma x0, from Progressive Distillation 2202.00512)
+    name        'scaled_linear' (Stable Diffusion), 'linear' (DDPM) or 'zero_snr' (the first, to no
+                signal at all)
+    prediction  'epsilon' (the noise) or 'v_prediction' (alpha eps - sigma x0: Progressive
+                Distillation, 2202.00512)
 
-    .alphas_cumprod  (T,) float32, abar at t = 0 .. T-1.  ValueError for an unknown name or prediction.
+    .alphas_cumprod  (T,) float32, abar at t = 0 .. T-1
+
+    ValueError for an unknown name or prediction.
     """
 
     def __init__(self, name: str = "scaled_linear", prediction: str = "epsilon"):
         if name not in BETAS:
             raise ValueError(f"unknown noise schedule {name!r}: choose one of {', '.join(BETAS)}")
         if prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(f"unknown prediction {prediction!r}: choose 'epsilon' or 'v_prediction'")
-        self.name, self.prediction = name, prediction
+            raise ValueError(f"unknown prediction {prediction!r}: choose 'epsilon' or "
+                             "'v_prediction'")
+        self.name = name
+        self.prediction = prediction
         abar = torch.cumprod(1 - BETAS[name], dim=0)  # float64: 1 - abar cancels badly near t = 0
         self.abar = abar.tolist()  # for the samplers' scalars
         self.alphas_cumprod = abar.float()
-        self.alpha, self.sigma = abar.sqrt().float(), (1 - abar).sqrt().float()  # (T,) each
+        self.alpha = abar.sqrt().float()  # (T,)
+        self.sigma = (1 - abar).sqrt().float()
 
     def alpha_sigma(self, t: int | Tensor, like: Tensor):
-        """alpha, sigma at t: floats for an int, (B, 1, 1, 1) on like's device for a (B,) LongTensor."""
+        """alpha, sigma at t: floats for an int, (B, 1, 1, 1) as `like` is for a (B,) LongTensor"""
         if not torch.is_tensor(t):
             return self.alpha[t].item(), self.sigma[t].item()
         shape = (-1,) + (1,) * (like.ndim - 1)
-        return tuple(c.to(like.device)[t.to(like.device)].to(like.dtype).view(shape) for c in (self.alpha, self.sigma))
+        alpha = self.alpha.to(like.device)[t.to(like.device)]
+        sigma = self.sigma.to(like.device)[t.to(like.device)]
+        return alpha.to(like.dtype).view(shape), sigma.to(like.dtype).view(shape)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
-        """x0, noise (B, C, h, w); t an int or a (B,) LongTensor in 0 .. T-1  ->  z_t (B, C, h, w). DDPM eq. 4."""
+        """x0, noise (B, C, h, w); t an int or a (B,) LongTensor -> z_t (B, C, h, w): DDPM eq. 4"""
         alpha, sigma = self.alpha_sigma(t, x0)
         return alpha * x0 + sigma * noise.to(x0)
 
-    def x0_eps(self, output: Tensor, z: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
-        """The network's output at (z, t), of either prediction type  ->  (x0, eps), both (B, C, h, w)."""
+    def convert_output(self, output: Tensor, z: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The network's output at (z, t), of either prediction -> x0, eps, both (B, C, h, w)"""
         alpha, sigma = self.alpha_sigma(t, z)
         if self.prediction == "epsilon":
             return (z - sigma * output) / alpha, output  # DDPM eq. 15
-        return alpha * z - sigma * output, alpha * output + sigma * z  # (z, v) is (x0, eps) rotated by atan(rho)
+        # (z, v) is (x0, eps) rotated by atan(rho)
+        return alpha * z - sigma * output, alpha * output + sigma * z
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What all samplers share: the ladder of noise levels, and a memory that knows where it is void
 
 
 class Ladder:
     """The k + 1 noise levels that k steps visit: k timesteps of the schedule, then `end`, an abar.
 
-    The timesteps are Stable Diffusion's own ('leading' spacing with an offset of 1): 981, 961, .., 21, 1 for k = 50.
-    As there, the stride is the whole number T // k: a few steps start well below the noisiest level, at t = 751 for
-    k = 4, and so does a large k that does not divide T, at t = 600 for k = 600. Choose 10 to 100, or a divisor of T.
+    The timesteps are Stable Diffusion's own ('leading' spacing with an offset of 1): 981, 961, ..,
+    21, 1 for k = 50. As there, the stride is the whole number T // k. So a few steps start well
+    below the noisiest level, at t = 751 for k = 4, and so does a large k that does not divide T, at
+    t = 600 for k = 600. Choose 10 to 100, or a divisor of T.
 
-    ValueError where the first level has no signal at all, as that of 'zero_snr' for k = 500, 999 and 1000: there eps
-    says nothing about the picture.
+    ValueError where the first level has no signal at all, as in 'zero_snr' for k = 500, 999 and
+    1000: there eps says nothing about the picture.
     """
 
     def __init__(self, schedule: Schedule, k: int, end: float):
-        offset = 1 if k < T else 0  # k = T visits every timestep, there is no room to be off by one
-        self.schedule, self.k = schedule, k
+        offset = 1 if k < T else 0  # k = T visits every timestep
+        self.schedule = schedule
+        self.k = k
         self.timesteps = [i * (T // k) + offset for i in reversed(range(k))]
         self.abar = [schedule.abar[t] for t in self.timesteps] + [end]
         if not self.abar[0]:
-            raise ValueError(f"{k} steps start at t = {self.timesteps[0]}, where this noise schedule leaves nothing of "
-                             "the picture: take another number of steps")
+            raise ValueError(f"{k} steps start at t = {self.timesteps[0]}, where this noise "
+                             "schedule leaves nothing of the picture: take another number of steps")
         self.alpha = [math.sqrt(a) for a in self.abar]
         self.sigma = [math.sqrt(1 - a) for a in self.abar]
-        self.rho = [s / a for s, a in zip(self.sigma, self.alpha)]  # EDM's sigma, DEIS's rho, DPM-Solver's exp(-lambda)
+        # EDM's sigma, DEIS's rho, DPM-Solver's exp(-lambda)
+        self.rho = [s / a for s, a in zip(self.sigma, self.alpha)]
 
     def predict(self, model, z: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        """One call of the model on z (B, C, h, w) at level i < k  ->  x0, eps (B, C, h, w)."""
+        """One call of the model on z (B, C, h, w) at level i < k -> x0, eps (B, C, h, w)"""
         t = self.timesteps[i]
         output = model(z, torch.full((len(z),), t, device=z.device))
-        return self.schedule.x0_eps(output.to(z.dtype), z, t)  # a half-precision network, a full-precision sampler
+        # The network may be in half precision, the sampler is not.
+        return self.schedule.convert_output(output.to(z.dtype), z, t)
 
     def transfer(self, z: Tensor, eps: Tensor, i: int) -> Tensor:
-        """From level i to i+1 along a constant eps: DDIM's deterministic step, the 'transfer part' of PNDM."""
+        """From level i to i+1 along a constant eps: DDIM's step, PNDM's 'transfer part'."""
         scale = self.alpha[i + 1] / self.alpha[i]
         return scale * z + (self.sigma[i + 1] - scale * self.sigma[i]) * eps
 
@@ -133,41 +156,46 @@ class Ladder:
 class History(NamedTuple):
     """What a multi-step sampler remembers between steps, pixel by pixel."""
 
-    past: list[Tensor]  # the last prediction m and its backward differences dm, ddm, .., each (B, C, h, w)
-    age: Tensor  # how many past predictions are valid: int, (B or 1, 1, h, w), or no axes until a pixel restarts
+    past: list[Tensor]  # the last prediction m, its differences dm, ddm, .., each (B, C, h, w)
+    age: Tensor  # how many past predictions are valid: int, (B or 1, 1, h, w), or () at first
 
 
-def differences(m: Tensor, history: History | None, restarted: Tensor | None, order: int):
+def take_differences(m: Tensor, history: History | None, restarted: Tensor | None, order: int):
     """Backward differences of the predictions, zero where the past that they need is void.
 
-    Every multi-step method here is written as its one-step method plus corrections by differences, so a zero
-    difference *is* the lower order. A pixel whose latent was just replaced (`restarted`) has no past: what the chain
-    predicted there before belongs to a latent that was thrown away. It goes on as a chain that starts at this very
-    step does, which is what makes a constant change map equal SDEdit, whatever the sampler.
+    Every multi-step method here is its one-step method plus corrections by differences, so a zero
+    difference *is* the lower order. A pixel whose latent was just replaced (`restarted`) has no
+    past: what the chain predicted there before belongs to a latent that was thrown away. It goes on
+    as a chain that starts at this very step does. So a constant change map equals SDEdit, whatever
+    the sampler.
 
     m (B, C, h, w), the prediction at this step; restarted (B or 1, 1, h, w) bool or None
-      ->  [dm, ddm, ..], at most order - 1 of them;  fresh, bool like age, True where there is no past;  new History
+      -> [dm, ddm, ..], at most order - 1 of them
+         void, bool like age, True where there is no past
+         the new History
     """
     past, age = history or History([], torch.zeros((), dtype=torch.long, device=m.device))
     if restarted is not None:
         age = torch.where(restarted.to(m.device), 0, age)
     diffs = [m]
-    for j, old in enumerate(past[: order - 1]):  # d^(j+1) m = d^j m - d^j m_previous, from j + 1 past predictions
+    for j, old in enumerate(past[: order - 1]):
+        # d^(j+1) m = d^j m - d^j m_previous, from j + 1 past predictions
         diffs.append(torch.where(age > j, diffs[j] - old, 0.0))
     return diffs[1:], age == 0, History(diffs, age + 1)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler made for one schedule and one number of steps. It holds no state of a run: `step` passes that on.
+    """A sampler for one schedule and one number of steps. The state of a run is passed along.
 
     step(model, z, i, state=None, noise=None, restarted=None) -> z, state
         One step from level i to level i+1, 0 <= i < k. z (B, C, h, w), best in float32.
-        state      what the last step returned; None where a chain starts, at whatever i.
-        noise      (B, C, h, w) standard normal, for this step alone; only a `stochastic` sampler reads it.
-        restarted  (B or 1, 1, h, w) bool: pixels of z that are not the last step's result, because Algorithm 1 of
-                   Differential Diffusion overwrote them. None: all are. A pixel that will be overwritten again
-                   before the next step may be left out: its result is thrown away.
+        state      what the last step returned; None where a chain starts, at whatever i
+        noise      (B, C, h, w) standard normal, for this step; only a `stochastic` sampler reads it
+        restarted  (B or 1, 1, h, w) bool: pixels of z that are not the last step's result, because
+                   Algorithm 1 of Differential Diffusion overwrote them. None: there are none. A
+                   pixel that will be overwritten again before the next step may be left out: its
+                   result is thrown away
     """
 
     ladder: Ladder
@@ -184,17 +212,18 @@ class Sampler:
         return self.ladder.timesteps
 
     def noise_to(self, i: int, z_init: Tensor, noise: Tensor) -> Tensor:
-        """The original noised to the level that step i < k expects; all (B, C, h, w)."""
+        """The original, noised to the level that step i < k expects; all (B, C, h, w)"""
         return self.ladder.schedule.add_noise(z_init, noise, self.timesteps[i])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One-step samplers
 
 
-def need(noise: Tensor | None, z: Tensor) -> Tensor:
+def require_noise(noise: Tensor | None, z: Tensor) -> Tensor:
     if noise is None:
-        raise ValueError("this sampler is stochastic: pass noise, for example step_noise(z.shape[1:], seeds)")
+        raise ValueError("this sampler is stochastic: pass noise, for example "
+                         "make_step_noise(z.shape[1:], seeds)")
     return noise.to(z)
 
 
@@ -212,7 +241,7 @@ def ddpm(schedule: Schedule, k: int) -> Sampler:
     def step(model, z, i, state=None, noise=None, restarted=None):
         x0, _ = ladder.predict(model, z, i)
         c_x0, c_z, std = constants[i]
-        return c_x0 * x0 + c_z * z + std * need(noise, z), None  # eq. 7
+        return c_x0 * x0 + c_z * z + std * require_noise(noise, z), None  # eq. 7
 
     return Sampler(ladder, step, stochastic=True)
 
@@ -221,17 +250,21 @@ def ddim(schedule: Schedule, k: int, eta: float = 0.0) -> Sampler:
     """eta = 0 is deterministic, eta = 1 as random as DDPM. ValueError for an eta outside [0, 1]."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], not {eta}")
-    ladder = Ladder(schedule, k, end=schedule.abar[0])  # Stable Diffusion ends at the first level, not at zero noise
-    std = [
-        eta * math.sqrt((1 - abar_next) / (1 - abar) * (1 - abar / abar_next))  # eq. 16
-        for abar, abar_next in zip(ladder.abar, ladder.abar[1:])
-    ]
-    direction = [math.sqrt(1 - abar_next - s**2) for abar_next, s in zip(ladder.abar[1:], std)]
+    # Stable Diffusion ends at the first level, not at zero noise.
+    ladder = Ladder(schedule, k, end=schedule.abar[0])
+    std = []
+    direction = []
+    for abar, abar_next in zip(ladder.abar, ladder.abar[1:]):
+        std_i = eta * math.sqrt((1 - abar_next) / (1 - abar) * (1 - abar / abar_next))  # eq. 16
+        std.append(std_i)
+        direction.append(math.sqrt(1 - abar_next - std_i**2))
 
     def step(model, z, i, state=None, noise=None, restarted=None):
         x0, eps = ladder.predict(model, z, i)
         z = ladder.alpha[i + 1] * x0 + direction[i] * eps  # eq. 12
-        return (z + std[i] * need(noise, z) if eta else z), None
+        if eta:
+            z = z + std[i] * require_noise(noise, z)
+        return z, None
 
     return Sampler(ladder, step, stochastic=eta > 0)
 
@@ -250,57 +283,64 @@ def euler(schedule: Schedule, k: int) -> Sampler:
 
 
 def heun(schedule: Schedule, k: int) -> Sampler:
-    """EDM's algorithm 1: an Euler step, then the mean of the slopes at both ends. Two model calls, one at the last."""
+    """EDM's algorithm 1: an Euler step, then the mean of the slopes at both ends.
+
+    It calls the model twice a step, and once in the last.
+    """
     ladder = Ladder(schedule, k, end=1.0)
 
     def step(model, z, i, state=None, noise=None, restarted=None):
-        x, h = z / ladder.alpha[i], ladder.rho[i + 1] - ladder.rho[i]
+        x = z / ladder.alpha[i]  # into EDM's space
+        h = ladder.rho[i + 1] - ladder.rho[i]
         _, d = ladder.predict(model, z, i)  # line 4
         x_next = x + h * d  # line 5
         if i + 1 < k:  # line 6: there is no slope at zero noise
-            _, d_next = ladder.predict(model, ladder.alpha[i + 1] * x_next, i + 1)  # line 7
+            z_next = ladder.alpha[i + 1] * x_next
+            _, d_next = ladder.predict(model, z_next, i + 1)  # line 7
             x_next = x + h * (d + d_next) / 2  # line 8
         return ladder.alpha[i + 1] * x_next, None
 
     return Sampler(ladder, step)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Multi-step samplers: one model call a step, better for remembering the calls before
 
 
 def pndm(schedule: Schedule, k: int) -> Sampler:
-    """PNDM as Stable Diffusion uses it (PLMS): no Runge-Kutta start, fourth-order Adams-Bashforth on eps from then on.
+    """PNDM as Stable Diffusion uses it (PLMS): fourth-order Adams-Bashforth on eps, no Runge-Kutta.
 
-    A pixel without a past starts with the pseudo improved Euler step, which costs a second model call. diffusers counts
-    that call as a step of its own (k + 1 in all); here it belongs to the step that needs it, so a restarted pixel
-    warms up as well, and a step in which any pixel restarts costs two calls. The last step has no next timestep to
-    look at and goes without.
+    A pixel without a past starts with the pseudo improved Euler step, which costs a second model
+    call. diffusers counts that call as a step of its own (k + 1 in all). Here it belongs to the
+    step that needs it: a restarted pixel warms up as well, and a step in which any pixel restarts
+    costs two calls. The last step has no next timestep to look at and goes without.
     """
     ladder = Ladder(schedule, k, end=schedule.abar[0])
 
     def step(model, z, i, state=None, noise=None, restarted=None):
         _, eps = ladder.predict(model, z, i)
-        diffs, fresh, state = differences(eps, state, restarted, order=4)
+        diffs, void, state = take_differences(eps, state, restarted, order=4)
+        # Eq. 12, (55 e - 59 e' + 37 e'' - 9 e''') / 24, in differences: cut after any term it is
+        # the lower order's (3 e - e') / 2 and (23 e - 16 e' + 5 e'') / 12. The past is kept as eps
+        # also for a network that predicts v, since eps is what the transfer holds constant
+        # (diffusers extrapolates v itself, and loses the order by it).
         eps_prime = eps
-        # Eq. 12, (55 e - 59 e' + 37 e'' - 9 e''') / 24, in differences: cut after any term it is the lower order's
-        # (3 e - e') / 2 and (23 e - 16 e' + 5 e'') / 12. The past is kept as eps also for a network that predicts v:
-        # eps is what the transfer holds constant (diffusers extrapolates v itself, and loses the order by it).
         for c, d in zip((1 / 2, 5 / 12, 3 / 8), diffs):
             eps_prime = eps_prime + c * d
         z_next = ladder.transfer(z, eps_prime, i)
-        if i + 1 < k and fresh.any():
+        if i + 1 < k and void.any():
             _, eps_next = ladder.predict(model, z_next, i + 1)
-            z_next = torch.where(fresh, ladder.transfer(z, (eps + eps_next) / 2, i), z_next)
+            z_next = torch.where(void, ladder.transfer(z, (eps + eps_next) / 2, i), z_next)
         return z_next, state
 
     return Sampler(ladder, step)
 
 
 def dpmpp(schedule: Schedule, k: int) -> Sampler:
-    """DPM-Solver++ (2M): second order, on x0. lambda = log(alpha / sigma), h = the step in lambda."""
+    """DPM-Solver++ (2M): second order, on x0. lambda = log(alpha / sigma), h = its step."""
     ladder = Ladder(schedule, k, end=1.0)
-    # D = x0 + dx0 / (2 r), r = h_previous / h. The last step is first order, as in diffusers: h is infinite there.
+    # D = x0 + dx0 / (2 r), r = h_previous / h. The last step is first order, as in diffusers: h is
+    # infinite there.
     lam = [-math.log(rho) for rho in ladder.rho[:-1]]
     half_inverse_r = [0.0] * k
     for i in range(1, k - 1):
@@ -308,20 +348,22 @@ def dpmpp(schedule: Schedule, k: int) -> Sampler:
 
     def step(model, z, i, state=None, noise=None, restarted=None):
         x0, _ = ladder.predict(model, z, i)
-        diffs, _, state = differences(x0, state, restarted, order=2)
-        D = x0 + half_inverse_r[i] * diffs[0] if diffs else x0  # algorithm 2, the line that makes D_i
+        diffs, _, state = take_differences(x0, state, restarted, order=2)
+        D = x0 + half_inverse_r[i] * diffs[0] if diffs else x0  # algorithm 2, D_i
         exp_minus_h = ladder.rho[i + 1] / ladder.rho[i]
-        return ladder.sigma[i + 1] / ladder.sigma[i] * z - ladder.alpha[i + 1] * (exp_minus_h - 1) * D, state
+        kept = ladder.sigma[i + 1] / ladder.sigma[i] * z
+        return kept - ladder.alpha[i + 1] * (exp_minus_h - 1) * D, state
 
     return Sampler(ladder, step)
 
 
 def deis(schedule: Schedule, k: int) -> Sampler:
-    """DEIS of second order: eps is taken as a line in log(rho) through the last two calls, and integrated exactly."""
+    """DEIS of second order: eps is a line in log(rho) through the last two calls, integrated."""
     ladder = Ladder(schedule, k, end=schedule.abar[0])
-    # The weight of deps: log(rho / rho_i) / log(rho_i / rho_previous), integrated over rho from level i to level i+1;
-    # what is left of the paper's C_i0, C_i1 (eq. 15) sums to the transfer. First order at the end of a run of few
-    # steps, as in diffusers: an extrapolation over so large a last step is not to be trusted.
+    # The weight of deps: log(rho / rho_i) / log(rho_i / rho_previous), integrated over rho from
+    # level i to level i+1; what is left of the paper's C_i0, C_i1 (eq. 15) sums to the transfer. A
+    # run of few steps ends at first order, as in diffusers: so large a last step is not to be
+    # extrapolated.
     weight = [0.0] * k
     for i in range(1, k if k >= 15 else k - 1):
         previous, now, after = ladder.rho[i - 1 : i + 2]
@@ -330,45 +372,57 @@ def deis(schedule: Schedule, k: int) -> Sampler:
 
     def step(model, z, i, state=None, noise=None, restarted=None):
         _, eps = ladder.predict(model, z, i)
-        diffs, _, state = differences(eps, state, restarted, order=2)
+        diffs, _, state = take_differences(eps, state, restarted, order=2)
         z = ladder.transfer(z, eps, i)  # eq. 14, with the past equal to the present
-        return (z + weight[i] * diffs[0] if diffs else z), state
+        if diffs:
+            z = z + weight[i] * diffs[0]
+        return z, state
 
     return Sampler(ladder, step)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loop, and the table
 
 
-def step_noise(shape: tuple, seeds: list[int]) -> Callable[[int], Tensor]:
-    """Noise for a stochastic sampler: step index i -> (B, *shape) standard normal, B = len(seeds), on the CPU.
+def make_step_noise(shape: tuple, seeds: list[int]) -> Callable[[int], Tensor]:
+    """Noise for a stochastic sampler: step i -> (B, *shape) standard normal, B = len(seeds)
 
-    It depends on (seed, i) alone: a picture is the same in any batch, on any device, and from any starting step.
+    It depends on (seed, i) alone, and is drawn on the CPU: a picture is the same in any batch, on
+    any device, and from any starting step.
     """
 
-    def noise(i: int) -> Tensor:
-        draws = [np.random.default_rng((seed, i)).standard_normal(shape, dtype=np.float32) for seed in seeds]
+    def step_noise(i: int) -> Tensor:
+        draws = []
+        for seed in seeds:
+            generator = np.random.default_rng((seed, i))
+            draws.append(generator.standard_normal(shape, dtype=np.float32))
         return torch.from_numpy(np.stack(draws))
 
-    return noise
+    return step_noise
 
 
 @torch.no_grad()
-def run_sampler(model, z: Tensor, sampler: Sampler, start: int = 0, step_noise=None, callback=None) -> Tensor:
+def run_sampler(
+    model, z: Tensor, sampler: Sampler, start: int = 0, step_noise=None, callback=None
+) -> Tensor:
     """The reverse process: from noise, text to image; from a noised original and start > 0, SDEdit.
 
     model       (z, t) -> the network's output, t (B,) long
-    z           (B, C, h, w) at the level of step `start`: torch.randn, or sampler.noise_to(start, z_init, noise)
-    step_noise  i -> (B, C, h, w), asked at each step of a stochastic sampler: step_noise(z.shape[1:], seeds)
+    z           (B, C, h, w) at the level of step `start`: torch.randn, or
+                sampler.noise_to(start, z_init, noise)
+    step_noise  i -> (B, C, h, w), for a stochastic sampler: make_step_noise(z.shape[1:], seeds)
     callback    called as callback(i, z) with the result of step i
-      ->        (B, C, h, w), the clean latent; z itself where start = k.  ValueError for a start outside 0 .. k
+      ->        (B, C, h, w), the clean latent; z itself where start = k
+
+    ValueError for a start outside 0 .. k.
     """
     if not 0 <= start <= sampler.k:
         raise ValueError(f"start must lie in 0 .. {sampler.k} (the number of steps), not {start}")
     state = None
     for i in range(start, sampler.k):
-        z, state = sampler.step(model, z, i, state, step_noise(i) if step_noise and sampler.stochastic else None)
+        noise = step_noise(i) if step_noise and sampler.stochastic else None
+        z, state = sampler.step(model, z, i, state, noise)
         if callback:
             callback(i, z)
     return z
@@ -386,7 +440,7 @@ SAMPLERS = {  # name: (schedule, k, options) -> Sampler
 
 
 def make_sampler(name: str, schedule: Schedule, k: int, **options) -> Sampler:
-    """A sampler by name, for k steps, 1 <= k <= T. The only option is ddim's eta. ValueError says what is wrong."""
+    """A sampler by name, for k steps, 1 <= k <= T, else ValueError. An option is ddim's eta."""
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
     if not 1 <= k <= T:

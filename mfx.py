@@ -114,7 +114,7 @@ class MagicFixup(nn.Module):
           ->                    (B, C, h, w)
         """
         output = self.predict(x_t, t, reference, coarse, mask, noise)
-        return self.schedule.x0_eps(output.to(x_t.dtype), x_t, t)[1]
+        return self.schedule.convert_output(output.to(x_t.dtype), x_t, t)[1]
 
     # ----------------------------------------------------------------------------------------------
     # Training
@@ -198,7 +198,7 @@ class MagicFixup(nn.Module):
         timesteps, B = list(timesteps), len(reference)
         if noise is None:
             # Steps beyond the sampler's own: its noise at a step must not be the reference's.
-            draw = diffusion.step_noise(reference.shape[1:], [0] * B)
+            draw = diffusion.make_step_noise(reference.shape[1:], [0] * B)
             noise = lambda t: draw(T + t)  # noqa: E731
         times = self.synthesizer.times_of(timesteps)
         ready = {}  # timestep -> details
@@ -247,7 +247,7 @@ class MagicFixup(nn.Module):
             each = coarse.to(device).float().repeat_interleave(len(seeds), dim=0)
             x_T = sampler.noise_to(0, each, x_T)
         denoise = self.denoiser(reference, coarse, mask, sampler.timesteps, noise)
-        step_noise = diffusion.step_noise(shape, seeds * B)
+        step_noise = diffusion.make_step_noise(shape, seeds * B)
         return diffusion.run_sampler(denoise, x_T, sampler, step_noise=step_noise, callback=callback)
 
 

@@ -120,14 +120,14 @@ def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, pr
     def watched(z, t):
         output = denoise(z, t)
         if predictions is not None:
-            predictions.append((int(t[0]), model.schedule.x0_eps(output.to(z.dtype), z, int(t[0]))[0]))
+            predictions.append((int(t[0]), model.schedule.convert_output(output.to(z.dtype), z, int(t[0]))[0]))
         return output
 
     steps = sampler.k
     mu_s = diffdiff.down_sample(change_map.cpu(), shape[1:]) if z_init is not None else torch.zeros(1)
     total = diffdiff.steps_to_run(mu_s, steps) if skip else steps
     with tqdm(total=total, unit="step", leave=False) as bar:
-        options = dict(step_noise=diffusion.step_noise(shape, seeds), callback=lambda i, z: bar.update())
+        options = dict(step_noise=diffusion.make_step_noise(shape, seeds), callback=lambda i, z: bar.update())
         if z_init is None:
             z = diffusion.run_sampler(watched, noise, sampler, **options)
         else:

@@ -48,7 +48,7 @@ def surprise(model, x, where):
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(t)).to(z)
         times = torch.full((len(z),), t, device=z.device)
         z_t = model.schedule.add_noise(z, noise, t)
-        _, eps = model.schedule.x0_eps(denoise(z_t, times), z_t, t)
+        _, eps = model.schedule.convert_output(denoise(z_t, times), z_t, t)
         errors.append((eps - noise).square().mean(1)[:, where].mean(1))
     return torch.stack(errors).mean(0).cpu()
 

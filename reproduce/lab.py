@@ -231,7 +231,7 @@ class Lab:
             noise = self.noise(z_init, i)
             mu = change_map[i : i + len(batch)] if change_map.ndim == 4 else change_map
             denoise = model.denoiser(prompts[i : i + len(batch)], guidance=guidance)
-            step_noise = diffusion.step_noise(z_init.shape[1:], list(seeds))
+            step_noise = diffusion.make_step_noise(z_init.shape[1:], list(seeds))
             z = how(denoise, z_init, mu, sampler, noise, step_noise=step_noise, **options)
             out.append(model.decode(z).clamp(-1, 1).cpu())
         return torch.cat(out)
@@ -250,7 +250,7 @@ class Lab:
             z_init, beside = model.encode_image(batch), model.inpainting_channels(batch, 1 - mask[None, None])
             noise = self.noise(z_init, i)
             denoise = model.denoiser(prompts[i : i + len(batch)], guidance=guidance, channels=beside)
-            step_noise = diffusion.step_noise(z_init.shape[1:], list(range(i, i + len(batch))))
+            step_noise = diffusion.make_step_noise(z_init.shape[1:], list(range(i, i + len(batch))))
             z = torch.lerp(z_init, diffusion.run_sampler(denoise, noise, sampler, 0, step_noise), beside[:, :1])
             out.append(model.decode(z).clamp(-1, 1).cpu())
         return torch.cat(out)

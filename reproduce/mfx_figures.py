@@ -50,7 +50,7 @@ def drawn(lab, model, edits, latent_init, hidden):
         epsilon = lab.noise(coarse, i)
         x_T = sampler.noise_to(0, coarse, epsilon) if latent_init else epsilon  # equation 4
         shown = (0 * coarse, 0 * mask) if hidden else (coarse, mask)
-        step_noise = diffusion.step_noise(coarse.shape[1:], list(range(i, i + len(coarse))))
+        step_noise = diffusion.make_step_noise(coarse.shape[1:], list(range(i, i + len(coarse))))
         z = diffusion.run_sampler(model.denoiser(reference, *shown, sampler.timesteps), x_T, sampler, 0, step_noise)
         out.append(model.decode(z).float().cpu())
     return (torch.cat(out) / 2 + 0.5).clamp(0, 1)

@@ -163,7 +163,7 @@ def base_loss(model, schedule, z, context, t, noise, beside=None):
     """
     z_t = schedule.add_noise(z, noise, t)
     output = model(z_t if beside is None else torch.cat([z_t, beside], 1), t, context)
-    _, eps = schedule.x0_eps(output, z_t, t)
+    _, eps = schedule.convert_output(output, z_t, t)
     snr = (schedule.alpha / schedule.sigma).to(z.device)[t] ** 2
     return ((eps - noise).square().mean((1, 2, 3)) * (GAMMA / snr).clamp(max=1)).mean()
 

@@ -22,7 +22,7 @@ def setup(name="ddim", k=K):
     g = torch.Generator().manual_seed(3)
     z_init, noise = torch.randn(SHAPE, generator=g), torch.randn(SHAPE, generator=g)
     sampler = diffusion.make_sampler(name, diffusion.Schedule(), k)
-    return z_init, noise, sampler, diffusion.step_noise(SHAPE[1:], [5, 6])
+    return z_init, noise, sampler, diffusion.make_step_noise(SHAPE[1:], [5, 6])
 
 
 def random_map(levels=None):
@@ -144,7 +144,7 @@ def test_fresh_noise_at_every_level():
     z_init, noise, sampler, _ = setup()
     mu = random_map()
     same = differential_diffusion(denoise, z_init, mu, sampler, lambda i: noise)
-    fresh = differential_diffusion(denoise, z_init, mu, sampler, diffusion.step_noise(SHAPE[1:], [7, 8]))
+    fresh = differential_diffusion(denoise, z_init, mu, sampler, diffusion.make_step_noise(SHAPE[1:], [7, 8]))
     assert torch.equal(same, differential_diffusion(denoise, z_init, mu, sampler, noise))
     assert not torch.allclose(same, fresh)
 

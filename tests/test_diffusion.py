@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusion import SAMPLERS, Schedule, T, make_sampler, run_sampler, step_noise
+from diffusion import SAMPLERS, Schedule, T, make_sampler, make_step_noise, run_sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its NumPy 1 spelling
 
@@ -86,7 +86,7 @@ def test_prediction_is_inverted(prediction, t):
     x0, eps = randn(*SHAPE), randn(*SHAPE, seed=1)
     alpha, sigma = s.alpha_sigma(t, x0)
     output = eps if prediction == "epsilon" else alpha * eps - sigma * x0
-    for got, want in zip(s.x0_eps(output, s.add_noise(x0, eps, t), t), (x0, eps)):
+    for got, want in zip(s.convert_output(output, s.add_noise(x0, eps, t), t), (x0, eps)):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -125,7 +125,7 @@ def peer_trajectory(name, options, schedule, k, timesteps, model, z, generator):
     for n, t in enumerate(peer.timesteps):
         output = model(peer.scale_model_input(z, t), t.long().expand(len(z)))
         if name == "pndm":
-            output = schedule.x0_eps(output, z, int(t))[1]
+            output = schedule.convert_output(output, z, int(t))[1]
         z = peer.step(output, t, z, **step, **options).prev_sample
         latents.append(z / (1 + peer.sigmas[n + 1] ** 2) ** 0.5 if edm else z)
     calls = [int(t) for t in peer.timesteps]  # Heun and PNDM: a step's second call is made at the next timestep
@@ -199,12 +199,12 @@ def test_stochastic_samplers_have_the_right_moments(name, options):
     schedule = Schedule()
     sampler = make_sampler(name, schedule, 100, **options)
     model, shape = mixture(schedule, (0.5, 0.5), 0.7), (1, 100, 100)
-    z = run_sampler(model, randn(1, *shape), sampler, step_noise=step_noise(shape, [3]))
+    z = run_sampler(model, randn(1, *shape), sampler, step_noise=make_step_noise(shape, [3]))
     assert z.mean().item() == pytest.approx(0.5, abs=0.04) and z.std().item() == pytest.approx(0.7, abs=0.04)
 
 
 def test_step_noise_depends_on_seed_and_step_alone():
-    both, one = step_noise((4, 3, 5), [1, 2]), step_noise((4, 3, 5), [2])
+    both, one = make_step_noise((4, 3, 5), [1, 2]), make_step_noise((4, 3, 5), [2])
     assert both(6).shape == (2, 4, 3, 5) and torch.equal(both(6)[1:], one(6))
     assert not torch.equal(one(6), one(7)) and not torch.equal(both(6)[0], both(6)[1])
 
@@ -237,7 +237,7 @@ def test_a_constant_map_is_sdedit(name, options, prediction, tell_all):
         return pointwise(z, t) + 0.1 * z.roll(1, -1)
 
     sampler = make_sampler(name, schedule, 8, **options)
-    z_init, eps, noise = randn(*SHAPE), randn(*SHAPE, seed=1), step_noise(SHAPE[1:], [5, 6])
+    z_init, eps, noise = randn(*SHAPE), randn(*SHAPE, seed=1), make_step_noise(SHAPE[1:], [5, 6])
     for start in range(8):
         sdedit = trajectory(model, sampler.noise_to(start, z_init, eps), sampler, start=start, step_noise=noise)
         ours = overridden(model, sampler, z_init, eps, torch.full((1, 1, 3, 5), start), noise, tell_all)
@@ -250,7 +250,7 @@ def test_each_pixel_starts_where_its_own_override_ends(name, options, tell_all):
     """With a pointwise denoiser every pixel of a mixed map is its own SDEdit, and no pixel disturbs another."""
     schedule = Schedule()
     model, sampler = mixture(schedule), make_sampler(name, schedule, 8, **options)
-    z_init, eps, noise = randn(*SHAPE), randn(*SHAPE, seed=1), step_noise(SHAPE[1:], [5, 6])
+    z_init, eps, noise = randn(*SHAPE), randn(*SHAPE, seed=1), make_step_noise(SHAPE[1:], [5, 6])
     release = torch.arange(15).view(1, 1, 3, 5) % 8
     end = overridden(model, sampler, z_init, eps, release, noise, tell_all)[-1]
     for start in range(8):
@@ -298,7 +298,7 @@ def test_any_number_of_steps_stays_finite(name, options, k):
     schedule = Schedule("linear")
     z = randn(1, 1, 1, 2)
     sampler = make_sampler(name, schedule, k, **options)
-    out = run_sampler(mixture(schedule), z, sampler, step_noise=step_noise((1, 1, 2), [0]))
+    out = run_sampler(mixture(schedule), z, sampler, step_noise=make_step_noise((1, 1, 2), [0]))
     assert torch.isfinite(out).all()
     assert run_sampler(mixture(schedule), z, sampler, start=k) is z
 

@@ -222,7 +222,7 @@ def test_under_a_change_map(model, eta):
     reference, coarse, mask = edit()
     sampler = diffusion.make_sampler("ddim", model.schedule, 8, eta=eta)
     options = dict(noise=torch.randn(1, 12, 8, 8, generator=torch.Generator().manual_seed(5)),
-                   step_noise=diffusion.step_noise((12, 8, 8), [5]))
+                   step_noise=diffusion.make_step_noise((12, 8, 8), [5]))
 
     def under(change_map):
         denoise = model.denoiser(reference, coarse, mask, sampler.timesteps)
