@@ -91,7 +91,7 @@ def load(kind, path, dtype=None, device="cpu"):
 
     # Name the tensors as the model does, build it on the meta device, and compare.
     rename, build = BUILD[kind]
-    tensors = {name: tensor for n, tensor in stored.items() if (name := rename(n))}
+    tensors = {rename(name): tensor for name, tensor in stored.items() if rename(name)}
     try:
         with torch.device("meta"):
             model = build(read_shapes(tensors))

@@ -175,7 +175,8 @@ def suppress(candidates, scores, threshold):
     order = np.argsort(-np.asarray(scores, np.float32), kind="stable")
     kept = []
     while len(order):
-        best, order = order[0], order[1:]
+        best = order[0]
+        order = order[1:]
         kept.append(candidates[best])
         others = boxes[order]
         sides = np.minimum(others[:, 2:], boxes[best, 2:]) - np.maximum(others[:, :2], boxes[best, :2])

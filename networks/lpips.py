@@ -56,9 +56,11 @@ def alexnet():
 
 def vgg16():
     """Simonyan & Zisserman 2014, configuration D."""
-    layers, c_in = [], 3
+    layers = []
+    c_in = 3
     for c, n in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
-        layers += [nn.MaxPool2d(2)] if layers else []
+        if layers:
+            layers.append(nn.MaxPool2d(2))
         for _ in range(n):
             layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU(inplace=True)]
             c_in = c
@@ -146,10 +148,12 @@ def distance(depths, heads, size=None):
     size    None, or (H, W)
       ->    (B,), or at a size where they differ, (B, 1, H, W)
     """
+    def scale_to_unit(f):  # the norm's gradient at 0 is 0, not NaN
+        return f * (1 / (torch.linalg.vector_norm(f, dim=1, keepdim=True) + 1e-10))
+
     d = 0
     for (f_x, f_y), head in zip(depths, heads):
-        one_x, one_y = (1 / (torch.linalg.vector_norm(f, dim=1, keepdim=True) + 1e-10) for f in (f_x, f_y))
-        d_l = head((f_x * one_x - f_y * one_y).square())  # the norm's gradient at 0 is 0, not NaN
+        d_l = head((scale_to_unit(f_x) - scale_to_unit(f_y)).square())
         if size:
             d = d + F.interpolate(d_l, size=size, mode="bilinear", align_corners=False)
         else:
