@@ -1,19 +1,92 @@
-"""Pasting an edit into its original: what Differential Diffusion's soft-inpainting is compared with, Figures 6 and 12.
+"""What Differential Diffusion is compared with: other ways to several strengths, and pasting an edit into its original.
 
-All take original and edited (H, W, 3) uint8 and return the like. mu (H, W) in [0, 1] is a change map, 1 = the original.
+The first take their arguments as diffdiff.py's functions do, in latents; the last work on 8-bit pictures.
 """
 
 import cv2
 import numpy as np
+import torch
+
+import diffdiff
+import diffusion
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sections 5.1 and 5.2
 
 
-def alpha(original, edited, mu):
-    """Each pixel a mixture of both."""
+def blended_latent_diffusion(denoise, z_init, mask, sampler, noise, strength=1.0, **options):
+    """Blended Latent Diffusion (Avrahami et al. 2023): mask (..., H, W), 0 = edit, 1 = keep; two strengths, no more.
+
+    After each step the region outside the edit is put back at that step's noise level: a map of two values.
+    """
+    hard = (diffdiff.down_sample(mask.cpu(), z_init.shape[-2:]) > 0.5).float()
+    return diffdiff.differential_diffusion(denoise, z_init, 1 - strength * (1 - hard), sampler, noise, **options)
+
+
+def masked_noise(denoise, z_init, change_map, sampler, noise, step_noise=None, callback=None):
+    """Baseline II of Figure 8: noise of another size at every pixel, and an ordinary run from there.
+
+    The model has only ever seen noise of one size at a time, and breaks down. (The paper multiplies the noise "by the
+    change map"; as its maps are black where the picture changes, that has to be 1 - mu.)
+    """
+    noise = noise * (1 - diffdiff.down_sample(change_map.cpu(), z_init.shape[-2:])).to(noise.device)
+    return diffusion.run_sampler(denoise, sampler.noise_to(0, z_init, noise), sampler, 0, step_noise, callback)
+
+
+def one_strength_at_a_time(edit, image, change_map, levels, keep_outside):
+    """Baselines I, III and IV of Figure 8: the map cut into `levels` masks of one strength, edited one after another.
+
+    edit          (image, map) -> image (B, 3, H, W): a whole edit, through the autoencoder and back
+    image         (B, 3, H, W)
+    change_map    (..., H, W)
+    keep_outside  False, composition: each edit is made on the last one's whole picture, which decays with every pass
+                  through the autoencoder. True, tiling: pixels outside the mask are put back after each edit
+      ->          (B, 3, H, W)
+    """
+    mu = change_map.to(image.device).reshape(-1, 1, *change_map.shape[-2:])
+    bin_of = (mu * levels).long().clamp(max=levels - 1)
+    for b in bin_of.unique().tolist():  # from the strongest edit to the weakest
+        inside = bin_of == b
+        strength_map = torch.where(inside, mu[inside].mean(), torch.ones_like(mu))
+        edited = edit(image, strength_map)
+        image = torch.where(inside, edited, image) if keep_outside else edited
+    return image
+
+
+def composition(edit, image, change_map, levels=100):
+    """Baseline I: `levels` edits one upon the other, each of the whole picture."""
+    return one_strength_at_a_time(edit, image, change_map, levels, keep_outside=False)
+
+
+def tiling(edit, image, change_map, levels=100):
+    """Baseline III: `levels` edits, of which only the pixels inside the mask are taken. IV is the same with 5."""
+    return one_strength_at_a_time(edit, image, change_map, levels, keep_outside=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures 6 and 12: softening
+
+
+def standard_softening(denoise, z_init, change_map, sampler, noise, step_noise=None):
+    """As Stable Diffusion's web UI softens: after each step the latent becomes a mixture with the noised original, in
+    the proportions of the blurred mask."""
+    keep = diffdiff.down_sample(change_map, z_init.shape[-2:]).to(z_init.device)
+    z = sampler.noise_to(0, z_init, noise)
+    for i in range(sampler.k):
+        z, _ = sampler.step(denoise, z, i)
+        original = sampler.noise_to(i + 1, z_init, noise) if i + 1 < sampler.k else z_init
+        z = keep * original + (1 - keep) * z
+    return z
+
+
+def paste_alpha(original, edited, mu):
+    """Each pixel a mixture of both. Here and below: original, edited (H, W, 3) uint8, mu (H, W) in [0, 1], 1 = the
+    original -> (H, W, 3) uint8"""
     mixed = mu[..., None] * original + (1 - mu[..., None]) * edited.astype(np.float64)
     return mixed.round().astype(np.uint8)
 
 
-def poisson(original, edited, mu):
+def paste_poisson(original, edited, mu):
     """Pérez et al. 2003: the edit's gradients inside, the original's colours at the rim. Inside is where mu < 1/2, but
     for the picture's outermost pixels, which are the rim there."""
     inside = (mu < 0.5).astype(np.uint8) * 255
@@ -24,7 +97,7 @@ def poisson(original, edited, mu):
     return cv2.seamlessClone(edited, original, inside, (x + w // 2, y + h // 2), cv2.NORMAL_CLONE)
 
 
-def laplace(original, edited, mu):
+def paste_laplace(original, edited, mu):
     """Burt & Adelson 1983: each band of frequencies is mixed by a map as smooth as the band."""
     levels = max(1, int(np.log2(min(mu.shape))) - 2)
     a, b, m = (np.asarray(x, np.float32) for x in (original, edited, mu))

@@ -1,10 +1,26 @@
 """Sheets of pictures and charts of numbers, drawn with Pillow, for the page that -m reproduce writes."""
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+
+from common.pictures import tensor_to_picture
 
 INK, FAINT, LINES = "#222222", "#d5d5d5", ("#0b62a4", "#c8501e", "#2a8a4a", "#7a4ea3", "#a08000", "#555555")
 SCALE = 2  # charts are drawn at twice the size that they are shown at
+
+
+def to_picture(x):
+    """(3, H, W) in [-1, 1], or a map (H, W) in [0, 1] -> picture"""
+    if not isinstance(x, torch.Tensor):
+        return x
+    return tensor_to_picture(x / 2 + 0.5 if x.ndim == 3 else x[None])
+
+
+def heat(x):
+    """(H, W) -> picture: grey, black the least, white the largest"""
+    x = x.double()
+    return to_picture((x - x.min()) / (x.max() - x.min()).clamp(min=1e-12))
 
 
 def broken(text, font, width):
@@ -26,18 +42,18 @@ def broken(text, font, width):
 def sheet(rows, columns=None, labels=None, cell=128, gap=3):
     """Pictures in rows and columns on white.
 
-    rows     lists of pictures, each drawn `cell` pixels wide; None leaves a blank
+    rows     lists of pictures, or of what `to_picture` takes, each drawn `cell` pixels wide; None leaves a blank
     columns  texts over the columns, and labels: texts at the left of the rows; broken at spaces. None: none
     """
     font = ImageFont.load_default(12)
-    n = max(map(len, rows))
+    rows = [[to_picture(x) for x in row] for row in rows]
     heads = [broken(text, font, cell) for text in columns or []]
     sides = [broken(text, font, 96) for text in labels or []]
     top = 15 * max(map(len, heads), default=0) + (4 if heads else 0)
     left = (max(round(font.getlength(line)) for lines in sides for line in lines) + 8) if sides else 0
     heights = [max(round(p.height * cell / p.width) for p in row if p) for row in rows]
-    size = left + n * (cell + gap) - gap, top + sum(heights) + gap * (len(rows) - 1)
-    out = Image.new("RGB", size, "white")
+    width = left + max(map(len, rows)) * (cell + gap) - gap
+    out = Image.new("RGB", (width, top + sum(heights) + gap * (len(rows) - 1)), "white")
     draw = ImageDraw.Draw(out)
     for j, lines in enumerate(heads):
         draw.multiline_text((left + j * (cell + gap) + cell / 2, top - 4), "\n".join(lines), INK, font, anchor="md",
@@ -56,14 +72,6 @@ def sheet(rows, columns=None, labels=None, cell=128, gap=3):
     return out
 
 
-def heat(x, low=None, high=None):
-    """(H, W) -> picture: grey, `low` black, `high` white; None: the least, the largest"""
-    x = np.asarray(x, np.float64)
-    low, high = x.min() if low is None else low, x.max() if high is None else high
-    grey = np.clip((x - low) / max(high - low, 1e-12), 0, 1)
-    return Image.fromarray((grey * 255).round().astype(np.uint8)).convert("RGB")
-
-
 def ticks(low, high, about=5):
     """Round numbers from low to high."""
     step = 10 ** np.floor(np.log10((high - low) / about))
@@ -73,13 +81,13 @@ def ticks(low, high, about=5):
 
 
 def chart(series, x_label, y_label, size=(560, 340), y_range=None):
-    """Lines and dots -> picture, twice `size`.
+    """Lines and dots -> picture, twice `size`, with the names above it.
 
     series  [(name, x, y, options)], options: "dots" True for dots, "line" True for a line through them
     """
     font, small = ImageFont.load_default(13 * SCALE), ImageFont.load_default(12 * SCALE)
     width, height = (s * SCALE for s in size)
-    left, right, top, bottom = 62 * SCALE, 14 * SCALE, 12 * SCALE, 46 * SCALE
+    left, right, top, bottom = 62 * SCALE, 14 * SCALE, 30 * SCALE, 46 * SCALE
     xs = np.concatenate([np.asarray(s[1], float) for s in series])
     ys = np.concatenate([np.asarray(s[2], float) for s in series])
     pad = 0.06 * (ys.max() - ys.min() or 1)
@@ -90,6 +98,7 @@ def chart(series, x_label, y_label, size=(560, 340), y_range=None):
         return (left + (x - x0) / (x1 - x0) * (width - left - right),
                 height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom))
 
+    # The grid and its numbers.
     out = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(out)
     for t in ticks(x0, x1, 8):
@@ -100,12 +109,15 @@ def chart(series, x_label, y_label, size=(560, 340), y_range=None):
         x, y = place(x0, t)
         draw.line([(x, y), (width - right, y)], FAINT, SCALE)
         draw.text((x - 6 * SCALE, y), f"{t:.10g}", INK, small, anchor="rm")
+    # What the axes are.
     draw.text(((left + width - right) / 2, height - 4 * SCALE), x_label, INK, font, anchor="md")
     side = Image.new("RGB", (round(font.getlength(y_label)) + 8, 20 * SCALE), "white")
     ImageDraw.Draw(side).text((side.width / 2, side.height / 2), y_label, INK, font, anchor="mm")
     side = side.rotate(90, expand=True)
     out.paste(side, (0, int((top + height - bottom - side.height) / 2)))
-    for i, (_, x, y, options) in enumerate(series):
+    # The lines, and above them their names.
+    name_x = left
+    for i, (name, x, y, options) in enumerate(series):
         colour = LINES[i % len(LINES)]
         points = [place(*p) for p in zip(x, y)]
         if options.get("line", not options.get("dots")):
@@ -114,23 +126,8 @@ def chart(series, x_label, y_label, size=(560, 340), y_range=None):
             r = 3.5 * SCALE
             for px, py in points:
                 draw.ellipse([px - r, py - r, px + r, py + r], colour)
-    legend(draw, series, small, width - right, place, x0, y0, x1, y1, top)
+        if name:
+            draw.line([(name_x, 15 * SCALE), (name_x + 18 * SCALE, 15 * SCALE)], colour, 3 * SCALE)
+            draw.text((name_x + 24 * SCALE, 15 * SCALE), name, INK, small, anchor="lm")
+            name_x += small.getlength(name) + 40 * SCALE
     return out
-
-
-def legend(draw, series, font, edge, place, x0, y0, x1, y1, top):
-    """The names, in that upper corner in which there is less."""
-    mid_x, mid_y = (x0 + x1) / 2, (y0 + y1) / 2
-    crowd = [sum(np.sum((np.asarray(x) > mid_x) == right) and
-                 np.sum(((np.asarray(x) > mid_x) == right) & (np.asarray(y) > mid_y)) for _, x, y, _ in series)
-             for right in (False, True)]
-    names = [(i, name) for i, (name, *_) in enumerate(series) if name]
-    wide = max((font.getlength(name) for _, name in names), default=0) + 26 * SCALE
-    x = edge - wide - 4 * SCALE if crowd[1] <= crowd[0] else place(x0, y0)[0] + 8 * SCALE
-    if names:
-        draw.rectangle([x - 4 * SCALE, top, x + wide, top + 18 * SCALE * len(names) + 4 * SCALE], "white")
-    for row, (i, name) in enumerate(names):
-        y = top + (12 + 18 * row) * SCALE
-        colour = LINES[i % len(LINES)]
-        draw.line([(x, y), (x + 18 * SCALE, y)], colour, 3 * SCALE)
-        draw.text((x + 24 * SCALE, y), name, INK, font, anchor="lm")

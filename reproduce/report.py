@@ -1,6 +1,7 @@
 """What -m reproduce found -> one HTML file that needs nothing else: no script, no font, no link to anywhere."""
 
 import base64
+import collections
 import html
 import io
 from dataclasses import dataclass
@@ -18,8 +19,6 @@ class Entry:
 
     item: Item
     outcome: Outcome
-    verdict: str  # TRUE, PART, FALSE or OPEN
-    why: str
     seconds: float  # that it took
     command: str  # that does it again
 
@@ -64,45 +63,47 @@ a { color: inherit; text-decoration-color: var(--soft); }
 """
 
 
-def page(entries, options, missing=()):
-    """[Entry], {what: value} that hold for all of them, names of items that were not run -> the page, as text."""
-    chapters = list(dict.fromkeys(e.item.chapter for e in entries))
+def write_page(entries, folder, settings, missing=()):
+    """[Entry], the folder that their pictures are in, {what: value} that hold for all, names of items that were not run
+    -> the page, as text"""
     body = [
         "<h1>Two papers, reproduced</h1>",
         "<p>What <em>Differential Diffusion</em> (arXiv 2306.00950) and <em>Magic Fixup</em> (arXiv 2403.13044) claim, "
         "measured again. Every number, chart and picture below was made by one program, "
         "<code>python -m reproduce</code>, and none by hand; what does not come true here is said to, and why. "
         "Values after ± are standard errors.</p>",
-        rows([["", ""], *[[k, str(v)] for k, v in options.items()]], head=False),
+        rows([["", ""], *[[k, str(v)] for k, v in settings.items()]], head=False),
     ]
     if missing:
         body.append(f'<p class="soft">Not run: {escape(", ".join(missing))}.</p>')
-    for chapter in chapters:
+    for chapter in dict.fromkeys(e.item.chapter for e in entries):
         mine = [e for e in entries if e.item.chapter == chapter]
         body.append(f'<h2>{escape(chapter)}</h2><div class="wide"><table><thead><tr><th>Where</th><th>Claim</th>'
                     "<th>Here</th></tr></thead><tbody>")
-        body += [f'<tr><td><a href="#{escape(e.item.name)}">{escape(e.item.where)}</a></td>'
-                 f"<td>{escape(first_sentence(e.item.claim))}</td><td>{mark(e.verdict)}</td></tr>" for e in mine]
+        for e in mine:
+            first_sentence = e.item.claim.split(". ")[0].rstrip(".") + "."
+            body.append(f'<tr><td><a href="#{escape(e.item.name)}">{escape(e.item.where)}</a></td>'
+                        f"<td>{escape(first_sentence)}</td><td>{mark(e.outcome.verdict[0])}</td></tr>")
         body.append("</tbody></table></div>")
-        body += [section(e) for e in mine]
+        body += [section(e, folder) for e in mine]
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>Two papers, reproduced</title>'
             f"<style>{CSS}</style></head><body><main>{''.join(body)}</main></body></html>\n")
 
 
-def section(entry):
+def section(entry, folder):
     item, outcome = entry.item, entry.outcome
-    done = item.done.format_map(outcome.results)
-    facts = [("Claim", item.claim), ("Done", done), ("Found", entry.why)]
-    lines = [f'<section id="{escape(item.name)}"><h3>{escape(item.where)} {mark(entry.verdict)}</h3><dl>']
-    for name, text in facts:
+    verdict, why = outcome.verdict
+    done = item.done.format_map(collections.defaultdict(lambda: "..", outcome.results))  # results of an OPEN item: none
+    lines = [f'<section id="{escape(item.name)}"><h3>{escape(item.where)} {mark(verdict)}</h3><dl>']
+    for name, text in (("Claim", item.claim), ("Done", done), ("Found", why)):
         lines.append(f"<dt>{name}</dt><dd>{escape(text)}</dd>")
-    lines.append(f"<dt>Again</dt><dd><code>{escape(entry.command)}</code> "
-                 f'<span class="soft">({duration(entry.seconds)})</span></dd></dl>')
-    table = item.table(outcome.results, outcome.timings)
-    lines.append(rows(table) if table else "")
-    for path, caption in outcome.pictures:
-        lines.append(f'<figure><img src="{inlined(path)}" alt="{escape(caption)}" width="{shown_width(path)}">'
+    took = f"{entry.seconds:.0f} s" if entry.seconds < 100 else f"{entry.seconds / 60:.0f} min"
+    lines.append(f'<dt>Again</dt><dd><code>{escape(entry.command)}</code> <span class="soft">({took})</span></dd></dl>')
+    lines.append(rows(outcome.table) if outcome.table else "")
+    for name, caption in outcome.pictures:
+        source, width = inlined(folder / name)
+        lines.append(f'<figure><img src="{source}" alt="{escape(caption)}" width="{width}">'
                      f"<figcaption>{escape(caption)}</figcaption></figure>")
     return "".join([*lines, "</section>"])
 
@@ -124,26 +125,13 @@ def escape(text):
     return html.escape(str(text), quote=True)
 
 
-def first_sentence(text):
-    """Up to the first full stop that ends a sentence."""
-    return text.split(". ")[0].rstrip(".") + "."
-
-
-def duration(seconds):
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def shown_width(path):
-    """Charts are drawn at twice the size that they are shown at, and their names say so."""
-    with Image.open(path) as picture:
-        return picture.width // 2 if "chart" in path.stem else picture.width
-
-
 def inlined(path):
-    """A picture -> data: URI; as JPEG where that is half as long or shorter."""
+    """A picture -> data: URI, as JPEG where that is half as long or shorter; and the width that it is shown at. Charts
+    are drawn at twice that width, and their names say so."""
+    png, jpeg = path.read_bytes(), io.BytesIO()
     with Image.open(path) as picture:
-        jpeg = io.BytesIO()
+        width = picture.width // 2 if "chart" in path.stem else picture.width
         picture.convert("RGB").save(jpeg, "JPEG", quality=90, subsampling=0)
-    png = path.read_bytes()
-    kind, content = ("jpeg", jpeg.getvalue()) if len(jpeg.getvalue()) < len(png) / 2 else ("png", png)
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    jpeg = jpeg.getvalue()
+    kind, content = ("jpeg", jpeg) if len(jpeg) < len(png) / 2 else ("png", png)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}", width

@@ -5,11 +5,14 @@ import torch
 
 import diffdiff
 import diffusion
-from diffdiff import differential_diffusion
 
 K = 10
-SAMPLERS = list(diffusion.SAMPLERS)
 SHAPE = (2, 4, 8, 8)
+G = torch.Generator().manual_seed(3)
+Z_INIT, NOISE = torch.randn(SHAPE, generator=G), torch.randn(SHAPE, generator=G)
+STEP_NOISE = diffusion.make_step_noise(SHAPE[1:], [5, 6])
+MU = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(4))
+every_sampler = pytest.mark.parametrize("name", diffusion.SAMPLERS)
 
 
 def denoise(z, t):
@@ -18,84 +21,69 @@ def denoise(z, t):
     return torch.tanh(z + 0.3 * z.roll(1, -1) - 0.2 * z.mean((2, 3), keepdim=True)) * (0.5 + t)
 
 
-def setup(name="ddim", k=K):
-    g = torch.Generator().manual_seed(3)
-    z_init, noise = torch.randn(SHAPE, generator=g), torch.randn(SHAPE, generator=g)
-    sampler = diffusion.make_sampler(name, diffusion.Schedule(), k)
-    return z_init, noise, sampler, diffusion.make_step_noise(SHAPE[1:], [5, 6])
+def watch(seen):
+    """The denoiser, which keeps what it is shown."""
+    return lambda z, t: seen.append(z.clone()) or denoise(z, t)
 
 
-def random_map(levels=None):
-    mu = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(4))
-    return mu if levels is None else (mu * levels).round() / levels
+def make(name="ddim", k=K):
+    return diffusion.make_sampler(name, diffusion.Schedule(), k)
+
+
+def run(mu, name="ddim", model=denoise, k=K, noise=NOISE, **options):
+    options = {"step_noise": STEP_NOISE} | options
+    return diffdiff.differential_diffusion(model, Z_INIT, mu, make(name, k), noise, **options)
 
 
 @pytest.mark.parametrize("skip", [True, False])
-@pytest.mark.parametrize("name", SAMPLERS)
+@every_sampler
 def test_white_map_returns_the_original(name, skip):
-    z_init, noise, sampler, step_noise = setup(name)
-    z = differential_diffusion(denoise, z_init, torch.ones(8, 8), sampler, noise, skip=skip, step_noise=step_noise)
-    assert torch.equal(z, z_init)
+    assert torch.equal(run(torch.ones(8, 8), name, skip=skip), Z_INIT)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@every_sampler
 def test_black_map_is_an_ordinary_run_from_the_noised_start(name):
-    z_init, noise, sampler, step_noise = setup(name)
-    z = differential_diffusion(denoise, z_init, torch.zeros(8, 8), sampler, noise, step_noise=step_noise)
-    assert torch.equal(z, diffusion.run_sampler(denoise, sampler.noise_to(0, z_init, noise), sampler, 0, step_noise))
+    start = make(name).noise_to(0, Z_INIT, NOISE)
+    ordinary = diffusion.run_sampler(denoise, start, make(name), 0, STEP_NOISE)
+    assert torch.equal(run(torch.zeros(8, 8), name), ordinary)
 
 
 # 0.75 * 10 is not whole: Algorithm 1 starts such pixels one step earlier than a strength of 0.25 would.
 @pytest.mark.parametrize("grey, skip", [(0.3, True), (0.3, False), (0.7, True), (0.7, False), (0.75, True)])
-@pytest.mark.parametrize("name", SAMPLERS)
+@every_sampler
 def test_grey_map_is_sdedit_at_that_strength(name, grey, skip):
-    z_init, noise, sampler, step_noise = setup(name)
-    mu = torch.full((8, 8), grey)
-    z = differential_diffusion(denoise, z_init, mu, sampler, noise, skip=skip, step_noise=step_noise)
-    assert torch.equal(z, diffdiff.sdedit(denoise, z_init, 1 - grey, sampler, noise, step_noise))
+    z = run(torch.full((8, 8), grey), name, skip=skip)
+    assert torch.equal(z, diffdiff.sdedit(denoise, Z_INIT, 1 - grey, make(name), NOISE, STEP_NOISE))
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@every_sampler
 def test_skipping_changes_nothing_where_k_min_mu_is_whole(name):
-    z_init, noise, sampler, step_noise = setup(name)
-    mu = 0.3 + 0.7 * random_map()
+    mu = 0.3 + 0.7 * MU
     mu[0, 0, 0, 0] = 0.3
-    plain = differential_diffusion(denoise, z_init, mu, sampler, noise, skip=False, step_noise=step_noise)
-    assert torch.equal(plain, differential_diffusion(denoise, z_init, mu, sampler, noise, step_noise=step_noise))
+    assert torch.equal(run(mu, name, skip=False), run(mu, name))
 
 
 def test_skipping_saves_calls():
-    calls = []
-    z_init, noise, sampler, _ = setup()
-
-    def counted(z, t):
-        calls.append(t)
-        return denoise(z, t)
-
-    differential_diffusion(counted, z_init, torch.full((8, 8), 0.8), sampler, noise)
-    assert len(calls) == 2
-    differential_diffusion(counted, z_init, torch.full((8, 8), 0.8), sampler, noise, skip=False)
-    assert len(calls) == 2 + K
+    for skip, calls in ((True, 2), (False, K)):
+        seen = []
+        run(torch.full((8, 8), 0.8), model=watch(seen), skip=skip)
+        assert len(seen) == calls
 
 
 def test_pndm_warms_up_only_where_a_chain_starts():
     """Its first step of a chain takes two calls. White pixels are overwritten at every step, and start none."""
-    calls = []
-    z_init, noise, sampler, _ = setup("pndm", 20)
-    mu = torch.zeros(8, 8)
-    mu[:, 4:] = 1
-    differential_diffusion(lambda z, t: calls.append(t) or denoise(z, t), z_init, mu, sampler, noise)
-    assert len(calls) == 21
+    seen = []
+    run(torch.tensor([0.0, 1]).repeat_interleave(4).expand(8, 8), "pndm", watch(seen), k=20)
+    assert len(seen) == 21
 
 
 def test_a_stochastic_sampler_says_what_it_needs():
-    z_init, noise, sampler, _ = setup("ddpm")
     with pytest.raises(ValueError, match="stochastic"):
-        differential_diffusion(denoise, z_init, torch.zeros(8, 8), sampler, noise)
+        run(torch.zeros(8, 8), "ddpm", step_noise=None)
 
 
 def test_masks_are_nested_and_follow_the_papers_inequality():
-    mu = random_map(levels=7)
+    mu = (MU * 7).round() / 7
     last = diffdiff.last_override(mu, K)
     masks = torch.stack([last < i for i in range(K + 1)])
     assert (masks[1:] >= masks[:-1]).all()
@@ -112,51 +100,34 @@ def test_thresholds_survive_binary_fractions():
 
 def test_pixels_are_overwritten_with_the_noised_original():
     """What the network sees at a step is, above that step's threshold, the original at that noise level."""
-    z_init, noise, sampler, _ = setup()
-    mu, seen = random_map(), []
-
-    def spy(z, t):
-        seen.append(z.clone())
-        return denoise(z, t)
-
-    differential_diffusion(spy, z_init, mu, sampler, noise, skip=False)
+    seen = []
+    run(MU, model=watch(seen), skip=False)
     for i, z in enumerate(seen):
-        kept = (mu >= i / K).expand(SHAPE)
-        assert torch.equal(z[kept], sampler.noise_to(i, z_init, noise)[kept])
-        if i:
-            assert (z[~kept] != sampler.noise_to(i, z_init, noise)[~kept]).all()
+        kept, original = (MU >= i / K).expand(SHAPE), make().noise_to(i, Z_INIT, NOISE)
+        assert torch.equal(z[kept], original[kept])
+        assert i == 0 or (z[~kept] != original[~kept]).all()
 
 
 def test_without_nesting_each_pixel_is_copied_once():
-    z_init, noise, sampler, _ = setup()
-    mu, seen = random_map(), []
-
-    def spy(z, t):
-        seen.append(z.clone())
-        return denoise(z, t)
-
-    differential_diffusion(spy, z_init, mu, sampler, noise, skip=False, nested=False)
-    copied = torch.stack([z == sampler.noise_to(i, z_init, noise) for i, z in enumerate(seen) if i]).sum(0)
-    assert torch.equal(copied, (diffdiff.last_override(mu, K) > 0).expand(SHAPE).long())
+    seen = []
+    run(MU, model=watch(seen), skip=False, nested=False)
+    copied = torch.stack([z == make().noise_to(i, Z_INIT, NOISE) for i, z in enumerate(seen) if i]).sum(0)
+    assert torch.equal(copied, (diffdiff.last_override(MU, K) > 0).expand(SHAPE).long())
 
 
-def test_fresh_noise_at_every_level():
-    z_init, noise, sampler, _ = setup()
-    mu = random_map()
-    same = differential_diffusion(denoise, z_init, mu, sampler, lambda i: noise)
-    fresh = differential_diffusion(denoise, z_init, mu, sampler, diffusion.make_step_noise(SHAPE[1:], [7, 8]))
-    assert torch.equal(same, differential_diffusion(denoise, z_init, mu, sampler, noise))
-    assert not torch.allclose(same, fresh)
+def test_new_noise_at_every_level():
+    same = run(MU, noise=lambda i: NOISE)
+    assert torch.equal(same, run(MU))
+    assert not torch.allclose(same, run(MU, noise=diffusion.make_step_noise(SHAPE[1:], [7, 8])))
 
 
 def test_fan_columns_are_separate_edits():
     """With a denoiser that looks at one pixel at a time, each column is SDEdit at its strength."""
-    z_init, noise, sampler, _ = setup()
     pointwise = lambda z, t: torch.tanh(z) * (0.5 + t.view(-1, 1, 1, 1) / 1000)  # noqa: E731
     strengths = [0.2, 0.5, 0.8, 1.0]
-    fan = differential_diffusion(pointwise, z_init, diffdiff.strength_fan_map(strengths, 64, 64), sampler, noise)
+    fan = run(diffdiff.strength_fan_map(strengths, 64, 64), model=pointwise)
     for column, s in enumerate(strengths):
-        alone = diffdiff.sdedit(pointwise, z_init, s, sampler, noise)
+        alone = diffdiff.sdedit(pointwise, Z_INIT, s, make(), NOISE)
         assert torch.equal(fan[..., 2 * column : 2 * column + 2], alone[..., 2 * column : 2 * column + 2])
 
 
@@ -176,41 +147,3 @@ def test_soft_inpainting_map():
     assert soft[0, 0, 16, 16] < 0.01 and soft[0, 0, 0, 0] > 0.99
     assert abs(soft[0, 0, 16, 7:9].mean() - 0.5) < 0.02  # half way exactly on the edge
     torch.testing.assert_close(soft, soft.mT)
-
-
-def test_blended_latent_diffusion_keeps_the_outside():
-    z_init, noise, sampler, _ = setup()
-    mask = torch.ones(8, 8)
-    mask[:, :4] = 0
-    z = diffdiff.blended_latent_diffusion(denoise, z_init, mask, sampler, noise)
-    assert torch.equal(z[..., 4:], z_init[..., 4:])
-    assert (z[..., :4] != z_init[..., :4]).all()
-
-
-def test_baselines_edit_each_level_once():
-    maps = []
-
-    def edit(image, mu):
-        maps.append(mu)
-        return image + 1
-
-    image, mu = torch.zeros(1, 3, 4, 10), torch.linspace(0, 1, 10).expand(4, 10)
-    assert torch.equal(diffdiff.five_tiles(edit, image, mu), torch.ones(1, 3, 4, 10))  # each pixel came through once
-    assert [round(m.min().item(), 3) for m in maps] == [0.056, 0.278, 0.5, 0.722, 0.944]  # from the strongest on
-    assert torch.equal(diffdiff.tiling(edit, image, mu, levels=5), torch.ones(1, 3, 4, 10))
-    assert torch.equal(diffdiff.composition(edit, image, mu, levels=5), torch.full((1, 3, 4, 10), 5.0))
-
-
-def test_masked_noise_spares_white_pixels_at_the_start():
-    z_init, noise, sampler, _ = setup()
-    seen = []
-    mu = torch.ones(8, 8)
-    mu[:, :4] = 0.25
-    diffdiff.masked_noise(lambda z, t: seen.append(z) or denoise(z, t), z_init, mu, sampler, noise)
-    torch.testing.assert_close(seen[0], sampler.noise_to(0, z_init, noise * (1 - mu)))
-
-
-def test_cam_signs():
-    mu = torch.linspace(0, 1, 50)
-    assert diffdiff.cam(mu, 3 - 2 * mu) == pytest.approx(1)
-    assert diffdiff.cam(mu, mu) == pytest.approx(-1)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-import diffdiff
 import diffusion
 import sample
 import sd
 import unet
 from kernels import winograd
+from reproduce.metrics import cam
 from tests.runs import GRADIENT, MEADOW, ROOT, fails, half_white, last_line, relative_error, run, same_picture
 
 
@@ -79,7 +79,7 @@ def test_change_map(tmp_path, sampler, decoded, encoded, z_init, round_trip):
 def test_change_grows_along_a_gradient(tmp_path, round_trip):
     image = run(tmp_path, "--image", MEADOW, "--change-map", GRADIENT, "--prompt", "snow at night", "--steps", 20)
     mu = torch.from_numpy(np.asarray(Image.open(GRADIENT)))[0] / 255
-    assert diffdiff.cam(mu, torch.from_numpy(np.abs(image - round_trip).mean((0, 2)))) > 0.9
+    assert cam(mu, torch.from_numpy(np.abs(image - round_trip).mean((0, 2)))) > 0.9
 
 
 def test_white_is_change_turns_the_map_round(tmp_path):
@@ -327,7 +327,7 @@ def test_the_road(tmp_path):
     back = run(tmp_path, *argv, "--strength", 0)
     change = np.abs(run(tmp_path, *argv, "--change-map", real / "road_change_map.jpg") - back).mean((0, 2))
     mu = np.asarray(Image.open(real / "road_change_map.jpg").convert("L").resize((128, 128)))[64]
-    assert diffdiff.cam(torch.from_numpy(mu / 255), torch.from_numpy(change)) > 0.5
+    assert cam(torch.from_numpy(mu / 255), torch.from_numpy(change)) > 0.5
     assert change[mu > 240].mean() < 12 < 30 < change[mu < 50].mean()
 
 

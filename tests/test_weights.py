@@ -8,11 +8,13 @@ import torch
 
 import diffdiff
 import diffusion
-import mfx
 import sample
 import sd
-from reproduce import __main__ as reproduce
-from toy import world as toyworld
+from reproduce import mfx_tables
+from reproduce import toy as toy_items
+from reproduce.__main__ import INPAINTING
+from tests.labs import make_lab
+from toy import world
 
 
 @pytest.fixture(scope="module")
@@ -20,19 +22,30 @@ def toy():
     return sd.load(sample.TOY, torch.float32)
 
 
-@pytest.mark.parametrize("folder", [sample.TOY, sample.TOY_MFX, reproduce.INPAINTING])
+@pytest.fixture
+def lab(tmp_path):
+    return make_lab(tmp_path)
+
+
+def latent_shape(model):
+    side = model.size // model.vae.config.factor
+    return model.vae.config.latent_channels, side, side
+
+
+@pytest.mark.parametrize("folder", [sample.TOY, sample.TOY_MFX, INPAINTING])
 def test_size_on_disk(folder):
     files = [f for f in Path(folder).rglob("*") if f.is_file()]
     assert 1e6 < sum(f.stat().st_size for f in files) < 20e6
 
 
+@pytest.mark.slow
 def test_the_peer_pipeline_opens_the_folder_and_draws_the_same_picture(toy):
     diffusers = pytest.importorskip("diffusers")
     diffusers.utils.logging.disable_progress_bar()
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(sample.TOY, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     prompt, steps, guidance = "a red ball and a blue house on snow at sunset", 20, 7.5
-    noise = torch.randn(1, *reproduce.latent_shape(toy), generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(1, *latent_shape(toy), generator=torch.Generator().manual_seed(1))
     peer = pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, latents=noise, output_type="np").images[0]
     sampler = diffusion.make_sampler("ddim", toy.schedule, steps)
     with torch.inference_mode():
@@ -41,39 +54,43 @@ def test_the_peer_pipeline_opens_the_folder_and_draws_the_same_picture(toy):
     assert np.abs(ours * 255 - peer * 255).max() <= 2
 
 
-def test_autoencoder(toy, tmp_path):
+def test_autoencoder(lab):
     with torch.inference_mode():
-        result = reproduce.autoencoder(toy, True, tmp_path)
+        result = toy_items.autoencoder(lab).results
     assert result["psnr_db"] >= 32 and result["psnr_inside_objects_db"] >= 27
 
 
-def test_prompts_are_followed(toy, tmp_path):
+@pytest.mark.slow
+def test_prompts_are_followed(lab):
     with torch.inference_mode():
-        result = reproduce.adherence(toy, True, tmp_path)
+        result = toy_items.adherence(lab).results
     assert result["true renders"]["all three"] >= 0.97  # the probes themselves
     assert result["text to image"]["all three"] >= 0.85  # of 32 pictures
 
 
-def test_change_follows_a_gradient(toy, tmp_path):
+@pytest.mark.slow
+def test_change_follows_a_gradient(lab):
     with torch.inference_mode():
-        result = reproduce.gradient(toy, True, tmp_path)
+        result = toy_items.gradient(lab).results
     assert result["correlation by column"] >= 0.9 and result["cam"] > 0.2
 
 
-def test_shadows_and_reflections_follow_an_edit(tmp_path):
+@pytest.mark.slow
+def test_shadows_and_reflections_follow_an_edit(lab):
     with torch.inference_mode():
-        result = reproduce.magic_fixup(mfx.load(sample.TOY_MFX, torch.float32), True, tmp_path)
+        result = mfx_tables.magic_fixup(lab).results
     assert result["shadows and reflections"]["squared"]["removed"][0] >= 0.6  # of 24 edits; 0.66 of the 120
 
 
+@pytest.mark.slow
 def test_the_inpainting_model_keeps_what_it_is_shown_and_paints_what_it_is_told(toy):
     """It draws all of the picture anew, from noise: what it was shown comes back as far as the words do not contradict
     it; where it was shown nothing, the words decide."""
-    model, g = sd.load(reproduce.INPAINTING, torch.float32), torch.Generator().manual_seed(10**9 + 30)
-    scenes = toyworld.random_scenes(6, g)
-    image, half = toyworld.render(scenes).image * 2 - 1, torch.zeros(6, 1, 128, 128)
+    model, g = sd.load(INPAINTING, torch.float32), torch.Generator().manual_seed(10**9 + 30)
+    scenes = world.random_scenes(6, g)
+    image, half = world.render(scenes).image * 2 - 1, torch.zeros(6, 1, 128, 128)
     half[..., :80] = 1
-    noise = torch.randn(6, *reproduce.latent_shape(model), generator=g)
+    noise = torch.randn(6, *latent_shape(model), generator=g)
     sampler = diffusion.make_sampler("ddim", model.schedule, 15)
 
     def painted(words, repaint):
@@ -82,7 +99,7 @@ def test_the_inpainting_model_keeps_what_it_is_shown_and_paints_what_it_is_told(
 
     with torch.inference_mode():
         seen = model.decode(model.encode_image(image)) / 2 + 0.5
-        off = (painted(toyworld.captions(scenes, g), half) - seen).abs().mean((0, 1, 2))
+        off = (painted(world.captions(scenes, g), half) - seen).abs().mean((0, 1, 2))
         night, noon = (painted([f"a red ball on snow at {t}"] * 6, torch.ones_like(half)) for t in ("night", "noon"))
     assert off[96:].mean() < 0.065 < off[:64].mean()  # 0.053 and 0.076 measured
     assert ((noon - night).mean((1, 2, 3)) > 0.3).all()
@@ -91,7 +108,7 @@ def test_the_inpainting_model_keeps_what_it_is_shown_and_paints_what_it_is_told(
 def test_a_batch_gives_each_picture_what_it_gives_alone(toy):
     g = torch.Generator().manual_seed(0)
     prompts = ["snow at night", "a red ball on sand"]
-    noise, z_init = (torch.randn(2, *reproduce.latent_shape(toy), generator=g) for _ in range(2))
+    noise, z_init = (torch.randn(2, *latent_shape(toy), generator=g) for _ in range(2))
     sampler, mu = diffusion.make_sampler("dpm++", toy.schedule, 5), torch.linspace(0, 1, 16).expand(16, 16)
     with torch.inference_mode():
         both = diffdiff.differential_diffusion(toy.denoiser(prompts, guidance=3), z_init, mu, sampler, noise)

@@ -13,8 +13,8 @@ import diffusion
 import sample
 import sd
 from common.run_state import generator_at, read_recipe
-from reproduce import lab as claims
 from reproduce import train_toys
+from reproduce.lab import Lab
 from tests import small
 from tests.training import fails
 from toy import world
@@ -130,7 +130,7 @@ def test_training_and_sampling_show_the_network_the_same():
     assert taught.shape == (1, 5, 8, 8) and torch.equal(taught[0, 0], (pixels > 2).float())
     torch.testing.assert_close(taught[:, 1:], model.encode_image(image * (1 - repaint)))
     sample.edit(model, "cats", image, 1 - repaint, repaint=repaint, steps=2, guidance=1)
-    lab = claims.Lab(SimpleNamespace(quick=True, out="."))
+    lab = Lab(SimpleNamespace(quick=True, out="."))
     lab.__dict__.update(model=model, inpainting=model)
     lab.inpaint(image, 1 - repaint[0, 0], "cats", steps=2, guidance=1)
     assert len(shown) == 4

@@ -9,7 +9,7 @@ import sample
 import sd
 import vae
 from kernels.winograd import quicken
-from reproduce.dd_costs import peak_memory
+from reproduce.dd_tables import peak_memory
 from tests.small import randomise
 from toy import world
 from vae import VAE, VAEConfig, cut_tiles
