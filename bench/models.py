@@ -46,13 +46,16 @@ def make_part(name, kind, dtype, device):
     return build_part(name, network(config).state_dict(), "random weights", config, dtype, device)
 
 
-def make_stable_diffusion(kind, dtype, device):
-    """The shipped toy, or random weights at full size with a small vocabulary; fast, as sample.py makes it."""
-    if kind == "toy":
-        return make_fast(sd.load(TOY, dtype, device), device)
+def make_random(kind, dtype, device):
+    """A whole Stable Diffusion on random weights, with a small vocabulary."""
     parts = [make_part(name, kind, dtype, device) for name in PARTS]
     tokenizer = clip.Tokenizer(*clip.learn_bpe(["a photo of snow at night", "a red ball on grass"], 560))
-    return make_fast(sd.StableDiffusion(*parts, diffusion.Schedule(), tokenizer, SIDES[kind]), device)
+    return sd.StableDiffusion(*parts, diffusion.Schedule(), tokenizer, SIDES[kind])
+
+
+def make_stable_diffusion(kind, dtype, device):
+    """The shipped toy, or random weights at full size; fast, as sample.py makes it."""
+    return make_fast(sd.load(TOY, dtype, device) if kind == "toy" else make_random(kind, dtype, device), device)
 
 
 def make_without_text(kind):
@@ -71,24 +74,13 @@ def write_checkpoints(folder, kind, dtype):
     """A random Stable Diffusion in three layouts -> {layout: path}"""
     from tests.small import to_original  # the original layout, which this project reads and never writes
 
-    torch.manual_seed(0)
-    parts = []
-    for name, (network, *_) in PARTS.items():
-        with torch.device("meta"):
-            part = network(CONFIGS[kind][name])
-        part = part.to(dtype).to_empty(device="cpu")
-        for p in part.parameters():
-            p.data.uniform_(-0.02, 0.02)
-        parts.append(part)
-    tokenizer = clip.Tokenizer(*clip.learn_bpe(["a red circle on a sandy beach"], 540))
-    model = sd.StableDiffusion(*parts, diffusion.Schedule(), tokenizer, SIDES[kind])
-
+    model = make_random(kind, dtype, "cpu")
     paths = {"folder": folder / "folder", ".safetensors": folder / "sd.safetensors", ".ckpt": folder / "sd.ckpt"}
     sd.save(model, paths["folder"])
     tensors = to_original(model)
     save_file(tensors, paths[".safetensors"])
     torch.save({"state_dict": tensors}, paths[".ckpt"])
-    tokenizer.save(folder / "tokenizer")
+    model.tokenizer.save(folder / "tokenizer")
     return paths
 
 
