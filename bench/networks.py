@@ -81,7 +81,10 @@ PAIRS = {  # what: (function, the peer, whether their weights are the same)
 
 
 def measure_networks(o):
-    """The networks that the papers lean on, with random weights, on the CPU."""
+    """The networks that the papers lean on, with random weights, on the CPU.
+
+    Weights are the peer's, but for DPT-Large, whose two have weights of their own.
+    """
     for what, (make, peer, same) in PAIRS.items():
         pair = make_if_installed(make)
         if pair:
