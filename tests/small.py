@@ -16,7 +16,8 @@ import sd
 import unet
 import vae
 
-CAPTIONS = ["a red circle on a sandy beach", "two blue squares", "the sea at night", "a photo of 12 cats!"]
+CAPTIONS = ["a red circle on a sandy beach", "Two blue squares, one in front of the other", "a photo of 12 cats!!",
+            "the dog's ball isn't here; they've taken it, I'm sure we'll see", "a red circle and a green circle"]
 VOCAB, MERGES = clip.learn_bpe(CAPTIONS, 560)
 TOKENIZER = clip.Tokenizer(VOCAB, MERGES)
 SD1 = unet.UNetConfig(channels=(32, 64), depth=(1, 0), heads=8, context=64)
@@ -43,6 +44,16 @@ def stable_diffusion(kind="sd1", prediction="epsilon"):
     parts = unet.UNet(UNETS[kind]), vae.VAE(VAE), clip.TextEncoder(TEXTS[kind])
     tokenizer = clip.Tokenizer(VOCAB, MERGES, pad="!" if kind == "sd2" else clip.END)
     return sd.StableDiffusion(*map(randomise, parts), diffusion.Schedule(prediction=prediction), tokenizer, size=16)
+
+
+def random_ids(config, batch=3, length=77, seed=0):
+    """Start, words, end, then padding with the end token, of different lengths."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, config.eos - 1, (batch, length), generator=g)
+    ids[:, 0] = config.eos - 1
+    for i, row in enumerate(ids):
+        row[length // (i + 2) :] = config.eos
+    return ids
 
 
 def relative_error(a, b):
@@ -218,3 +229,37 @@ def count_calls(module, do):
     result = do()
     hook.remove()
     return seen, result
+
+
+# --------------------------------------------------------------------------------------------------
+# Samplers, of one-line denoisers
+
+EVERY_SAMPLER = [(name, {}) for name in diffusion.SAMPLERS] + [("ddim", {"eta": 1.0})]
+SHAPE = (2, 4, 3, 5)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def mixture(schedule, means=(-1.0, 1.5), std=0.5):
+    """The exact denoiser of pixels that are independent draws from an even mixture of two Gaussians: nonlinear in z,
+    pointwise, and of either prediction type."""
+    means = torch.tensor(means)
+
+    def model(z, t):
+        alpha, sigma = schedule.alpha_sigma(t, z)
+        var = alpha**2 * std**2 + sigma**2
+        delta = z[..., None] - alpha[..., None] * means  # (B, C, h, w, 2)
+        r = torch.softmax(-(delta**2) / (2 * var[..., None]), dim=-1)
+        x0 = (r * (means + (alpha * std**2 / var)[..., None] * delta)).sum(-1)
+        eps = (z - alpha * x0) / sigma
+        return eps if schedule.prediction == "epsilon" else alpha * eps - sigma * x0
+
+    return model
+
+
+def trajectory(model, z, sampler, **options):
+    steps = []
+    diffusion.run_sampler(model, z, sampler, callback=lambda i, z: steps.append(z), **options)
+    return steps

@@ -1,4 +1,4 @@
-"""diffusion.py against diffusers, against problems with a known answer, and against what Algorithm 1 asks of it."""
+"""diffusion.py: what holds of schedules, against problems with a known answer, and what Algorithm 1 asks."""
 
 import math
 
@@ -6,41 +6,9 @@ import pytest
 import torch
 
 from diffusion import SAMPLERS, Schedule, T, make_sampler, make_step_noise, run_sampler
+from tests.small import EVERY_SAMPLER, SHAPE, mixture, randn, trajectory
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its NumPy 1 spelling
-
-EVERY = [(name, {}) for name in SAMPLERS] + [("ddim", {"eta": 1.0})]
-SHAPE = (2, 4, 3, 5)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def mixture(schedule, means=(-1.0, 1.5), std=0.5):
-    """The exact denoiser of pixels that are independent draws from an even mixture of two Gaussians: nonlinear in z,
-    pointwise, and of either prediction type."""
-    means = torch.tensor(means)
-
-    def model(z, t):
-        alpha, sigma = schedule.alpha_sigma(t, z)
-        var = alpha**2 * std**2 + sigma**2
-        delta = z[..., None] - alpha[..., None] * means  # (B, C, h, w, 2)
-        r = torch.softmax(-(delta**2) / (2 * var[..., None]), dim=-1)
-        x0 = (r * (means + (alpha * std**2 / var)[..., None] * delta)).sum(-1)
-        eps = (z - alpha * x0) / sigma
-        return eps if schedule.prediction == "epsilon" else alpha * eps - sigma * x0
-
-    return model
-
-
-def trajectory(model, z, sampler, **options):
-    steps = []
-    run_sampler(model, z, sampler, callback=lambda i, z: steps.append(z), **options)
-    return steps
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The schedule
 
 
@@ -54,15 +22,6 @@ def test_schedule_endpoints():
     assert scaled.alphas_cumprod[-1].item() == pytest.approx(0.00466, abs=1e-5)
     for s in (linear, scaled):
         assert (s.alphas_cumprod.diff() < 0).all()
-
-
-@pytest.mark.parametrize("name, ends", [("linear", (1e-4, 0.02)), ("scaled_linear", (0.00085, 0.012))])
-def test_schedule_is_diffusers(name, ends):
-    peer = pytest.importorskip("diffusers").DDPMScheduler(beta_schedule=name, beta_start=ends[0], beta_end=ends[1])
-    torch.testing.assert_close(Schedule(name).alphas_cumprod, peer.alphas_cumprod, rtol=1e-4, atol=0)
-    t = torch.tensor([0, 999])
-    z = Schedule(name).add_noise(randn(*SHAPE), randn(*SHAPE, seed=1), t)
-    torch.testing.assert_close(z, peer.add_noise(randn(*SHAPE), randn(*SHAPE, seed=1), t), rtol=1e-4, atol=1e-5)
 
 
 def test_add_noise():
@@ -90,71 +49,6 @@ def test_prediction_is_inverted(prediction, t):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parity with diffusers, latent by latent
-
-
-def peer_trajectory(name, options, schedule, k, timesteps, model, z, generator):
-    """The same run in diffusers, as latents in our space: one per timestep, the last of each."""
-    diffusers = pytest.importorskip("diffusers")
-    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    config |= {"steps_offset": 1, "timestep_spacing": "leading", "prediction_type": schedule.prediction}
-    if name == "ddpm":
-        peer = diffusers.DDPMScheduler(**config, clip_sample=False)
-    elif name == "ddim":
-        peer = diffusers.DDIMScheduler(**config, clip_sample=False, set_alpha_to_one=False)
-    elif name == "pndm":  # it sees eps always: with v it extrapolates v, where the paper extrapolates eps
-        peer = diffusers.PNDMScheduler(**config | {"prediction_type": "epsilon"}, skip_prk_steps=True)
-    elif name in ("euler", "heun"):
-        peer = getattr(diffusers, f"{name.title()}DiscreteScheduler")(**config)
-    elif name == "dpm++":
-        peer = diffusers.DPMSolverMultistepScheduler(**config)
-    else:
-        peer = diffusers.DEISMultistepScheduler(**config)
-    peer.set_timesteps(**({"timesteps": timesteps} if name == "dpm++" else {"num_inference_steps": k}))
-    if name == "deis":  # its own 'leading' divides by k + 1, and it takes no list of timesteps: put it on our ladder
-        peer.timesteps = torch.tensor(timesteps)
-        abar = peer.alphas_cumprod[timesteps + [0]]
-        peer.sigmas = ((1 - abar) / abar) ** 0.5
-    step = {"generator": generator} if name in ("ddpm", "ddim") else {}
-
-    edm = name in ("euler", "heun")
-    if edm:
-        z = z * (1 + peer.sigmas[0] ** 2) ** 0.5
-    latents = []
-    for n, t in enumerate(peer.timesteps):
-        output = model(peer.scale_model_input(z, t), t.long().expand(len(z)))
-        if name == "pndm":
-            output = schedule.convert_output(output, z, int(t))[1]
-        z = peer.step(output, t, z, **step, **options).prev_sample
-        latents.append(z / (1 + peer.sigmas[n + 1] ** 2) ** 0.5 if edm else z)
-    calls = [int(t) for t in peer.timesteps]  # Heun and PNDM: a step's second call is made at the next timestep
-    if name == "heun":
-        latents = latents[1::2] + latents[-1:]
-    elif name == "pndm" and k > 1:
-        latents = latents[1:]
-    assert sorted(set(calls), reverse=True) == timesteps
-    return latents
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("k", [1, 2, 5, 20, 30, 50])
-@pytest.mark.parametrize("name, options", EVERY)
-def test_trajectory_is_diffusers(name, options, k, prediction):
-    schedule = Schedule(prediction=prediction)
-    model, z = mixture(schedule), randn(*SHAPE)
-    sampler = make_sampler(name, schedule, k, **options)
-    assert len(sampler.timesteps) == sampler.k == k and sampler.timesteps[-1] == 1
-    draws = torch.Generator().manual_seed(7)
-    ours = trajectory(model, z, sampler, step_noise=lambda i: torch.randn(SHAPE, generator=draws))
-    generator = torch.Generator().manual_seed(7)
-    theirs = peer_trajectory(name, options, schedule, k, sampler.timesteps, model, z, generator)
-    assert len(ours) == len(theirs) == k
-    for i, (a, b) in enumerate(zip(ours, theirs)):
-        error = ((a - b).norm() / b.norm()).item()
-        assert error <= 1e-4, f"step {i} of {k}: relative error {error:.1e}"
-
-
 def test_timesteps():
     assert make_sampler("ddim", Schedule(), 50).timesteps == list(range(981, 0, -20))
     assert make_sampler("ddim", Schedule(), T).timesteps == list(range(999, -1, -1))
@@ -162,8 +56,8 @@ def test_timesteps():
     assert all(make_sampler(name, Schedule(), 7).timesteps == seven for name in SAMPLERS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A problem with a known answer
+# --------------------------------------------------------------------------------------------------
+# Problems with a known answer
 
 
 def gaussian_error(name, k, prediction="epsilon", mean=1.0, std=2.0):
@@ -209,7 +103,20 @@ def test_step_noise_depends_on_seed_and_step_alone():
     assert not torch.equal(one(6), one(7)) and not torch.equal(both(6)[0], both(6)[1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name, calls", [("ddim", 8), ("dpm++", 8), ("deis", 8), ("pndm", 9), ("heun", 15)])
+def test_model_calls(name, calls):
+    seen = []
+
+    def model(z, t):
+        assert t.dtype == torch.long and t.shape == (2,)
+        seen.append(t)
+        return z
+
+    run_sampler(model, randn(*SHAPE), make_sampler(name, Schedule(), 8))
+    assert len(seen) == calls
+
+
+# --------------------------------------------------------------------------------------------------
 # What Algorithm 1 of Differential Diffusion asks
 
 
@@ -226,7 +133,7 @@ def overridden(model, sampler, z_init, eps, release, noise, tell_all=True):
     return steps
 
 
-@pytest.mark.parametrize("name, options", EVERY)
+@pytest.mark.parametrize("name, options", EVERY_SAMPLER)
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("tell_all", [True, False])
 def test_a_constant_map_is_sdedit(name, options, prediction, tell_all):
@@ -244,7 +151,7 @@ def test_a_constant_map_is_sdedit(name, options, prediction, tell_all):
         assert all(torch.equal(a, b) for a, b in zip(ours[start:], sdedit, strict=True))
 
 
-@pytest.mark.parametrize("name, options", EVERY)
+@pytest.mark.parametrize("name, options", EVERY_SAMPLER)
 @pytest.mark.parametrize("tell_all", [True, False])
 def test_each_pixel_starts_where_its_own_override_ends(name, options, tell_all):
     """With a pointwise denoiser every pixel of a mixed map is its own SDEdit, and no pixel disturbs another."""
@@ -273,52 +180,3 @@ def test_a_void_past_matters():
         stale, _ = sampler.step(model, z, 1, state)
         right, _ = sampler.step(model, z, 1, state, restarted=torch.ones(1, 1, 3, 5, dtype=torch.bool))
         assert torch.equal(right, sampler.step(model, z, 1)[0]) and (stale - right).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("name, calls", [("ddim", 8), ("dpm++", 8), ("deis", 8), ("pndm", 9), ("heun", 15)])
-def test_model_calls(name, calls):
-    seen = []
-
-    def model(z, t):
-        assert t.dtype == torch.long and t.shape == (2,)
-        seen.append(t)
-        return z
-
-    run_sampler(model, randn(*SHAPE), make_sampler(name, Schedule(), 8))
-    assert len(seen) == calls
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Edges and errors
-
-
-@pytest.mark.parametrize("name, options", EVERY)
-@pytest.mark.parametrize("k", [1, 3, T])
-def test_any_number_of_steps_stays_finite(name, options, k):
-    schedule = Schedule("linear")
-    z = randn(1, 1, 1, 2)
-    sampler = make_sampler(name, schedule, k, **options)
-    out = run_sampler(mixture(schedule), z, sampler, step_noise=make_step_noise((1, 1, 2), [0]))
-    assert torch.isfinite(out).all()
-    assert run_sampler(mixture(schedule), z, sampler, start=k) is z
-
-
-@pytest.mark.parametrize(
-    "call, words",
-    [
-        (lambda: Schedule("cosine"), "cosine"),
-        (lambda: Schedule(prediction="x0"), "x0"),
-        (lambda: make_sampler("plms", Schedule(), 10), "plms.*ddpm, ddim, pndm"),
-        (lambda: make_sampler("ddim", Schedule(), 0), "1 .. 1000, not 0"),
-        (lambda: make_sampler("ddim", Schedule(), T + 1), "not 1001"),
-        (lambda: make_sampler("ddim", Schedule(), 10, eta=1.5), "eta"),
-        (lambda: make_sampler("ddim", Schedule("zero_snr"), 500), "start at t = 999, where .* nothing of the picture"),
-        (lambda: make_sampler("euler", Schedule("zero_snr"), T), "nothing of the picture"),
-        (lambda: make_sampler("ddpm", Schedule(), 10).step(lambda z, t: z, randn(*SHAPE), 0), "stochastic"),
-        (lambda: run_sampler(lambda z, t: z, randn(*SHAPE), make_sampler("ddim", Schedule(), 10), start=11), "start"),
-    ],
-)
-def test_errors_are_one_clear_line(call, words):
-    with pytest.raises(ValueError, match=words) as e:
-        call()
-    assert "\n" not in str(e.value)

@@ -1,0 +1,79 @@
+"""diffusion.py against diffusers' schedules and schedulers, latent by latent."""
+
+import pytest
+import torch
+
+from diffusion import Schedule, make_sampler
+from tests.small import EVERY_SAMPLER, SHAPE, mixture, randn, trajectory
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its NumPy 1 spelling
+
+
+@pytest.mark.parametrize("name, ends", [("linear", (1e-4, 0.02)), ("scaled_linear", (0.00085, 0.012))])
+def test_schedule_is_diffusers(name, ends):
+    peer = pytest.importorskip("diffusers").DDPMScheduler(beta_schedule=name, beta_start=ends[0], beta_end=ends[1])
+    torch.testing.assert_close(Schedule(name).alphas_cumprod, peer.alphas_cumprod, rtol=1e-4, atol=0)
+    t = torch.tensor([0, 999])
+    z = Schedule(name).add_noise(randn(*SHAPE), randn(*SHAPE, seed=1), t)
+    torch.testing.assert_close(z, peer.add_noise(randn(*SHAPE), randn(*SHAPE, seed=1), t), rtol=1e-4, atol=1e-5)
+
+
+def peer_trajectory(name, options, schedule, k, timesteps, model, z, generator):
+    """The same run in diffusers, as latents in our space: one per timestep, the last of each."""
+    diffusers = pytest.importorskip("diffusers")
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    config |= {"steps_offset": 1, "timestep_spacing": "leading", "prediction_type": schedule.prediction}
+    if name == "ddpm":
+        peer = diffusers.DDPMScheduler(**config, clip_sample=False)
+    elif name == "ddim":
+        peer = diffusers.DDIMScheduler(**config, clip_sample=False, set_alpha_to_one=False)
+    elif name == "pndm":  # it sees eps always: with v it extrapolates v, where the paper extrapolates eps
+        peer = diffusers.PNDMScheduler(**config | {"prediction_type": "epsilon"}, skip_prk_steps=True)
+    elif name in ("euler", "heun"):
+        peer = getattr(diffusers, f"{name.title()}DiscreteScheduler")(**config)
+    elif name == "dpm++":
+        peer = diffusers.DPMSolverMultistepScheduler(**config)
+    else:
+        peer = diffusers.DEISMultistepScheduler(**config)
+    peer.set_timesteps(**({"timesteps": timesteps} if name == "dpm++" else {"num_inference_steps": k}))
+    if name == "deis":  # its own 'leading' divides by k + 1, and it takes no list of timesteps: put it on our ladder
+        peer.timesteps = torch.tensor(timesteps)
+        abar = peer.alphas_cumprod[timesteps + [0]]
+        peer.sigmas = ((1 - abar) / abar) ** 0.5
+    step = {"generator": generator} if name in ("ddpm", "ddim") else {}
+
+    edm = name in ("euler", "heun")
+    if edm:
+        z = z * (1 + peer.sigmas[0] ** 2) ** 0.5
+    latents = []
+    for n, t in enumerate(peer.timesteps):
+        output = model(peer.scale_model_input(z, t), t.long().expand(len(z)))
+        if name == "pndm":
+            output = schedule.convert_output(output, z, int(t))[1]
+        z = peer.step(output, t, z, **step, **options).prev_sample
+        latents.append(z / (1 + peer.sigmas[n + 1] ** 2) ** 0.5 if edm else z)
+    calls = [int(t) for t in peer.timesteps]  # Heun and PNDM: a step's second call is made at the next timestep
+    if name == "heun":
+        latents = latents[1::2] + latents[-1:]
+    elif name == "pndm" and k > 1:
+        latents = latents[1:]
+    assert sorted(set(calls), reverse=True) == timesteps
+    return latents
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("k", [1, 2, 5, 20, 30, 50])
+@pytest.mark.parametrize("name, options", EVERY_SAMPLER)
+def test_trajectory_is_diffusers(name, options, k, prediction):
+    schedule = Schedule(prediction=prediction)
+    model, z = mixture(schedule), randn(*SHAPE)
+    sampler = make_sampler(name, schedule, k, **options)
+    assert len(sampler.timesteps) == sampler.k == k and sampler.timesteps[-1] == 1
+    draws = torch.Generator().manual_seed(7)
+    ours = trajectory(model, z, sampler, step_noise=lambda i: torch.randn(SHAPE, generator=draws))
+    generator = torch.Generator().manual_seed(7)
+    theirs = peer_trajectory(name, options, schedule, k, sampler.timesteps, model, z, generator)
+    assert len(ours) == len(theirs) == k
+    for i, (a, b) in enumerate(zip(ours, theirs)):
+        error = ((a - b).norm() / b.norm()).item()
+        assert error <= 1e-4, f"step {i} of {k}: relative error {error:.1e}"
