@@ -33,14 +33,15 @@ def masked_noise(denoise, z_init, change_map, sampler, noise, step_noise=None, c
     return diffusion.run_sampler(denoise, sampler.noise_to(0, z_init, noise), sampler, 0, step_noise, callback)
 
 
-def one_strength_at_a_time(edit, image, change_map, levels, keep_outside):
+def edit_level_by_level(edit, image, change_map, levels, keep_outside):
     """Baselines I, III and IV of Figure 8: the map cut into `levels` masks of one strength, edited one after another.
 
     edit          (image, map) -> image (B, 3, H, W): a whole edit, through the autoencoder and back
     image         (B, 3, H, W)
     change_map    (..., H, W)
-    keep_outside  False, composition: each edit is made on the last one's whole picture, which decays with every pass
-                  through the autoencoder. True, tiling: pixels outside the mask are put back after each edit
+    keep_outside  False, composition (I): each edit is made on the last one's whole picture, which decays with every
+                  pass through the autoencoder. True, tiling (III, and IV with 5 levels): pixels outside the mask are
+                  put back after each edit
       ->          (B, 3, H, W)
     """
     mu = change_map.to(image.device).reshape(-1, 1, *change_map.shape[-2:])
@@ -51,16 +52,6 @@ def one_strength_at_a_time(edit, image, change_map, levels, keep_outside):
         edited = edit(image, strength_map)
         image = torch.where(inside, edited, image) if keep_outside else edited
     return image
-
-
-def composition(edit, image, change_map, levels=100):
-    """Baseline I: `levels` edits one upon the other, each of the whole picture."""
-    return one_strength_at_a_time(edit, image, change_map, levels, keep_outside=False)
-
-
-def tiling(edit, image, change_map, levels=100):
-    """Baseline III: `levels` edits, of which only the pixels inside the mask are taken. IV is the same with 5."""
-    return one_strength_at_a_time(edit, image, change_map, levels, keep_outside=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

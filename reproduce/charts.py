@@ -23,7 +23,7 @@ def heat(x):
     return to_picture((x - x.min()) / (x.max() - x.min()).clamp(min=1e-12))
 
 
-def broken(text, font, width):
+def break_lines(text, font, width):
     """text -> lines that fit the width, broken at spaces; a single longer word is cut short."""
     lines = [""]
     for word in text.split():
@@ -47,8 +47,8 @@ def sheet(rows, columns=None, labels=None, cell=128, gap=3):
     """
     font = ImageFont.load_default(12)
     rows = [[to_picture(x) for x in row] for row in rows]
-    heads = [broken(text, font, cell) for text in columns or []]
-    sides = [broken(text, font, 96) for text in labels or []]
+    heads = [break_lines(text, font, cell) for text in columns or []]
+    sides = [break_lines(text, font, 96) for text in labels or []]
     top = 15 * max(map(len, heads), default=0) + (4 if heads else 0)
     left = (max(round(font.getlength(line)) for lines in sides for line in lines) + 8) if sides else 0
     heights = [max(round(p.height * cell / p.width) for p in row if p) for row in rows]
@@ -72,7 +72,7 @@ def sheet(rows, columns=None, labels=None, cell=128, gap=3):
     return out
 
 
-def ticks(low, high, about=5):
+def place_ticks(low, high, about=5):
     """Round numbers from low to high."""
     step = 10 ** np.floor(np.log10((high - low) / about))
     step *= min((1, 2, 5, 10), key=lambda m: abs((high - low) / (m * step) - about))
@@ -101,11 +101,11 @@ def chart(series, x_label, y_label, size=(560, 340), y_range=None):
     # The grid and its numbers.
     out = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(out)
-    for t in ticks(x0, x1, 8):
+    for t in place_ticks(x0, x1, 8):
         x, y = place(t, y0)
         draw.line([(x, y), (x, top)], FAINT, SCALE)
         draw.text((x, y + 5 * SCALE), f"{t:.10g}", INK, small, anchor="mt")
-    for t in ticks(y0, y1):
+    for t in place_ticks(y0, y1):
         x, y = place(x0, t)
         draw.line([(x, y), (width - right, y)], FAINT, SCALE)
         draw.text((x - 6 * SCALE, y), f"{t:.10g}", INK, small, anchor="rm")

@@ -22,23 +22,20 @@ from reproduce.metrics import cam, is_surely_less, mean_error, sharpness, sky_an
 from toy import world
 
 
-def by_column(mu, change):
+def correlate_columns(mu, change):
     """Correlation of a map with a change (H, W), column by column, where the map is the same all down a column."""
     return round(cam(mu.mean(0), change.mean(0)), 4)
 
 
-def span(values, form="{:.2f}"):
+def write_range(values, form="{:.2f}"):
     return f"from {form.format(min(values))} to {form.format(max(values))}"
 
 
 @item(
     "figure3", "Figure 3",
-    claim="Without nested masks, each region copied from the original only once, edits get worse. With them the result "
-          "is more complex, less blurry, and blends better with the scene, whose kept parts the model knows of all "
-          "along.",
-    done="{n} meadows under a gradient, both ways. Complex: how steep the grey values are on average. Blurry: "
-         "soft_edges, the share of steps that another blur leaves. Blending: the largest step between neighbouring "
-         "columns in how much they have changed (mean absolute change, over each column).",
+    claim="Without nested masks edits get worse. With them the result is more complex, less blurry, and blends better.",
+    done="{n} meadows under a gradient, both ways. Complex: the mean steepness of grey values. Blurry: the share of "
+         "steps that another blur leaves. Blending: the largest step in mean absolute change from column to column.",
 )
 def figure3(lab):
     n, size = lab.count(32, 4), lab.model.size
@@ -60,17 +57,16 @@ def figure3(lab):
     return Outcome(
         {"n": n, "measured": found},
         judge(*[(ok, f"{what}: {a[0]:.4f} nested and {b[0]:.4f} not, {'' if ok else 'no better '}by two standard "
-                 "errors of the difference") for what, (a, b, ok) in found.items()]),
+                 "errors") for what, (a, b, ok) in found.items()]),
         [["", "nested", "not nested"], *([w, plus_minus(a, 4), plus_minus(b, 4)] for w, (a, b, _) in found.items())],
         [("figure3.png", f"“{lab.options.prompt}” under a gradient: left changes, right is kept.")])
 
 
 @item(
     "figure4", "Figure 4",
-    claim="At each step what the map keeps longer is copied from the noised original, the rest comes from the step "
-          "before. The masks are nested: once a region is free it stays so.",
+    claim="At each step what the map keeps is copied from the noised original. The masks are nested.",
     done="Algorithm 1 written out line by line here, beside diffdiff.py's, on one meadow with a gradient and {k} "
-         "steps. What enters and leaves six of the steps is decoded.",
+         "steps. Six of the steps are decoded.",
 )
 def figure4(lab):
     k, image, mu = lab.steps(20), lab.images(1), wide_gradient(lab.model.size)
@@ -119,7 +115,7 @@ RIMS = {  # the prompt: the blur, in pixels of 512, of the paper's three rows
 SURPRISE, STEEPNESS, CHANGE = "surprise around the rim", "steepness at the mask's edge", "change around the rim"
 
 
-def surprise(model, x, where):
+def measure_surprise(model, x, where):
     """How unlike what the model has learned a picture is: its mean squared error at telling the noise in it, without a
     prompt, at three levels. x (B, 3, H, W) in [-1, 1], where (h, w) bool: of the latent's pixels there -> (B,)"""
     z = model.encode_image(x)
@@ -135,13 +131,11 @@ def surprise(model, x, where):
 
 @item(
     "figure6", "Figures 6 and 12",
-    claim="Soft-inpainting by a blurred mask as change map blends more naturally than compositing. No softening, "
-          "alpha, Poisson and Laplace compositing and softening as in Stable Diffusion's web UI show artifacts at the "
-          "transition.",
-    done="A disc of {n} meadows repainted to three prompts, with the three blurs of Figure 12 scaled to the "
-         "picture. Alpha, Poisson and Laplace paste the hard-masked edit by the blurred mask. Measured around the rim: "
-         "the base model's surprise, which is its error at telling noise in the picture (less: more like what it has "
-         "learned); the steepness of grey values at the mask's edge; and the {distance} from the input, since what "
+    claim="Soft-inpainting by a blurred mask blends more naturally than no softening, alpha, Poisson and Laplace "
+          "compositing, and softening as in Stable Diffusion's web UI.",
+    done="A disc of {n} meadows repainted to three prompts, with the three blurs of Figure 12. Alpha, Poisson and "
+         "Laplace paste the hard-masked edit by the blurred mask. Around the rim: the base model's surprise, its error "
+         "at telling noise in the picture; the steepness of grey values; the {distance} from the input, since what "
          "changes nothing surprises nobody.",
 )
 def figure6(lab):
@@ -165,7 +159,7 @@ def figure6(lab):
         soft = diffdiff.down_sample(mu, [size // lab.model.vae.config.factor] * 2)[0, 0]
         rim = ((soft > 0.02) & (soft < 0.98)).to(lab.device)
         for method, x in (edits | {"originals": image}).items():
-            surprises = [surprise(lab.model, batch.to(lab.device), rim) for batch in x.split(lab.at_once)]
+            surprises = [measure_surprise(lab.model, batch.to(lab.device), rim) for batch in x.split(lab.at_once)]
             for what, values in ((SURPRISE, torch.cat(surprises)),
                                  (STEEPNESS, sharpness(x / 2 + 0.5)[:, edge].mean(1)),
                                  (CHANGE, lab.distance(image, x)[:, blend].mean(1))):
@@ -195,8 +189,7 @@ def figure6_verdict(measured, less):
 
 @item(
     "figure7", "Figures 7, 24 and 25",
-    claim="A strength fan shows several strengths of an edit side by side, at the cost of one. Its columns are to be "
-          "what edits of those strengths would be.",
+    claim="A strength fan shows several strengths side by side, as separate edits would, at the cost of one.",
     done="Fans of five strengths on {n} meadows, and the same strengths as separate edits of the whole picture "
          "(SDEdit): mean {distance} from the input in each column, of both.",
 )
@@ -240,12 +233,12 @@ def figure7(lab):
 
 @item(
     "baselines", "Figures 8 and 18",
-    claim="Four simple ways to many strengths all fail. Composition degrades the picture, masked noise gives a random "
-          "single colour, tiling in narrow strips does not show the prompt, five tiles is the best but changes mostly "
-          "in its darkest tile; and the first three take up to tens of times longer.",
-    done="{n} meadows under a gradient, 20 steps. To the map: correlation with {distance}, column by column, and CAM "
-         "on colours. Softness of edges (the inputs': {input softness}); how much a picture's pixels vary; the share "
-         "of all change that is in the darkest fifth of the map; U-Net calls.",
+    claim="Four simple ways to many strengths all fail. Composition degrades the picture, masked noise gives a single "
+          "colour, tiling does not show the prompt, five tiles change mostly in the darkest; and composition and "
+          "tiling take tens of times longer.",
+    done="{n} meadows under a gradient, 20 steps. To the map: correlation with {distance} by column, and CAM on "
+         "colours. Softness of edges (the inputs': {input softness}); how much a picture's pixels vary; the share of "
+         "all change in the darkest fifth of the map; U-Net calls.",
 )
 def figure8(lab):
     n, size, model = lab.at_once if lab.full_size else lab.count(16, 2), lab.model.size, lab.model
@@ -270,9 +263,9 @@ def figure8(lab):
         "no nesting": lambda: edit(start, mu, nested=False),
         "blended latent diffusion": lambda: edit(start, (mu > 0.5).float(), baselines.blended_latent_diffusion),
         "masked noise": lambda: edit(start, mu, baselines.masked_noise),
-        composition: lambda: baselines.composition(edit, start, mu, levels),
-        tiling: lambda: baselines.tiling(edit, start, mu, levels),
-        "five tiles": lambda: baselines.tiling(edit, start, mu, levels=5),
+        composition: lambda: baselines.edit_level_by_level(edit, start, mu, levels, keep_outside=False),
+        tiling: lambda: baselines.edit_level_by_level(edit, start, mu, levels, keep_outside=True),
+        "five tiles": lambda: baselines.edit_level_by_level(edit, start, mu, 5, keep_outside=True),
     }
     black = (edit(start, torch.zeros_like(mu)) - back).abs().mean((0, 1)).cpu()
     found, rows = {}, [image[:4]]
@@ -283,7 +276,7 @@ def figure8(lab):
         edited = edited.clamp(-1, 1).cpu()
         x = edited / 2 + 0.5
         found[name] = {"cam": round(cam(mu, moved - black), 3), "calls": len(calls),
-                       "by column": by_column(mu, lab.distance(image, edited).mean(0)),
+                       "by column": correlate_columns(mu, lab.distance(image, edited).mean(0)),
                        "softness": round(soft_edges(x).mean().item(), 3),
                        "variation": round(x.flatten(2).std(2).mean().item(), 3),
                        "darkest fifth": round((moved[:, : size // 5].sum() / moved.sum()).item(), 3)}
@@ -315,9 +308,6 @@ def figure8(lab):
         [("baselines.png", f"“{lab.options.prompt}” under a gradient: left changes, right is kept.")])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figure 14
-
 TRANSFORMS = {
     "as it is": lambda mu: mu,
     "invert": change_maps.invert,
@@ -343,9 +333,8 @@ def depth_maps(lab, image, n):
 @item(
     "figure14", "Figure 14",
     claim="From one depth map, many change maps come by simple transforms, each giving another edit.",
-    done="{n} meadows under {maps} transforms of their depth (of the toy world exact; of --images MiDaS's). From one "
-         "edit alone, can one tell which map it was made with? Guessed is the map with the highest CAM with the change "
-         "in the picture, less what the black map changes: for people, Table 2 has 80 % of 3 choices.",
+    done="{n} meadows under {maps} transforms of their depth (of --images: MiDaS's). Does an edit tell its map? "
+         "Guessed is the map of the highest CAM with the change less the black map's. (People, in Table 2: 80 % of 3.)",
 )
 def figure14(lab):
     n, size, steps = lab.count(16, 3), lab.model.size, lab.steps(25)
@@ -367,9 +356,8 @@ def figure14(lab):
     return Outcome(
         {"n": n, "maps": len(every), "recognised": recognised, "by map": found},
         judge((recognised > chance + 2 * (chance / len(hits)) ** 0.5, f"{percent(recognised)} of the edits tell their "
-               f"map among {len(every)}, {percent(chance, 1)} would by chance; most of the maps are each other's, "
-               "rescaled"),
-              (min(cams) > 0, f"CAM {span(cams)}")),
+               f"map among {len(every)}, by chance {percent(chance, 1)} would"),
+              (min(cams) > 0, f"CAM {write_range(cams)}")),
         [["map", "CAM", "recognised"], *([name, f"{c:.2f}", percent(s)] for name, c, s in found)],
         [("figure14.png", f"One meadow, its depth as eight change maps, “{lab.options.prompt}”.")])
 
@@ -377,8 +365,8 @@ def figure14(lab):
 @item(
     "figure16", "Figure 16",
     claim="The strength of one region can be varied on its own. The others stay as they are.",
-    done="A disc in {n} meadows has the values 1, 0.75, 0.5, 0.25, 0 in the map, the rest 0.5: mean {distance} from "
-         "the input inside (well within the rim) and outside (well without).",
+    done="A disc in {n} meadows has five values in the map, the rest 0.5: mean {distance} from the input well inside "
+         "and well outside.",
 )
 def figure16(lab):
     n, size, values = lab.count(24, 4), lab.model.size, [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -404,25 +392,21 @@ def figure16(lab):
          "spread": spread},
         judge((rises, f"inside, the change {'rises' if rises else 'does not rise'} as the value falls: "
                + ", ".join(f"{v[0]:.2f}" for v in inside)),
-              (spread < 0.25, f"outside it goes {span([v[0] for v in outside])}, {percent(spread)} of the range "
+              (spread < 0.25, f"outside it goes {write_range([v[0] for v in outside])}, {percent(spread)} of the range "
                "inside")),
         [["value of the region", *(f"{v:.2f}" for v in values)], ["change inside", *map(plus_minus, inside)],
          ["change outside", *map(plus_minus, outside)]],
         [("figure16.png", f"The map, and “{lab.options.prompt}” under it; seed and prompt are the same.")])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Figure 17
-
 PASSES = 10
 
 
 @item(
     "figure17", "Figure 17",
-    claim="Each pass through the autoencoder makes the picture worse. After five the majority of fine details is lost, "
-          "so that no method can afford more than a few.",
+    claim="Each pass through the autoencoder makes the picture worse. After five most fine details are lost.",
     done="{n} scenes, " + str(PASSES) + " passes: PSNR against the original; and of the fine details (the picture less "
-         "itself blurred by 2 pixels), the share of their variance that is still there.",
+         "itself blurred by 2 pixels), the share of variance left.",
 )
 def figure17(lab):
     n, channels = lab.count(64, 8), lab.model.vae.config.latent_channels
@@ -454,12 +438,10 @@ def figure17(lab):
 
 @item(
     "figure20", "Figure 20",
-    claim="The method works with any sampler. All that were tried keep to the input, to the change map and to the "
-          "prompt.",
+    claim="The method works with any sampler: each keeps to the input, to the change map and to the prompt.",
     done="{n} meadows under a gradient with each of our samplers, {steps} steps. To the map: correlation of {distance} "
-         "with it, by column. To the input: that distance in the whitest eighth, as a share of the distance in the "
-         "blackest. To the prompt: how far, in the blackest eighth, the colours of sky and ground have gone from the "
-         "input's to those that the same sampler gives them under a black map.",
+         "with it, by column. To the input: that distance in the whitest eighth over that in the blackest. To the "
+         "prompt: how far, in the blackest eighth, sky and ground have gone to the colours of a black map's edit.",
 )
 def figure20(lab):
     n, size, steps = lab.count(16, 3), lab.model.size, lab.steps(25)
@@ -472,13 +454,13 @@ def figure20(lab):
         goal = sky_and_ground(full[..., :eighth])
         there, way = ((sky_and_ground(x[..., :eighth]) - goal).abs().mean().item() for x in (edited, image))
         kept = change[:, -eighth:].mean() / change[:, :eighth].mean()
-        found.append([name, by_column(mu, change), round(kept.item(), 4), round(1 - there / way, 3)])
+        found.append([name, correlate_columns(mu, change), round(kept.item(), 4), round(1 - there / way, 3)])
         columns.append(edited[:2])
     lab.save(charts.sheet(list(zip(*columns)), ["input", *diffusion.SAMPLERS]), "figure20.png")
     _, follows, kept, toward = zip(*found)
     return Outcome(
         {"n": n, "steps": steps, "distance": lab.perceptual[0], "samplers": found},
-        judge((min(follows) > 0.9, f"correlation with the map {span(follows)}"),
+        judge((min(follows) > 0.9, f"correlation with the map {write_range(follows)}"),
               (max(kept) < 0.1, f"change where the map is white at most {percent(max(kept))} of that where it is "
                "black"),
               (min(toward) > 0, f"toward the prompt from {100 * min(toward):.0f} to {percent(max(toward))}")),

@@ -64,12 +64,12 @@ LESS, DIVIDED = "less the black map's", "over the black map's"
 STRENGTH = {LESS: lambda D, B: D - B, DIVIDED: lambda D, B: D / B}
 
 
-def pairs_of(lab, n):
+def draw_pairs(lab, n):
     """n originals and a prompt for each."""
     return lab.images(n, seed=11, meadow=False), lab.prompts(n, seed=12)
 
 
-def distances(lab, pairs, change_map, method=OURS):
+def measure_distances(lab, pairs, change_map, method=OURS):
     """How far the edits of `pairs` are from their originals, (N, SIDE, SIDE); and the edits."""
     (image, prompts), steps = pairs, lab.steps(15)
     if method == INPAINT:
@@ -83,22 +83,20 @@ def distances(lab, pairs, change_map, method=OURS):
 @item(
     "table1", "Table 1, Figure 11", needs=("weights", "inpainting_weights"),
     claim="An edit follows its change map more closely than blended latent diffusion and an inpainting model can with "
-          "the best mask made from it. So it is for three patterns, in both metrics; and the measured maps show why, "
-          "the others having two strengths only.",
-    done="{pairs} held-out pictures, each with a prompt of its own (the paper's is empty) that names a place, a time "
-         "and an object, {steps} steps of DDIM at a guidance of 7.5. E_M is the mean {distance} under the map less "
-         "that under a black map, as in the paper; and, as a second measure of strength, over it. For the other "
-         "methods the map is cut at a threshold: the best of all that matter, which is found with {tried} of the "
-         "pictures. Errors by bootstrap over the pictures, with the same draws for all methods.",
+          "the best mask made from it. So it is for three patterns, in both metrics.",
+    done="{pairs} held-out pictures, each with a prompt of its own (the paper's is empty), {steps} steps of DDIM at a "
+         "guidance of 7.5. E_M is the mean {distance} under the map less that under a black map, as in the paper; and, "
+         "as a second measure, over it. For the other methods the map is cut at the best of all thresholds that "
+         "matter, found with {tried} of the pictures. Errors by bootstrap, with the same draws for all methods.",
 )
 def table1(lab):
     n, size = lab.count(96, 6), lab.model.size
-    pairs, tried = pairs_of(lab, n), min(n, 16)
+    pairs, tried = draw_pairs(lab, n), min(n, 16)
     few = tuple(part[:tried] for part in pairs)
     others = [BLD] + ([INPAINT] if lab.inpainting else [])
 
     def measured(pairs, change_map, method=OURS):
-        return distances(lab, pairs, change_map, method)[0].flatten(1)
+        return measure_distances(lab, pairs, change_map, method)[0].flatten(1)
 
     black = {OURS: measured(pairs, torch.zeros(size, size))}
     black[BLD] = black[OURS]  # under a black map it is the same process
@@ -109,8 +107,8 @@ def table1(lab):
         mu, M, shown = pattern(name, size), pattern(name, SIDE), {}
         D = measured(pairs, mu)
         for how, E in STRENGTH.items():
-            ours = adherence(M, D, black[OURS], how)
-            found[name][how][OURS] = scores(M, ours, ours)
+            ours = bootstrap_cam(M, D, black[OURS], how)
+            found[name][how][OURS] = score_method(M, ours, ours)
             shown[how] = [charts.heat(-E(D.mean(0), black[OURS].mean(0)).view_as(M))]
         for method in others:
             B, sweep, full = black[method], {}, {}
@@ -121,8 +119,8 @@ def table1(lab):
                 t = max(cams, key=cams.get)
                 if t not in full:
                     full[t] = measured(pairs, (mu > t).float(), method)
-                theirs, ours = adherence(M, full[t], B, how), adherence(M, D, black[OURS], how)
-                found[name][how][method] = scores(M, theirs, ours) | {
+                theirs, ours = bootstrap_cam(M, full[t], B, how), bootstrap_cam(M, D, black[OURS], how)
+                found[name][how][method] = score_method(M, theirs, ours) | {
                     "threshold": round(t, 3), "tried": [[round(t, 3), round(c, 3)] for t, c in cams.items()]}
                 shown[how].append(charts.heat(-E(full[t].mean(0), B.mean(0)).view_as(M)))
         sheet.append([M, *shown[LESS], *shown[DIVIDED]])
@@ -135,13 +133,13 @@ def table1(lab):
     return Outcome(results, table1_verdict(results), table1_table(found), [("table1.png", caption)])
 
 
-def adherence(M, D, B, how):
+def bootstrap_cam(M, D, B, how):
     """CAM of the mean over all pairs, and of every bootstrap draw: (1 + draws,). M (SIDE, SIDE); D, B (N, SIDE**2)"""
     weights = torch.cat([torch.full((1, len(D)), 1 / len(D)), resample(len(D))])
     return torch.tensor([cam(M, E) for E in STRENGTH[how](weights @ D, weights @ B)], dtype=torch.double)
 
 
-def scores(M, theirs, ours):
+def score_method(M, theirs, ours):
     """What Table 1 says of a method, from its CAM and that of ours (1 + draws,): each value with its standard error"""
     distance = (M - M.mean()).double().norm() * (1 - theirs**2).sqrt()  # the closed form of `dam`
     return {name: [round(x[0].item(), 4), round(x[1:].std().item(), 4)]
@@ -175,18 +173,14 @@ def table1_verdict(results):
     if not all(holds[LESS]):
         found.append("What is not beyond two standard errors does not count as come true.")
     if sum(holds[DIVIDED]) > sum(holds[LESS]):
-        found.append("Why the two measures differ: the toy world's pictures all have the sky above and the ground "
-                     "below, which measure differently at one strength, and in proportion. The black map's "
-                     "measurement, taken off, then leaves the place's share on all that changes little; dividing does "
-                     "not. A thousand photographs even it out.")
+        found.append("Why the two measures differ: in all toy pictures the sky is above and the ground below, which "
+                     "measure differently at one strength, and in proportion. Taking the black map's measurement off "
+                     "leaves the place's share on what changes little; dividing does not. A thousand photographs even "
+                     "it out.")
     if results["inpainting model"] is None:
-        found.append("The third row needs an inpainting model (--inpainting-weights), and there was none. DAM orders "
-                     "the methods as CAM does, being a function of |CAM| for each map (Figure 26).")
+        found.append("The third row needs an inpainting model (--inpainting-weights), and there was none.")
     return verdict, " ".join(found)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Table 4, Figure 23: time
 
 MINIMA = [i / 10 for i in range(10)]
 PAPER_SAVED = (0, 10.74, 20.55, 29.90, 39.87, 49.70, 59.51, 69.37, 79.17, 88.99)  # percent, against no skipping
@@ -196,8 +190,7 @@ PAPER_SAVED = (0, 10.74, 20.55, 29.90, 39.87, 49.70, 59.51, 69.37, 79.17, 88.99)
     "figure23", "Table 4, Figure 23",
     claim="Skipping makes the running time fall in a line with the map's minimum. At a minimum of 0.9 it saves 89 %.",
     done="Gradient maps from each minimum up to 1, {pictures} pictures at a time, {steps} steps, guidance 7.5: seconds "
-         "of the diffusion loop (the autoencoder's time is the same in all), medians of {rounds} rounds that go "
-         "through all maps in turn. One in the list is without skipping.",
+         "of the diffusion loop, medians of {rounds} rounds that go through all maps in turn.",
 )
 def figure23(lab):
     size, steps, rounds = lab.model.size, lab.steps(50), lab.count(5, 3)
@@ -254,16 +247,17 @@ def figure23(lab):
 
 @item(
     "figure19", "Figure 19",
-    claim="One pair of pictures measures a change map very noisily, the mean over many pairs well. And what a "
-          "perceptual distance says of one and the same strength differs from place to place.",
+    claim="One pair of pictures measures a change map very noisily, the mean over many pairs well. And a perceptual "
+          "distance of one and the same strength differs from place to place.",
     done="The gradient of Table 1 on {pairs} pictures: correlation of the map with the measurement from n of them "
-         "(mean of all disjoint groups of n), with the black map's measurement taken off, divided by it, and without "
-         "it. The bias is the latter's standard deviation over the picture, over its mean.",
+         "(mean of all disjoint groups of n), less the black map's, over it, and as it is. The bias is the black map's "
+         "standard deviation over the picture, over its mean.",
 )
 def figure19(lab):
     n, size, M = lab.count(96, 6), lab.model.size, pattern("gradient", SIDE)
-    pairs = image, _ = pairs_of(lab, n)
-    (D, edited), (B, _) = (distances(lab, pairs, mu) for mu in (pattern("gradient", size), torch.zeros(size, size)))
+    pairs = image, _ = draw_pairs(lab, n)
+    D, edited = measure_distances(lab, pairs, pattern("gradient", size))
+    B, _ = measure_distances(lab, pairs, torch.zeros(size, size))
     kinds, found = {**STRENGTH, "as it is": lambda D, B: D}, []
     for group in [s for s in (1, 2, 4, 8, 16, 32, 96) if s <= n]:
         groups = [slice(i, i + group) for i in range(0, n - group + 1, group)]
@@ -285,9 +279,8 @@ def figure19(lab):
 
 @item(
     "figure26", "Figure 26",
-    claim="CAM and DAM are different measures, although they order the methods of Table 1 alike. Compared with a "
-          "circle, CAM calls half of it the most similar and the inverse the least of all, DAM the inverse the most; "
-          "from the half to another shape CAM drops to almost 0 while DAM stays about where it was.",
+    claim="CAM and DAM are different measures. Of a circle's half, its inverse and a triangle, CAM finds the half most "
+          "like the circle, DAM the inverse; from the half to the triangle CAM drops to almost 0, and DAM hardly.",
     done="Maps drawn as the paper describes them, each against the circle. DAM is in map values over 256x256 pixels.",
 )
 def figure26(lab):
@@ -317,9 +310,8 @@ def figure26(lab):
          f"and DAM from {b[1]:.0f} to {d[1]:.0f}"),
     )
     if max(abs(measured - closed) for _, measured, closed in found.values()) < 0.1:
-        why += (" But the two are less different than that: the least squares in DAM have a closed form, "
-                "||M - mean|| sqrt(1 - CAM²). For one map, DAM is a function of |CAM| that forgets the sign, and it "
-                "must order methods as CAM does.")
+        why += (" But DAM has a closed form, ||M - mean|| sqrt(1 - CAM²): for one map it is a function of |CAM| that "
+                "forgets the sign, and must order methods as CAM does.")
         if all(low <= high for low, high in implied.values()):
             why += " All nine pairs of numbers in the paper's Table 1 obey it, up to their rounding."
     table = [["against the circle", "CAM", "DAM", "DAM by its closed form"],
@@ -363,9 +355,9 @@ IMG2IMG = 3e6 / 0.0007  # bytes: the paper's 3 MB are 0.07 % of it
 @item(
     "memory", "Section 5.4",
     claim="A change map adds less than 3 MB to what image to image takes, 0.07 %.",
-    done="The most bytes that are in PyTorch's tensors at one time, in Algorithm 1 with a gradient less the same in "
-         "SDEdit. Once with the loaded model and {steps} steps; once with Stable Diffusion 2.1's sizes, a 512x512 map, "
-         "64x64 latents in fp32 and 100 steps, without the network, which is the same in both.",
+    done="The most bytes in PyTorch's tensors at one time, in Algorithm 1 with a gradient less the same in SDEdit: of "
+         "the loaded model, {steps} steps; and at Stable Diffusion 2.1's sizes, a 512x512 map, 64x64 latents in "
+         "fp32, 100 steps, without the network, which is the same in both.",
 )
 def memory(lab):
     def added(denoise, z_init, sampler, size):

@@ -214,13 +214,12 @@ class Lab:
         """
         how, out = how or diffdiff.differential_diffusion, []
         sampler = diffusion.make_sampler(sampler, self.model.schedule, steps)
-        for i in progress(range(0, len(image), self.at_once)):
-            z_init = self.model.encode_image(image[i : i + self.at_once].to(self.device))
-            here = slice(i, i + len(z_init))
+        for here, batch, prompts in self.batches(image, prompt):
+            z_init = self.model.encode_image(batch)
             mu = change_map[here] if change_map.ndim == 4 else change_map
-            denoise = self.model.denoiser(self.batch_of_prompts(prompt, here), guidance=guidance)
+            denoise = self.model.denoiser(prompts, guidance=guidance)
             step_noise = diffusion.make_step_noise(z_init.shape[1:], list(range(here.start, here.stop)))
-            z = how(denoise, z_init, mu, sampler, self.noise(z_init, i), step_noise=step_noise, **options)
+            z = how(denoise, z_init, mu, sampler, self.noise(z_init, here.start), step_noise=step_noise, **options)
             out.append(self.model.decode(z).clamp(-1, 1).cpu())
         return torch.cat(out)
 
@@ -232,19 +231,21 @@ class Lab:
         would change everything; that is less than an inpainting model can do, and no measure of the method.
         """
         model, out = self.inpainting, []
-        sampler = diffusion.make_sampler("ddim", model.schedule, steps)
-        for i in progress(range(0, len(image), self.at_once)):
-            batch, mask = image[i : i + self.at_once].to(self.device), mask.to(self.device)
-            z_init, beside = model.encode_image(batch), model.inpainting_channels(batch, 1 - mask[None, None])
-            prompts = self.batch_of_prompts(prompt, slice(i, i + len(batch)))
+        sampler, repaint = diffusion.make_sampler("ddim", model.schedule, steps), 1 - mask[None, None].to(self.device)
+        for here, batch, prompts in self.batches(image, prompt):
+            z_init, beside = model.encode_image(batch), model.inpainting_channels(batch, repaint)
             denoise = model.denoiser(prompts, guidance=guidance, channels=beside)
-            z = diffusion.run_sampler(denoise, self.noise(z_init, i), sampler)
+            z = diffusion.run_sampler(denoise, self.noise(z_init, here.start), sampler)
             out.append(model.decode(torch.lerp(z_init, z, beside[:, :1])).clamp(-1, 1).cpu())
         return torch.cat(out)
 
-    def batch_of_prompts(self, prompt, here):
+    def batches(self, image, prompt):
+        """-> (which, pictures on the device, a prompt for each), as many as fit at once"""
         prompt = self.options.prompt if prompt is None else prompt
-        return [prompt] * (here.stop - here.start) if isinstance(prompt, str) else prompt[here]
+        prompts = [prompt] * len(image) if isinstance(prompt, str) else prompt
+        for i in progress(range(0, len(image), self.at_once)):
+            here = slice(i, min(i + self.at_once, len(image)))
+            yield here, image[here].to(self.device), prompts[here]
 
     # -----------------------------------------------------------------------------------------------------------------
     # How different two pictures look

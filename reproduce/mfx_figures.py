@@ -7,30 +7,10 @@ import torch
 
 import diffdiff
 import diffusion
-from reproduce import charts
+from reproduce import charts, mfx_tables
 from reproduce.lab import MFX, Outcome, item, judge, percent, plus_minus, progress
 from reproduce.metrics import is_surely_less, mean_error
-from reproduce.mfx_tables import (
-    ABLATION_STEPS,
-    AFFINE,
-    ALONE,
-    FLOW,
-    FULL,
-    OBJECTS,
-    SHADOWS,
-    TESTS,
-    compare_to_coarse,
-    compare_to_truth,
-    draw_edits,
-    edits_of,
-    fixed,
-    held_out,
-    load_ablation,
-    share_that_differs,
-    surely_above,
-    surely_below,
-    user_edits,
-)
+from reproduce.mfx_tables import AFFINE, ALONE, FLOW, FULL, OBJECTS, SHADOWS, TESTS, surely_above, surely_below
 from toy import world
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,7 +26,7 @@ def sample_from(lab, model, edits, latent_init, hidden):
 
     hidden  the model is not shown the coarse edit, as in a fifth of its training; it may still start from it
     """
-    sampler, out = diffusion.make_sampler("ddim", model.schedule, ABLATION_STEPS, eta=1.0), []
+    sampler, out = diffusion.make_sampler("ddim", model.schedule, mfx_tables.ABLATION_STEPS, eta=1.0), []
     for i in progress(range(0, len(edits["truth"]), 8)):
         reference, coarse = (model.encode_image(edits[n][i : i + 8] * 2 - 1) for n in ("reference", "coarse"))
         mask = diffdiff.down_sample(edits["mask"][i : i + 8], coarse.shape[-2:]).to(coarse)
@@ -70,19 +50,18 @@ def measure_darkness(x, truth):
 
 @item(
     "mfx_figure4", "Figure 4", chapter=MFX, needs=("ablation_weights",),
-    claim="Starting from pure noise, the model struggles with deep blacks and makes up content to keep mean and "
-          "standard deviation near the noise's. Starting from the coarse edit under noise makes a drastic difference.",
+    claim="Starting from pure noise, the model struggles with deep blacks and makes up content. Starting from the "
+          "coarse edit under noise makes a drastic difference.",
     done="{n} edits of grass and water at night, both ways, {steps} steps. Off from the truth: brightness, the "
-         "brightness that a twentieth of the picture is darker than (blacks), squared error in thousandths. Below, a "
-         "control: the model without its extractor, with the coarse edit hidden, as it was in a fifth of its training. "
-         "Only what it starts from can tell it of the night then.",
+         "brightness that a twentieth of the picture is darker than (blacks), squared error in thousandths. A control: "
+         "the model without its extractor, the coarse edit hidden, so that only its start can tell it of the night.",
 )
 def figure4(lab):
-    models, n = load_ablation(lab, FULL, ALONE), lab.count(48, 8)
+    models, n = mfx_tables.load_ablation(lab, FULL, ALONE), lab.count(48, 8)
     scenes = lab.scenes(n, 64)
     scenes.time[:] = world.TIMES.index("night")
     scenes.ground[:] = torch.tensor([world.GROUNDS.index(g) for g in ("grass", "water")])[torch.arange(n) % 2]
-    edits = edits_of(scenes, 64, models[FULL].size)
+    edits = mfx_tables.edit_scenes(scenes, 64, models[FULL].size)
     outputs, off = {}, {}
     for how, name in progress(((USED, FULL), (HIDDEN, ALONE))):
         both = {start: sample_from(lab, models[name], edits, start == WITH, how == HIDDEN) for start in (WITH, WITHOUT)}
@@ -96,7 +75,7 @@ def figure4(lab):
     lab.save(charts.sheet(rows, list(columns)), "mfx_figure4.png")
     table = [["", "", *OFF]] + [[how, start, *(plus_minus(row[start][what], OFF[what]) for what in OFF)]
                                 for how, row in off.items() for start in (WITH, WITHOUT)]
-    return Outcome({"n": n, "steps": ABLATION_STEPS, "off": off}, figure4_verdict(off), table,
+    return Outcome({"n": n, "steps": mfx_tables.ABLATION_STEPS, "off": off}, figure4_verdict(off), table,
                    [("mfx_figure4.png", "Figure 4: edits at night, the first four.")])
 
 
@@ -125,16 +104,15 @@ PINK = torch.tensor([1.0, 0.0, 1.0])[:, None, None]  # which nothing in the toy 
 
 @item(
     "mfx_figure5", "Figure 5", chapter=MFX,
-    claim="Optical flow warps a frame towards the target the most accurately, but not as a user would. Segments moved "
-          "by similarity transforms are closer to a user's collage, and align less well.",
-    done="{n} held-out pairs, both warps of each, as the model is given them (holes painted in): {distance} and "
-         "squared error in thousandths, to the target. Their colours differ by more than 0.02 in {differ} of the "
-         "pixels. Objects of the toy world are flat and face the camera, so that a similarity is all that happens to "
-         "them; the rest is splatted by the flow in both models.",
+    claim="Optical flow warps a frame towards the target the most accurately. Segments moved by similarity transforms "
+          "are closer to a user's collage, and align less well.",
+    done="{n} held-out pairs, both warps of each, holes painted in: {distance} and squared error in thousandths to the "
+         "target. They differ in {differ} of the pixels: objects of the toy world are flat and face the camera, so "
+         "that a similarity is all that happens to them; the rest is splatted by the flow in both models.",
 )
 def figure5(lab):
     n, size, distance = lab.count(112, 16), lab.model.size, lab.perceptual[0]
-    edits = {test: held_out(n, test, size) for test in progress(TESTS)}
+    edits = {test: mfx_tables.make_held_out_pairs(n, test, size) for test in progress(TESTS)}
     truth, reference = edits["flow"]["truth"], edits["flow"]["reference"]
     warps = {"reference": (reference, torch.ones_like(edits["flow"]["mask"]))}
     warps |= {test: (e["coarse"], e["mask"]) for test, e in edits.items()}
@@ -163,7 +141,7 @@ def figure5(lab):
     rows = [[x[i] * 2 - 1 for x in columns.values()] for i in range(min(n, 5))]
     lab.save(charts.sheet(rows, list(columns)), "mfx_figure5.png")
     return Outcome(
-        {"n": n, "distance": distance, "differ": share_that_differs(edits), "warps": found, "less": less},
+        {"n": n, "distance": distance, "differ": mfx_tables.compare_warps(edits), "warps": found, "less": less},
         judge(*parts), table, [("mfx_figure5.png", "Figure 5: both motion models, the first pairs.")])
 
 
@@ -171,16 +149,15 @@ def figure5(lab):
     "mfx_figure9", "Figure 9", chapter=MFX, needs=("ablation_weights",),
     claim="Trained on flow alone, the model stays conservative, close to the coarse edit. Trained on piecewise affine "
           "edits alone it hallucinates and loses the identity of objects; trained on both it has the best of each.",
-    done="{n} held-out edits of a user's kind through the three models. Squared error against the true re-render, and "
-         "squared distance from the coarse edit where shadows and reflections have to change; over that of the model "
-         "trained on both, with standard errors by bootstrap over the edits.",
+    done="{n} held-out edits of a user's kind through the three models: squared error against the true re-render, and "
+         "squared distance from the coarse edit where shadows and reflections have to change, over the last model's.",
 )
 def figure9(lab):
-    models, n = load_ablation(lab, FLOW, AFFINE, FULL), lab.count(120, 24)
-    edits, names = user_edits(n, models[FULL].size), ("flow only", "affine only", "both")
-    shown = {name: fixed(model, n) for name, model in zip(names, models.values())}
-    error, moved = compare_to_truth(shown, edits, "both"), compare_to_coarse(shown, edits, "both")
-    draw_edits(lab, edits, {"coarse edit": edits["coarse"]} | shown, "mfx_figure9.png")
+    models, n = mfx_tables.load_ablation(lab, FLOW, AFFINE, FULL), lab.count(120, 24)
+    edits, names = mfx_tables.make_user_edits(n, models[FULL].size), ("flow only", "affine only", "both")
+    shown = {name: mfx_tables.fix_user_edits(model, n) for name, model in zip(names, models.values())}
+    error, moved = mfx_tables.compare_to_truth(shown, edits, "both"), mfx_tables.compare_to_coarse(shown, edits, "both")
+    mfx_tables.draw_edits(lab, edits, {"coarse edit": edits["coarse"]} | shown, "mfx_figure9.png")
     table = [["", *names, "flow only / both", "affine only / both"]]
     for what, found in (("error", error), ("distance from the coarse edit", moved)):
         for where, f in found.items():

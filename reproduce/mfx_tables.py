@@ -25,16 +25,16 @@ STEPS = 50  # of DDIM, as in the paper
 
 
 @functools.lru_cache(maxsize=2)
-def user_edits(n, size=128):
-    """n held-out scenes, each with one object edited, as `edits_of` gives them."""
-    return edits_of(world.random_scenes(n, torch.Generator().manual_seed(HELD_OUT + 4), 3), 4, size)
+def make_user_edits(n, size=128):
+    """n held-out scenes, each with one object edited, as `edit_scenes` gives them."""
+    return edit_scenes(world.random_scenes(n, torch.Generator().manual_seed(HELD_OUT + 4), 3), 4, size)
 
 
-def some(edits, first, count):
+def take(edits, first, count):
     return {name: x[first : first + count] for name, x in edits.items()}
 
 
-def edits_of(scenes, seed, size=128):
+def edit_scenes(scenes, seed, size=128):
     """One edit of one object of each scene -> dict of (n, ...): reference, coarse, truth (3, S, S) in [0, 1], mask
     (1, S, S); changed (S, S) bool: where the truth's shadows and reflections differ from the reference's; object (S, S)
     bool: the edited object, where it truly is afterwards. And verb, a list; after, the edited Scene."""
@@ -64,9 +64,9 @@ def fix_up(model, edits, steps, seeds=(0,)):
 
 
 @functools.lru_cache(maxsize=8)
-def fixed(model, n):
-    """All n `user_edits` through that model, kept for the next item that asks for the same."""
-    return fix_up(model, user_edits(n, model.size), STEPS)
+def fix_user_edits(model, n):
+    """All n `make_user_edits` through that model, kept for the next item that asks for the same."""
+    return fix_up(model, make_user_edits(n, model.size), STEPS)
 
 
 def compare(shown, target, regions, base):
@@ -123,13 +123,12 @@ def draw_edits(lab, edits, shown, name):
     "magic_fixup", "Section 4.1", chapter=MFX, needs=("mfx_weights",),
     claim="What the user's edit leaves wrong, shadows and reflections first of all, the model puts right.",
     done="Held-out scenes with one object moved, scaled, duplicated or deleted, as a collage and through the model, "
-         "against the true re-render: the share of the collage's error that is gone, with its standard error by "
-         "bootstrap over the edits. The truth's own round trip through the autoencoder is the least error there can "
-         "be.",
+         "against the true re-render: the share of the collage's error that is gone, its standard error by bootstrap. "
+         "The truth's own round trip through the autoencoder is the least error there can be.",
 )
 def magic_fixup(lab):
     model, n = lab.fixup(), lab.count(120, 24)
-    edits, output = user_edits(n, model.size), fixed(model, n)
+    edits, output = make_user_edits(n, model.size), fix_user_edits(model, n)
     coarse, truth = edits["coarse"], edits["truth"]
     back = torch.cat([model.decode(model.encode_image(x * 2 - 1)).float().cpu() for x in truth.split(32)])
     back = back.clamp(-1, 1) / 2 + 0.5
@@ -178,15 +177,14 @@ def count_votes(apart):
 
 @item(
     "sdedit", "Section 4.1, user study", chapter=MFX, needs=("weights", "mfx_weights"),
-    claim="Magic Fixup's edits are preferred to SDEdit's at a strength of 0.4, by 722 of 810 votes. On one of 30 "
-          "edits, a painting, it was about even.",
+    claim="Magic Fixup's edits are preferred to SDEdit's at a strength of 0.4, by 722 of 810 votes.",
     done="{n} held-out edits through both; SDEdit with the base model, 50 steps, at a guidance of 7.5 with the edited "
-         "scene's caption, and of 1 without one. Instead of 27 people the true re-render votes, for what is nearest to "
-         "it of Magic Fixup and both SDEdits. By squared error, and by {distance}.",
+         "scene's caption, and of 1 without one. Instead of 27 people the true re-render votes for what is nearest to "
+         "it, by squared error and by {distance}.",
 )
 def sdedit(lab):
     model, n = lab.fixup(), lab.count(120, 24)
-    edits = user_edits(n, model.size)
+    edits = make_user_edits(n, model.size)
     truth, coarse = edits["truth"], edits["coarse"] * 2 - 1
 
     def edited(prompts, guidance):
@@ -197,7 +195,7 @@ def sdedit(lab):
 
     captions = [caption(edits["after"], i) for i in range(n)]
     shown = {"collage": edits["coarse"], SILENT: edited([""] * n, 1.0), CAPTIONED: edited(captions, 7.5),
-             FIXED: fixed(model, n)}
+             FIXED: fix_user_edits(model, n)}
     distance = lab.perceptual[0]
     apart = {who: lab.distance(x * 2 - 1, truth * 2 - 1).mean((1, 2)) for who, x in shown.items()}
     squared = {who: (x - truth).square().mean((1, 2, 3)) for who, x in shown.items()}
@@ -265,8 +263,8 @@ PAPER = {  # LPIPS, each with a standard error of 0.007 (0.008 for the one witho
 }
 
 
-def held_out(n, test, size):
-    """n pairs as in training, of scenes that no model has seen -> dict as of `edits_of`, in [0, 1].
+def make_held_out_pairs(n, test, size):
+    """n pairs as in training, of scenes that no model has seen -> dict as of `edit_scenes`, in [0, 1].
 
     The scenes, and what moves in them, are the same for both tests: only the coarse edits are made differently.
     """
@@ -277,7 +275,7 @@ def held_out(n, test, size):
             "truth": whole["target"] / 2 + 0.5, "mask": whole["mask"]}
 
 
-def share_that_differs(edits):
+def compare_warps(edits):
     return percent(((edits["flow"]["coarse"] - edits["affine"]["coarse"]).abs().amax(1) > 0.02).float().mean(), 1)
 
 
@@ -286,22 +284,22 @@ def share_that_differs(edits):
     claim="Without cross-reference attention the result is the worst on both tests, and training on flow is the best "
           "where the test is on flow.",
     done="{n} held-out pairs of frames, the same for both tests, warped by flow or piecewise affinely (the two coarse "
-         "edits differ in {differ} of the pixels), through four models of the same training, {steps} steps of DDIM. "
-         "{distance} between output and target, and squared error in thousandths, with standard errors; the verdict "
-         "takes those of the differences, pair by pair. Twice the steps change the full method's distance by "
-         "{twice the steps} on {checked} of the pairs.",
+         "edits differ in {differ} of the pixels), through four models of the same training, {steps} steps of DDIM: "
+         "{distance} between output and target, and squared error in thousandths. The verdict takes the differences "
+         "pair by pair. Twice the steps change the full method's distance by {twice the steps} on {checked} pairs.",
 )
 def ablation(lab):
     models = load_ablation(lab, *TRAINED)
     n, k, size = lab.count(104, 8), lab.count(24, 8), models[FULL].size
-    steps, edits = ABLATION_STEPS if size == 128 else STEPS, {test: held_out(n, test, size) for test in TESTS}
+    steps = ABLATION_STEPS if size == 128 else STEPS
+    edits = {test: make_held_out_pairs(n, test, size) for test in TESTS}
 
     def score(x, truth):  # (k, 3, S, S) -> perceptual distance and squared error of each, (k, 2)
         distance = lab.distance(x * 2 - 1, truth * 2 - 1).mean((1, 2))
         return torch.stack([distance, 1000 * (x - truth).square().mean((1, 2, 3))], 1)
 
     def run(model, edits, steps):  # batch by batch, each with noise of its own, the same for all models -> (n, 2)
-        batches = [(i, some(edits, i, 8)) for i in range(0, len(edits["truth"]), 8)]
+        batches = [(i, take(edits, i, 8)) for i in range(0, len(edits["truth"]), 8)]
         return torch.cat([score(fix_up(model, e, steps, seeds=[i]), e["truth"]) for i, e in batches])
 
     tests = {}
@@ -310,9 +308,9 @@ def ablation(lab):
         each["coarse edit"] = score(edits[test]["coarse"], edits[test]["truth"])
         tests[test] = {who: {"distance": mean_error(x[:, 0]), "squared": mean_error(x[:, 1]), "others less this": {
             other: mean_error(each[other][:, 0] - x[:, 0]) for other in TRAINED}} for who, x in each.items()}
-    more = run(models[FULL], some(edits["flow"], 0, k), 2 * steps) - each[FULL][:k]  # the last test is on flow
+    more = run(models[FULL], take(edits["flow"], 0, k), 2 * steps) - each[FULL][:k]  # the last test is on flow
     return Outcome(
-        {"n": n, "differ": share_that_differs(edits), "steps": steps, "distance": lab.perceptual[0], "tests": tests,
+        {"n": n, "differ": compare_warps(edits), "steps": steps, "distance": lab.perceptual[0], "tests": tests,
          "twice the steps": plus_minus(mean_error(more[:, 0]), 4), "checked": k},
         ablation_verdict(tests), ablation_table(tests, lab.perceptual[0]))
 
@@ -355,15 +353,14 @@ def ablation_verdict(tests):
     claim="Without cross-reference attention to the untouched photograph, edits come out worse. Such a model cannot "
           "see what was changed, and so stays too close to the coarse edit.",
     done="The toy, and one of the same training without its detail extractor, on the same {n} held-out edits: squared "
-         "error against the true re-render, and the squared distance from the coarse edit where shadows and "
-         "reflections have to change. The last column is the value without over that with, and its standard error, by "
-         "bootstrap over the edits. (The paper's model without it sees a CLIP embedding of the photograph instead; "
-         "ours sees nothing of it.)",
+         "error against the true re-render, and squared distance from the coarse edit where shadows and reflections "
+         "have to change. Ratios with standard errors by bootstrap. (The paper's model without it sees an embedding of "
+         "the photograph by CLIP instead; ours sees nothing of it.)",
 )
 def cross_reference(lab):
     models, n = load_ablation(lab, FULL, ALONE), lab.count(120, 24)
-    edits = user_edits(n, models[FULL].size)
-    outputs = {"with": fixed(models[FULL], n), "without": fixed(models[ALONE], n)}
+    edits = make_user_edits(n, models[FULL].size)
+    outputs = {"with": fix_user_edits(models[FULL], n), "without": fix_user_edits(models[ALONE], n)}
     error = compare_to_truth({"collage": edits["coarse"]} | outputs, edits, "with")
     moved = compare_to_coarse(outputs, edits, "with")
     shown = {"coarse edit": edits["coarse"], "without the extractor": outputs["without"], "full model": outputs["with"]}

@@ -6,30 +6,23 @@ The toy world knows the truth about its scenes, so that what a person would judg
 """
 
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 
 import diffdiff
 import diffusion
 import sample
-from common.files import write_json
-from common.pictures import tensor_to_picture
 from reproduce import charts
 from reproduce.lab import HELD_OUT, TOY, Outcome, item, judge, percent, progress, prompts_of
 from reproduce.metrics import DEPTHS, cam, sky_and_ground, toy_distance
 from toy import world
 from toy.world import COLOUR, COLOURS, FIXED, GROUNDS, KINDS, TIME, TIMES
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @item(
     "autoencoder", "Autoencoder", chapter=TOY,
-    claim="Every edit passes through the autoencoder, so it has to keep a scene. At least 32 dB on scenes that it has "
-          "not seen, and 27 dB inside objects.",
+    claim="The autoencoder keeps a scene that it has not seen to 32 dB, and to 27 dB inside objects.",
     done="The round trip of held-out scenes, against themselves.",
 )
 def autoencoder(lab):
@@ -86,8 +79,7 @@ def probe_object(images, time):
 
 @item(
     "adherence", "Prompts", chapter=TOY,
-    claim="The base model paints what a prompt names. In at least 85 % of pictures the sky's time, the ground and the "
-          "object's colour are all three as asked for.",
+    claim="In at least 85 % of pictures the sky's time, the ground and the object's colour are as the prompt says.",
     done="Pictures from text alone, 50 steps of DDIM at a guidance of 7.5, judged by colour probes; the same probes on "
          "true renders of the same scenes say how far they can be trusted.",
 )
@@ -149,7 +141,7 @@ def gradient(lab):
 # The toy perceptual distance: on which features?
 
 
-def known_changes(n):
+def make_known_changes(n):
     """n held-out scenes of one object, (n, 3, H, W) in [-1, 1]; the same after changes that hardly matter, and after
     changes that do, {name: pictures} each; where the object is, (n, H, W) bool."""
     g = torch.Generator().manual_seed(HELD_OUT + 77)
@@ -183,7 +175,7 @@ def known_changes(n):
     return x, small, large, frames.segments > 0
 
 
-def distances_by_depth(lab, x, y):
+def measure_by_depth(lab, x, y):
     """{which features: (n, H, W)} for pictures x, y (n, 3, H, W): each depth of the encoder alone, those that are used,
     and pixels."""
     vae, out = lab.model.vae, {}
@@ -195,19 +187,17 @@ def distances_by_depth(lab, x, y):
 
 @item(
     "distance", "The perceptual distance", chapter=TOY,
-    claim="LPIPS's weights are not shipped. Without them edits are measured by a toy perceptual distance: LPIPS's "
-          "construction, with unit weights, on the features of our own autoencoder's encoder, at the depths that do "
-          "best below (a Table 1 measured with all depths had been seen before). It is not LPIPS.",
+    claim="Without LPIPS's weights edits are measured by a toy perceptual distance. It is LPIPS's construction with "
+          "unit weights, on our own autoencoder's encoder, at the depths that do best below (a Table 1 with all depths "
+          "had been seen before). It is not LPIPS.",
     done="{n} true renders with known changes. Order: how often one that hardly matters (a pixel's shift, a little "
          "blur, noise, ..) measures less than one that does (another colour, kind, place, ground, time). Place: after "
-         "a change of the object's colour, the share of all distance that lies on the object, which covers {covers} of "
-         "a picture; the encoder's normalization spreads it, more with each depth. The two finest depths have the best "
-         "of both.",
+         "a change of the object's colour, the share of the distance on the object, {covers} of a picture.",
 )
 def distance(lab):
     n = lab.count(96, 12)
-    x, small, large, there = known_changes(n)
-    measured = {k: distances_by_depth(lab, x, y) for k, y in progress((small | large).items())}
+    x, small, large, there = make_known_changes(n)
+    measured = {k: measure_by_depth(lab, x, y) for k, y in progress((small | large).items())}
     found = []
     for features in measured["no object"]:
         low, high = (torch.stack([measured[k][features].mean((1, 2)) for k in kinds]) for kinds in (small, large))
@@ -220,30 +210,6 @@ def distance(lab):
         judge((order >= 0.95, f"{percent(order, 1)} of pairs of changes are in order"),
               (place >= 0.7, f"{percent(place)} of the distance is where the change is")),
         [["features", "order", "place"], *([name, f"{a:.3f}", f"{b:.2f}"] for name, a, b in found)])
-
-
-@item("examples", "README: the pictures that its commands take", chapter=None)
-def examples(lab):
-    """The picture, the map, the masks and the collage."""
-    frame = world.render(world.Scene(
-        ground=torch.tensor([0]), time=torch.tensor([0]), horizon=torch.tensor([0.42]), sun=torch.tensor([0.8]),
-        texture=torch.tensor([[0.5, 1.0, 2.0, 0.3, 4.0, 1.0]]), camera=torch.zeros(1, 2),
-        kind=torch.tensor([[KINDS.index("house"), KINDS.index("tree"), KINDS.index("ball")]]),
-        colour=torch.tensor([[COLOURS.index("yellow"), COLOURS.index("green"), COLOURS.index("red")]]),
-        x=torch.tensor([[-0.9, 0.25, 0.85]]), z=torch.tensor([[3.4, 3.0, 2.5]]), size=torch.tensor([[0.9, 0.95, 0.62]]),
-    ))
-    tensor_to_picture(frame.image[0]).save(EXAMPLES / "meadow.png")
-    mu = np.clip((np.linspace(0, 1, 128) - 0.3) / 0.65, 0, 1)  # a third black: enough to turn day into night
-    Image.fromarray(np.tile((mu * 255).round().astype(np.uint8), (128, 1))).save(EXAMPLES / "gradient.png")
-    mask = Image.new("L", (128, 128), 255)
-    ImageDraw.Draw(mask).ellipse((84, 80, 134, 128), fill=0)  # around the ball
-    mask.save(EXAMPLES / "mask.png")
-    for k, name in ((2, "tree"), (3, "ball")):
-        Image.fromarray((frame.segments[0] == k).byte().mul(255).numpy()).save(EXAMPLES / f"{name}.png")
-    write_json(EXAMPLES / "edits.json", {"image": "meadow.png", "segments": [
-        {"mask": "ball.png", "edits": [{"translate": [-45, 2]}]}, {"mask": "tree.png", "edits": [{"delete": True}]},
-    ]})
-    return Outcome({})
 
 
 @item("pictures", "README: the pictures in it, by the commands that it names", chapter=None)

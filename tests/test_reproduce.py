@@ -138,9 +138,11 @@ def test_one_strength_at_a_time_edits_each_level_once():
         return image + 1
 
     image, mu = torch.zeros(1, 3, 4, 10), torch.linspace(0, 1, 10).expand(4, 10)
-    assert torch.equal(baselines.tiling(edit, image, mu, 5), torch.ones(1, 3, 4, 10))  # each pixel came through once
+    tiled = baselines.edit_level_by_level(edit, image, mu, 5, keep_outside=True)
+    assert torch.equal(tiled, torch.ones(1, 3, 4, 10))  # each pixel came through once
     assert [round(m.min().item(), 3) for m in maps] == [0.056, 0.278, 0.5, 0.722, 0.944]  # from the strongest on
-    assert torch.equal(baselines.composition(edit, image, mu, 5), torch.full((1, 3, 4, 10), 5.0))
+    composed = baselines.edit_level_by_level(edit, image, mu, 5, keep_outside=False)
+    assert torch.equal(composed, torch.full((1, 3, 4, 10), 5.0))
 
 
 @pytest.mark.parametrize("paste", [baselines.paste_alpha, baselines.paste_poisson, baselines.paste_laplace])
@@ -252,7 +254,7 @@ def test_charts_and_sheets_have_the_size_that_they_say():
     drawn = charts.sheet([[a, None], [a, torch.ones(64, 64)]], ["one", "a rather long label over a narrow cell"],
                          ["x", "y"], cell=64)
     assert drawn.width > 2 * 64 and drawn.height > 2 * 64
-    assert charts.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert charts.place_ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
 
 
 def test_an_item_from_run_to_page(tmp_path):

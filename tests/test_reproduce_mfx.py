@@ -34,7 +34,7 @@ def test_the_order_of_the_table_is_judged_by_the_errors_of_differences(changed, 
 
 
 def test_both_tests_are_of_the_same_scenes_and_other_warps():
-    affine, flow = (mfx_tables.held_out(9, test, 32) for test in ("affine", "flow"))
+    affine, flow = (mfx_tables.make_held_out_pairs(9, test, 32) for test in ("affine", "flow"))
     assert len(flow["truth"]) == 9 and flow["truth"].min() >= 0 and flow["truth"].max() <= 1
     assert torch.equal(affine["truth"], flow["truth"]) and torch.equal(affine["reference"], flow["reference"])
     assert not torch.equal(affine["coarse"], flow["coarse"])
@@ -45,14 +45,14 @@ def test_both_tests_are_of_the_same_scenes_and_other_warps():
 
 
 def test_edits_know_their_truth():
-    edits = mfx_tables.user_edits(16, size=64)
+    edits = mfx_tables.make_user_edits(16, size=64)
     assert set(edits["verb"]) == set(VERBS)
     for verb, there in zip(edits["verb"], edits["object"]):
         assert there.any() == (verb != "delete")
     wrong = (edits["coarse"] - edits["truth"]).abs().amax(1) > 0.02
     assert wrong[edits["changed"]].float().mean() > 0.7  # the collage leaves them as they were
     assert not (edits["changed"] & edits["object"]).any()
-    some = mfx_tables.some(edits, 3, 2)
+    some = mfx_tables.take(edits, 3, 2)
     assert torch.equal(some["truth"], edits["truth"][3:5]) and some["verb"] == edits["verb"][3:5]
     assert len(some["after"]) == 2
 
