@@ -4,12 +4,7 @@ Stable Diffusion never sees a prompt, only 77 vectors that one of three text enc
 All three are the same network at different widths: CLIP ViT-L (SD 1.x), OpenCLIP ViT-H (SD 2.x),
 and for SDXL ViT-L again together with OpenCLIP bigG.
 
-Three sections: the text encoder, cleaning and splitting text, the tokenizer. The table of
-configurations is last.
-
-Papers: CLIP, Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
-Supervision"; byte-pair encoding, Sennrich et al. 2016, "Neural Machine Translation of Rare Words
-with Subword Units".
+Papers: CLIP 2103.00020, byte-pair encoding 1508.07909.
 """
 
 import gzip
@@ -18,7 +13,6 @@ import json
 import re
 import unicodedata
 import warnings
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,11 +44,9 @@ class TextConfig:
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"text encoder activation '{self.activation}' is none of "
-                             f"{', '.join(ACTIVATIONS)}")
+            raise ValueError(f"the activation is gelu or quick_gelu, not {self.activation}")
         if self.width % self.heads:
-            raise ValueError(f"text encoder width {self.width} does not divide into {self.heads} "
-                             "heads")
+            raise ValueError(f"a text encoder of width {self.width} cannot have {self.heads} heads")
 
 
 def quick_gelu(x):
@@ -281,8 +273,7 @@ def learn_bpe(texts: list[str], size: int) -> tuple[dict[str, int], list[tuple[s
     ValueError if `size` leaves no room for the byte alphabet and the special tokens (514).
     """
     if size < len(ALPHABET) + 2:
-        raise ValueError(f"a byte-pair vocabulary needs at least {len(ALPHABET) + 2} symbols, not "
-                         f"{size}")
+        raise ValueError(f"a vocabulary needs at least {len(ALPHABET) + 2} symbols, not {size}")
     counts = Counter()
     for text in texts:
         counts.update(split_words(clean_text(text)))
@@ -306,8 +297,9 @@ def learn_bpe(texts: list[str], size: int) -> tuple[dict[str, int], list[tuple[s
 
 
 def read_vocab(path):
-    """-> symbol -> id (None for the .gz, which has none), merges: see `Tokenizer.load`"""
+    """The files that `Tokenizer.load` knows -> (symbol -> id, merges, pad symbol or None)"""
     archive = path / ARCHIVE if path.is_dir() else path
+    pad = read_pad(path)
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
         lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -317,14 +309,15 @@ def read_vocab(path):
         vocab, merges = model["vocab"], model["merges"]
     elif archive.is_file():
         lines = gzip.decompress(archive.read_bytes()).decode("utf-8").split("\n")
-        vocab, merges = None, lines[1 : ARCHIVE_MERGES + 1]
+        merges = lines[1 : ARCHIVE_MERGES + 1]
         if len(merges) < ARCHIVE_MERGES:
             raise ValueError(f"{len(merges)} of {ARCHIVE_MERGES} merges")
+        vocab, pad = build_vocab([tuple(line.split()) for line in merges]), "!"
     else:
         raise FileNotFoundError(f"no tokenizer at {path}: it should be a folder with vocab.json "
                                 "and merges.txt (a Stable Diffusion's tokenizer/), or the file "
                                 f"{ARCHIVE} of openai/CLIP")
-    return vocab, [tuple(m.split() if isinstance(m, str) else m) for m in merges if m]
+    return vocab, [tuple(m.split() if isinstance(m, str) else m) for m in merges if m], pad
 
 
 def read_pad(folder):
@@ -332,9 +325,8 @@ def read_pad(folder):
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             pad = json.loads((folder / name).read_text(encoding="utf-8")).get("pad_token")
-            pad = pad["content"] if isinstance(pad, dict) else pad
             if pad is not None:
-                return pad
+                return pad["content"] if isinstance(pad, dict) else pad
     return None
 
 
@@ -354,8 +346,7 @@ class Tokenizer:
             raise ValueError(f"the vocabulary has no {missing[0]!r}")
         for pair in merges:
             if len(pair) != 2 or "".join(pair) not in vocab:
-                raise ValueError(f"{' '.join(pair)!r} among the merges makes no symbol of the "
-                                 "vocabulary")
+                raise ValueError(f"the merge {' '.join(pair)!r} makes no symbol of the vocabulary")
         self.vocab, self.merges = vocab, merges
         self.pad, self.length = pad, length
         self.symbols = {i: symbol for symbol, i in vocab.items()}
@@ -373,16 +364,12 @@ class Tokenizer:
         """
         path = Path(path)
         try:
-            vocab, merges = read_vocab(path)
-            if vocab is None:
-                vocab, pad = build_vocab(merges), pad or "!"
-            return cls(vocab, merges, pad or read_pad(path) or END)
+            vocab, merges, own_pad = read_vocab(path)
+            return cls(vocab, merges, pad or own_pad or END)
         except FileNotFoundError:
             raise
-        except (OSError, EOFError, zlib.error, LookupError, ValueError, TypeError,
-                AttributeError) as e:
-            reason = f"the tokenizer at {path} is damaged ({e}): copy its files again"
-            raise ValueError(reason) from e
+        except Exception as e:  # damaged files can fail in any way
+            raise ValueError(f"the tokenizer at {path} is damaged ({e}): copy it again") from e
 
     def save(self, folder):
         """Write the four files of a folder that transformers' CLIPTokenizer opens."""
@@ -411,8 +398,7 @@ class Tokenizer:
         if word not in self.cache:  # prompts and captions repeat their words
             symbols = spell(word)
             while len(symbols) > 1:
-                never = len(self.ranks)
-                pair = min(pairwise(symbols), key=lambda p: self.ranks.get(p, never))
+                pair = min(pairwise(symbols), key=lambda p: self.ranks.get(p, len(self.ranks)))
                 if pair not in self.ranks:
                     break
                 symbols = merge(symbols, pair)
@@ -439,9 +425,8 @@ class Tokenizer:
         for row, text in zip(out, texts):
             ids = self.encode(text)
             if len(ids) > room:
-                lost = self.decode(ids[room:])
                 warnings.warn(f"the prompt has {len(ids)} tokens, and the text encoder reads "
-                              f"{room}; left out: '{lost}'", stacklevel=2)
+                              f"{room}; left out: '{self.decode(ids[room:])}'", stacklevel=2)
             ids = [self.vocab[START], *ids[:room], self.vocab[END]]
             row[: len(ids)] = torch.tensor(ids)
         return out

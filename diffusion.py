@@ -49,14 +49,12 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - abar / F.pad(abar[:-1], (1, 0), value=1.0)
 
 
-# beta_t, t = 0 .. T-1 (the papers' t = 1 .. T)
+# beta_t, t = 0 .. T-1 (the papers' t = 1 .. T): Stable Diffusion's, DDPM's and the text of Magic
+# Fixup's, and what Magic Fixup's release trains and samples with.
 BETAS = {
-    # Stable Diffusion
     "scaled_linear": torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2,
-    # DDPM, and the text of Magic Fixup: alpha_T = 0.98
     "linear": torch.linspace(1e-4, 0.02, T, dtype=torch.float64),
 }
-# what Magic Fixup's release trains and samples with
 BETAS["zero_snr"] = zero_terminal_snr(BETAS["scaled_linear"])
 
 
@@ -77,8 +75,7 @@ class Schedule:
         if name not in BETAS:
             raise ValueError(f"unknown noise schedule {name!r}: choose one of {', '.join(BETAS)}")
         if prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(f"unknown prediction {prediction!r}: choose 'epsilon' or "
-                             "'v_prediction'")
+            raise ValueError(f"the prediction is epsilon or v_prediction, not {prediction!r}")
         self.name = name
         self.prediction = prediction
         abar = torch.cumprod(1 - BETAS[name], dim=0)  # float64: 1 - abar cancels badly near t = 0

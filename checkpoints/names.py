@@ -109,26 +109,20 @@ def translate(part, tensors):
     per_level = min(steps_down, default=3)  # residual blocks and the step, on the way down
     finest = max(find_numbers(r"decoder\.up\.(\d+)\.", tensors), default=0)
 
-    def fill_in(new):
-        def replacement(match):
-            if not match.groups():
-                return new
-            n = int(match[1])
-            down, up = divmod(n - 1, per_level), divmod(n, per_level)
-            return new.format(n=n, down=down, up=up, reversed=finest - n)
-
-        return replacement
-
     rows = []
     for old, new in NAMES[part].items():
-        pattern = r"(?<![^.])" + re.escape(old).replace("N", r"(\d+)")
-        rows.append((old.split("N")[0], re.compile(pattern), fill_in(new)))
+        rows.append((re.compile(r"(?<![^.])" + re.escape(old).replace("N", r"(\d+)")), new))
 
     out = {}
     for name, tensor in tensors.items():
-        for begin, pattern, replacement in rows:
-            if begin in name:  # spares most of a thousand names most of thirty patterns
-                name = pattern.sub(replacement, name)
+        for pattern, new in rows:
+            match = pattern.search(name)
+            if match and match.groups():
+                n = int(match[1])
+                down, up = divmod(n - 1, per_level), divmod(n, per_level)
+                new = new.format(n=n, down=down, up=up, reversed=finest - n)
+            if match:
+                name = name[: match.start()] + new + name[match.end() :]
         if part == "vae" and ".attentions." in name and tensor.ndim == 4:
             tensor = tensor.flatten(1)  # (c, c, 1, 1), a convolution, -> (c, c)
         if ".in_proj_" in name:  # OpenCLIP's q, k and v in one: (3 D, D) or (3 D,)
