@@ -89,21 +89,22 @@ def differential_diffusion(
     L = steps_to_run(mu_s, k) if skip else k  # Algorithm 2, line 4
     first = k - L
     last = last_override(mu_s, k).to(z_init.device)  # (B or 1, 1, h, w)
-    starts = set(last.unique().tolist())  # the steps from which on some pixel is free
+    starts = set(last.unique().tolist())  # the steps at which the own chain of some pixel starts
 
-    # Section 6 makes all z'_t ahead. At 64x64 they hold 6.5 MB, twice what the whole method adds
-    # (section 5.4). To make one when it is needed costs one pass over a latent.
+    # Section 6 makes all z'_t ahead. At 64x64 they hold 6.5 MB, twice the paper's limit for the
+    # whole method (section 5.4). To make one when it is needed costs one pass over a latent.
     def z_prime(i):  # lines 4 and 7: add_noise
         return sampler.noise_to(i, z_init, noise(i) if callable(noise) else noise)
 
     z = z_prime(first) if first < k else z_init
-    state, restarted = None, None
+    state = None  # what a multi-step sampler remembers
+    restarted = None  # (B or 1, 1, h, w) bool: the pixels whose past it must forget
     for i in range(first, k):  # t = k - i
         if i > first:
             mask = last < i if nested else last != i  # line 8: mu_s < (k - t) / k
             z = torch.where(mask, z, z_prime(i))  # line 9: z_mix
-            # A multi-step sampler must not extrapolate from the past of a pixel whose own chain
-            # starts here. Where no chain starts, what was replaced will be replaced again.
+            # A pixel whose own chain starts here has no past to extrapolate from. Where no chain
+            # starts, what was replaced will be replaced again, and its past does not matter.
             restarted = ~mask if i in starts else None
         draw = step_noise(i) if step_noise and sampler.stochastic else None
         z, state = sampler.step(denoise, z, i, state, draw, restarted)  # lines 5, 10: denoise

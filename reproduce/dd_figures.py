@@ -31,13 +31,13 @@ def write_range(values, form="{:.2f}"):
     return f"from {form.format(min(values))} to {form.format(max(values))}"
 
 
-@item(
-    "figure3", "Figure 3",
-    claim="Without nested masks edits get worse. With them the result is more complex, less blurry, and blends better.",
-    done="{n} meadows under a gradient, both ways. Complex: the mean steepness of grey values. Blurry: the share of "
-         "steps that another blur leaves. Blending: the largest step in mean absolute change from column to column.",
-)
+@item("figure3", "Figure 3")
 def figure3(lab):
+    """Without nested masks edits get worse. With them the result is more complex, less blurry, and blends better.
+
+    {n} meadows under a gradient, both ways. Complex: the mean steepness of grey values. Blurry: the share of steps that
+    another blur leaves. Blending: the largest step in mean absolute change from column to column.
+    """
     n, size = lab.count(32, 4), lab.model.size
     image, mu = lab.images(n), wide_gradient(size)
     edits = [lab.edit(image, mu, steps=lab.steps(50), nested=nested) for nested in (True, False)]
@@ -62,13 +62,13 @@ def figure3(lab):
         [("figure3.png", f"“{lab.options.prompt}” under a gradient: left changes, right is kept.")])
 
 
-@item(
-    "figure4", "Figure 4",
-    claim="At each step what the map keeps is copied from the noised original. The masks are nested.",
-    done="Algorithm 1 written out line by line here, beside diffdiff.py's, on one meadow with a gradient and {k} "
-         "steps. Six of the steps are decoded.",
-)
+@item("figure4", "Figure 4")
 def figure4(lab):
+    """At each step what the map keeps is copied from the noised original. The masks are nested.
+
+    Algorithm 1 written out line by line here, beside diffdiff.py's, on one meadow with a gradient and {k} steps. Six of
+    the steps are decoded.
+    """
     k, image, mu = lab.steps(20), lab.images(1), wide_gradient(lab.model.size)
     sampler = diffusion.make_sampler("ddim", lab.model.schedule, k)
     z_init = lab.model.encode_image(image.to(lab.device))
@@ -129,16 +129,16 @@ def measure_surprise(model, x, where):
     return torch.stack(errors).mean(0).cpu()
 
 
-@item(
-    "figure6", "Figures 6 and 12",
-    claim="Soft-inpainting by a blurred mask blends more naturally than no softening, alpha, Poisson and Laplace "
-          "compositing, and softening as in Stable Diffusion's web UI.",
-    done="A disc of {n} meadows repainted to three prompts, with the three blurs of Figure 12. Alpha, Poisson and "
-         "Laplace paste the hard-masked edit by the blurred mask. Around the rim: the base model's surprise, its error "
-         "at telling noise in the picture; the steepness of grey values; the {distance} from the input, since what "
-         "changes nothing surprises nobody.",
-)
+@item("figure6", "Figures 6 and 12")
 def figure6(lab):
+    """Soft-inpainting by a blurred mask blends more naturally than no softening, alpha, Poisson and Laplace
+    compositing, and softening as in Stable Diffusion's web UI.
+
+    A disc of {n} meadows repainted to three prompts, with the three blurs of Figure 12. Alpha, Poisson and Laplace
+    paste the hard-masked edit by the blurred mask. Around the rim: the base model's surprise, its error at telling
+    noise in the picture; the steepness of grey values; the {distance} from the input, since what changes nothing
+    surprises nobody.
+    """
     n, size, steps = lab.count(16, 3), lab.model.size, lab.steps(50)
     image = lab.images(n)
     along = (torch.arange(size) + 0.5) / size - 0.5
@@ -187,13 +187,13 @@ def figure6_verdict(measured, less):
     return verdict, why
 
 
-@item(
-    "figure7", "Figures 7, 24 and 25",
-    claim="A strength fan shows several strengths side by side, as separate edits would, at the cost of one.",
-    done="Fans of five strengths on {n} meadows, and the same strengths as separate edits of the whole picture "
-         "(SDEdit): mean {distance} from the input in each column, of both.",
-)
+@item("figure7", "Figures 7, 24 and 25")
 def figure7(lab):
+    """A strength fan shows several strengths side by side, as separate edits would, at the cost of one.
+
+    Fans of five strengths on {n} meadows, and the same strengths as separate edits of the whole picture (SDEdit): mean
+    {distance} from the input in each column, of both.
+    """
     n, size, steps = lab.count(24, 4), lab.model.size, lab.steps(50)
     image, strengths = lab.images(n), [0.2, 0.4, 0.6, 0.8, 1.0]
 
@@ -231,19 +231,22 @@ def figure7(lab):
           "left the maps.")])
 
 
-@item(
-    "baselines", "Figures 8 and 18",
-    claim="Four simple ways to many strengths all fail. Composition degrades the picture, masked noise gives a single "
-          "colour, tiling does not show the prompt, five tiles change mostly in the darkest; and composition and "
-          "tiling take tens of times longer.",
-    done="{n} meadows under a gradient, 20 steps. To the map: correlation with {distance} by column, and CAM on "
-         "colours. Softness of edges (the inputs': {input softness}); how much a picture's pixels vary; the share of "
-         "all change in the darkest fifth of the map; U-Net calls.",
-)
+BASELINE_STEPS = 20
+
+
+@item("baselines", "Figures 8 and 18")
 def figure8(lab):
+    """Four simple ways to many strengths all fail. Composition degrades the picture, masked noise gives a single
+    colour, tiling does not show the prompt, five tiles change mostly in the darkest; and composition and tiling take
+    tens of times longer.
+
+    {n} meadows under a gradient, 20 steps. To the map: correlation with {distance} by column, and CAM on colours.
+    Softness of edges (the inputs': {input softness}); how much a picture's pixels vary; the share of all change in the
+    darkest fifth of the map; U-Net calls.
+    """
     n, size, model = lab.at_once if lab.full_size else lab.count(16, 2), lab.model.size, lab.model
     image, mu = lab.images(n), pattern("gradient", size)
-    sampler, levels = diffusion.make_sampler("ddim", model.schedule, 20), lab.count(20, 4)
+    sampler, levels = diffusion.make_sampler("ddim", model.schedule, BASELINE_STEPS), lab.count(20, 4)
     calls, inner = [], model.denoiser([lab.options.prompt] * n, guidance=7.5)
 
     def denoise(z, t):
@@ -330,13 +333,13 @@ def depth_maps(lab, image, n):
     return torch.stack([change_maps.change_map(d) for d in inverse])[:, None]
 
 
-@item(
-    "figure14", "Figure 14",
-    claim="From one depth map, many change maps come by simple transforms, each giving another edit.",
-    done="{n} meadows under {maps} transforms of their depth (of --images: MiDaS's). Does an edit tell its map? "
-         "Guessed is the map of the highest CAM with the change less the black map's. (People, in Table 2: 80 % of 3.)",
-)
+@item("figure14", "Figure 14")
 def figure14(lab):
+    """From one depth map, many change maps come by simple transforms, each giving another edit.
+
+    {n} meadows under {maps} transforms of their depth (of --images: MiDaS's). Does an edit tell its map? Guessed is the
+    map of the highest CAM with the change less the black map's. (People, in Table 2: 80 % of 3.)
+    """
     n, size, steps = lab.count(16, 3), lab.model.size, lab.steps(25)
     image = lab.images(n)
     every = {name: torch.stack([f(d) for d in depth_maps(lab, image, n)]) for name, f in TRANSFORMS.items()}
@@ -362,13 +365,13 @@ def figure14(lab):
         [("figure14.png", f"One meadow, its depth as eight change maps, “{lab.options.prompt}”.")])
 
 
-@item(
-    "figure16", "Figure 16",
-    claim="The strength of one region can be varied on its own. The others stay as they are.",
-    done="A disc in {n} meadows has five values in the map, the rest 0.5: mean {distance} from the input well inside "
-         "and well outside.",
-)
+@item("figure16", "Figure 16")
 def figure16(lab):
+    """The strength of one region can be varied on its own. The others stay as they are.
+
+    A disc in {n} meadows has five values in the map, the rest 0.5: mean {distance} from the input well inside and well
+    outside.
+    """
     n, size, values = lab.count(24, 4), lab.model.size, [1.0, 0.75, 0.5, 0.25, 0.0]
     image = lab.images(n)
     along = (torch.arange(size) + 0.5) / size
@@ -402,13 +405,13 @@ def figure16(lab):
 PASSES = 10
 
 
-@item(
-    "figure17", "Figure 17",
-    claim="Each pass through the autoencoder makes the picture worse. After five most fine details are lost.",
-    done="{n} scenes, " + str(PASSES) + " passes: PSNR against the original; and of the fine details (the picture less "
-         "itself blurred by 2 pixels), the share of variance left.",
-)
+@item("figure17", "Figure 17")
 def figure17(lab):
+    """Each pass through the autoencoder makes the picture worse. After five most fine details are lost.
+
+    {n} scenes, 10 passes: PSNR against the original; and of the fine details (the picture less itself blurred by 2
+    pixels), the share of variance left.
+    """
     n, channels = lab.count(64, 8), lab.model.vae.config.latent_channels
     image = lab.images(n, seed=5, meadow=False)
 
@@ -436,14 +439,14 @@ def figure17(lab):
                    [("figure17.png", "One scene, through again and again.")])
 
 
-@item(
-    "figure20", "Figure 20",
-    claim="The method works with any sampler: each keeps to the input, to the change map and to the prompt.",
-    done="{n} meadows under a gradient with each of our samplers, {steps} steps. To the map: correlation of {distance} "
-         "with it, by column. To the input: that distance in the whitest eighth over that in the blackest. To the "
-         "prompt: how far, in the blackest eighth, sky and ground have gone to the colours of a black map's edit.",
-)
+@item("figure20", "Figure 20")
 def figure20(lab):
+    """The method works with any sampler: each keeps to the input, to the change map and to the prompt.
+
+    {n} meadows under a gradient with each of our samplers, {steps} steps. To the map: correlation of {distance} with
+    it, by column. To the input: that distance in the whitest eighth over that in the blackest. To the prompt: how far,
+    in the blackest eighth, sky and ground have gone to the colours of a black map's edit.
+    """
     n, size, steps = lab.count(16, 3), lab.model.size, lab.steps(25)
     image, mu, eighth = lab.images(n), wide_gradient(size), size // 8
     found, columns = [], [image[:2]]

@@ -80,16 +80,16 @@ def measure_distances(lab, pairs, change_map, method=OURS):
     return F.adaptive_avg_pool2d(lab.distance(image, edited), SIDE), edited
 
 
-@item(
-    "table1", "Table 1, Figure 11", needs=("weights", "inpainting_weights"),
-    claim="An edit follows its change map more closely than blended latent diffusion and an inpainting model can with "
-          "the best mask made from it. So it is for three patterns, in both metrics.",
-    done="{pairs} held-out pictures, each with a prompt of its own (the paper's is empty), {steps} steps of DDIM at a "
-         "guidance of 7.5. E_M is the mean {distance} under the map less that under a black map, as in the paper; and, "
-         "as a second measure, over it. For the other methods the map is cut at the best of all thresholds that "
-         "matter, found with {tried} of the pictures. Errors by bootstrap, with the same draws for all methods.",
-)
+@item("table1", "Table 1, Figure 11", needs=("weights", "inpainting_weights"))
 def table1(lab):
+    """An edit follows its change map more closely than blended latent diffusion and an inpainting model can with the
+    best mask made from it. So it is for three patterns, in both metrics.
+
+    {pairs} held-out pictures, each with a prompt of its own (the paper's is empty), {steps} steps of DDIM at a guidance
+    of 7.5. E_M is the mean {distance} under the map less that under a black map, as in the paper; and, as a second
+    measure, over it. For the other methods the map is cut at the best of all thresholds that matter, found with {tried}
+    of the pictures. Errors by bootstrap, with the same draws for all methods.
+    """
     n, size = lab.count(96, 6), lab.model.size
     pairs, tried = draw_pairs(lab, n), min(n, 16)
     few = tuple(part[:tried] for part in pairs)
@@ -186,13 +186,13 @@ MINIMA = [i / 10 for i in range(10)]
 PAPER_SAVED = (0, 10.74, 20.55, 29.90, 39.87, 49.70, 59.51, 69.37, 79.17, 88.99)  # percent, against no skipping
 
 
-@item(
-    "figure23", "Table 4, Figure 23",
-    claim="Skipping makes the running time fall in a line with the map's minimum. At a minimum of 0.9 it saves 89 %.",
-    done="Gradient maps from each minimum up to 1, {pictures} pictures at a time, {steps} steps, guidance 7.5: seconds "
-         "of the diffusion loop, medians of {rounds} rounds that go through all maps in turn.",
-)
+@item("figure23", "Table 4, Figure 23")
 def figure23(lab):
+    """Skipping makes the running time fall in a line with the map's minimum. At a minimum of 0.9 it saves 89 %.
+
+    Gradient maps from each minimum up to 1, {pictures} pictures at a time, {steps} steps, guidance 7.5: seconds of the
+    diffusion loop, medians of {rounds} rounds that go through all maps in turn.
+    """
     size, steps, rounds = lab.model.size, lab.steps(50), lab.count(5, 3)
     image = lab.images(4 if lab.quick or lab.full_size else 8)
     sampler = diffusion.make_sampler("ddim", lab.model.schedule, steps)
@@ -245,15 +245,15 @@ def figure23(lab):
     )
 
 
-@item(
-    "figure19", "Figure 19",
-    claim="One pair of pictures measures a change map very noisily, the mean over many pairs well. And a perceptual "
-          "distance of one and the same strength differs from place to place.",
-    done="The gradient of Table 1 on {pairs} pictures: correlation of the map with the measurement from n of them "
-         "(mean of all disjoint groups of n), less the black map's, over it, and as it is. The bias is the black map's "
-         "standard deviation over the picture, over its mean.",
-)
+@item("figure19", "Figure 19")
 def figure19(lab):
+    """One pair of pictures measures a change map very noisily, the mean over many pairs well. And a perceptual distance
+    of one and the same strength differs from place to place.
+
+    The gradient of Table 1 on {pairs} pictures: correlation of the map with the measurement from n of them (mean of all
+    disjoint groups of n), less the black map's, over it, and as it is. The bias is the black map's standard deviation
+    over the picture, over its mean.
+    """
     n, size, M = lab.count(96, 6), lab.model.size, pattern("gradient", SIDE)
     pairs = image, _ = draw_pairs(lab, n)
     D, edited = measure_distances(lab, pairs, pattern("gradient", size))
@@ -277,13 +277,13 @@ def figure19(lab):
         [("figure19.png", "Black: most change. The bias is what is measured under a black map.")])
 
 
-@item(
-    "figure26", "Figure 26",
-    claim="CAM and DAM are different measures. Of a circle's half, its inverse and a triangle, CAM finds the half most "
-          "like the circle, DAM the inverse; from the half to the triangle CAM drops to almost 0, and DAM hardly.",
-    done="Maps drawn as the paper describes them, each against the circle. DAM is in map values over 256x256 pixels.",
-)
+@item("figure26", "Figure 26")
 def figure26(lab):
+    """CAM and DAM are different measures. Of a circle's half, its inverse and a triangle, CAM finds the half most like
+    the circle, DAM the inverse; from the half to the triangle CAM drops to almost 0, and DAM hardly.
+
+    Maps drawn as the paper describes them, each against the circle. DAM is in map values over 256x256 pixels.
+    """
     # Black on white: a circle, half of it, its inverse, and a triangle that covers about as much as the half.
     along = (torch.arange(256) + 0.5) / 256 - 0.5
     x, y = along[None], along[:, None]
@@ -352,14 +352,14 @@ def peak_memory(f):
 IMG2IMG = 3e6 / 0.0007  # bytes: the paper's 3 MB are 0.07 % of it
 
 
-@item(
-    "memory", "Section 5.4",
-    claim="A change map adds less than 3 MB to what image to image takes, 0.07 %.",
-    done="The most bytes in PyTorch's tensors at one time, in Algorithm 1 with a gradient less the same in SDEdit: of "
-         "the loaded model, {steps} steps; and at Stable Diffusion 2.1's sizes, a 512x512 map, 64x64 latents in "
-         "fp32, 100 steps, without the network, which is the same in both.",
-)
+@item("memory", "Section 5.4")
 def memory(lab):
+    """A change map adds less than 3 MB to what image to image takes, 0.07 %.
+
+    The most bytes in PyTorch's tensors at one time, in Algorithm 1 with a gradient less the same in SDEdit: of the
+    loaded model, {steps} steps; and at Stable Diffusion 2.1's sizes, a 512x512 map, 64x64 latents in fp32, 100 steps,
+    without the network, which is the same in both.
+    """
     def added(denoise, z_init, sampler, size):
         noise, algorithm = torch.zeros_like(z_init), diffdiff.differential_diffusion
         plain = peak_memory(lambda: diffdiff.sdedit(denoise, z_init, 1.0, sampler, noise))

@@ -2,11 +2,12 @@
 
 To add an item, write in dd_tables.py, dd_figures.py, mfx_tables.py, mfx_figures.py or toy.py
 
-    @item("figure9", "Figure 9",                       its name for --only; where the paper says it
-          claim="...", done="...")                     the paper's claim in your own words; what is done here. {n} in
-                                                       `done` becomes results["n"]. The claim's first sentence is in
-                                                       the page's table of verdicts
+    @item("figure9", "Figure 9")                       its name for --only; where the paper says it
     def figure9(lab):
+        \"""The paper's claim, in your own words.         The claim's first sentence is in the page's table of verdicts
+
+        What is done here, on {n} pictures.            {n} becomes results["n"]
+        \"""
         image = lab.images(lab.count(64, quick=4))     held-out scenes (or --images); lab has models, edits, distances
         lab.save(charts.sheet(...), "figure9.png")     a picture, which Outcome lists with its caption
         return Outcome(
@@ -67,10 +68,11 @@ class Item:
 REGISTERED = []  # every Item
 
 
-def item(name, where, claim="", done="", **rest):
-    """Decorator: the function becomes what the item runs."""
+def item(name, where, **rest):
+    """Decorator: the function becomes what the item runs, its docstring's two paragraphs the item's claim and done."""
 
     def register(run):
+        claim, done = (" ".join(text.split()) for text in run.__doc__.split("\n\n"))
         REGISTERED.append(Item(name, where, claim, done, run, **rest))
         return run
 

@@ -48,15 +48,15 @@ def measure_darkness(x, truth):
     return dict(zip(OFF, values))
 
 
-@item(
-    "mfx_figure4", "Figure 4", chapter=MFX, needs=("ablation_weights",),
-    claim="Starting from pure noise, the model struggles with deep blacks and makes up content. Starting from the "
-          "coarse edit under noise makes a drastic difference.",
-    done="{n} edits of grass and water at night, both ways, {steps} steps. Off from the truth: brightness, the "
-         "brightness that a twentieth of the picture is darker than (blacks), squared error in thousandths. A control: "
-         "the model without its extractor, the coarse edit hidden, so that only its start can tell it of the night.",
-)
+@item("mfx_figure4", "Figure 4", chapter=MFX, needs=("ablation_weights",))
 def figure4(lab):
+    """Starting from pure noise, the model struggles with deep blacks and makes up content. Starting from the coarse
+    edit under noise makes a drastic difference.
+
+    {n} edits of grass and water at night, both ways, {steps} steps. Off from the truth: brightness, the brightness that
+    a twentieth of the picture is darker than (blacks), squared error in thousandths. A control: the model without its
+    extractor, the coarse edit hidden, so that only its start can tell it of the night.
+    """
     models, n = mfx_tables.load_ablation(lab, FULL, ALONE), lab.count(48, 8)
     scenes = lab.scenes(n, 64)
     scenes.time[:] = world.TIMES.index("night")
@@ -102,15 +102,15 @@ def figure4_verdict(off):
 PINK = torch.tensor([1.0, 0.0, 1.0])[:, None, None]  # which nothing in the toy world is
 
 
-@item(
-    "mfx_figure5", "Figure 5", chapter=MFX,
-    claim="Optical flow warps a frame towards the target the most accurately. Segments moved by similarity transforms "
-          "are closer to a user's collage, and align less well.",
-    done="{n} held-out pairs, both warps of each, holes painted in: {distance} and squared error in thousandths to the "
-         "target. They differ in {differ} of the pixels: objects of the toy world are flat and face the camera, so "
-         "that a similarity is all that happens to them; the rest is splatted by the flow in both models.",
-)
+@item("mfx_figure5", "Figure 5", chapter=MFX)
 def figure5(lab):
+    """Optical flow warps a frame towards the target the most accurately. Segments moved by similarity transforms are
+    closer to a user's collage, and align less well.
+
+    {n} held-out pairs, both warps of each, holes painted in: {distance} and squared error in thousandths to the target.
+    They differ in {differ} of the pixels: objects of the toy world are flat and face the camera, so that a similarity
+    is all that happens to them; the rest is splatted by the flow in both models.
+    """
     n, size, distance = lab.count(112, 16), lab.model.size, lab.perceptual[0]
     edits = {test: mfx_tables.make_held_out_pairs(n, test, size) for test in progress(TESTS)}
     truth, reference = edits["flow"]["truth"], edits["flow"]["reference"]
@@ -145,14 +145,14 @@ def figure5(lab):
         judge(*parts), table, [("mfx_figure5.png", "Figure 5: both motion models, the first pairs.")])
 
 
-@item(
-    "mfx_figure9", "Figure 9", chapter=MFX, needs=("ablation_weights",),
-    claim="Trained on flow alone, the model stays conservative, close to the coarse edit. Trained on piecewise affine "
-          "edits alone it hallucinates and loses the identity of objects; trained on both it has the best of each.",
-    done="{n} held-out edits of a user's kind through the three models: squared error against the true re-render, and "
-         "squared distance from the coarse edit where shadows and reflections have to change, over the last model's.",
-)
+@item("mfx_figure9", "Figure 9", chapter=MFX, needs=("ablation_weights",))
 def figure9(lab):
+    """Trained on flow alone, the model stays conservative, close to the coarse edit. Trained on piecewise affine edits
+    alone it hallucinates and loses the identity of objects; trained on both it has the best of each.
+
+    {n} held-out edits of a user's kind through the three models: squared error against the true re-render, and squared
+    distance from the coarse edit where shadows and reflections have to change, over the last model's.
+    """
     models, n = mfx_tables.load_ablation(lab, FLOW, AFFINE, FULL), lab.count(120, 24)
     edits, names = mfx_tables.make_user_edits(n, models[FULL].size), ("flow only", "affine only", "both")
     shown = {name: mfx_tables.fix_user_edits(model, n) for name, model in zip(names, models.values())}

@@ -119,14 +119,14 @@ def draw_edits(lab, edits, shown, name):
     lab.save(charts.sheet(rows, list(columns), list(first)), name)
 
 
-@item(
-    "magic_fixup", "Section 4.1", chapter=MFX, needs=("mfx_weights",),
-    claim="What the user's edit leaves wrong, shadows and reflections first of all, the model puts right.",
-    done="Held-out scenes with one object moved, scaled, duplicated or deleted, as a collage and through the model, "
-         "against the true re-render: the share of the collage's error that is gone, its standard error by bootstrap. "
-         "The truth's own round trip through the autoencoder is the least error there can be.",
-)
+@item("magic_fixup", "Section 4.1", chapter=MFX, needs=("mfx_weights",))
 def magic_fixup(lab):
+    """What the user's edit leaves wrong, shadows and reflections first of all, the model puts right.
+
+    Held-out scenes with one object moved, scaled, duplicated or deleted, as a collage and through the model, against
+    the true re-render: the share of the collage's error that is gone, its standard error by bootstrap. The truth's own
+    round trip through the autoencoder is the least error there can be.
+    """
     model, n = lab.fixup(), lab.count(120, 24)
     edits, output = make_user_edits(n, model.size), fix_user_edits(model, n)
     coarse, truth = edits["coarse"], edits["truth"]
@@ -175,14 +175,14 @@ def count_votes(apart):
     return [round(won / n, 3), round((p * (1 - p) / (n + 4)) ** 0.5, 3)]
 
 
-@item(
-    "sdedit", "Section 4.1, user study", chapter=MFX, needs=("weights", "mfx_weights"),
-    claim="Magic Fixup's edits are preferred to SDEdit's at a strength of 0.4, by 722 of 810 votes.",
-    done="{n} held-out edits through both; SDEdit with the base model, 50 steps, at a guidance of 7.5 with the edited "
-         "scene's caption, and of 1 without one. Instead of 27 people the true re-render votes for what is nearest to "
-         "it, by squared error and by {distance}.",
-)
+@item("sdedit", "Section 4.1, user study", chapter=MFX, needs=("weights", "mfx_weights"))
 def sdedit(lab):
+    """Magic Fixup's edits are preferred to SDEdit's at a strength of 0.4, by 722 of 810 votes.
+
+    {n} held-out edits through both; SDEdit with the base model, 50 steps, at a guidance of 7.5 with the edited scene's
+    caption, and of 1 without one. Instead of 27 people the true re-render votes for what is nearest to it, by squared
+    error and by {distance}.
+    """
     model, n = lab.fixup(), lab.count(120, 24)
     edits = make_user_edits(n, model.size)
     truth, coarse = edits["truth"], edits["coarse"] * 2 - 1
@@ -279,16 +279,16 @@ def compare_warps(edits):
     return percent(((edits["flow"]["coarse"] - edits["affine"]["coarse"]).abs().amax(1) > 0.02).float().mean(), 1)
 
 
-@item(
-    "ablation", "Table in section 4.2", chapter=MFX, needs=("weights", "ablation_weights"),
-    claim="Without cross-reference attention the result is the worst on both tests, and training on flow is the best "
-          "where the test is on flow.",
-    done="{n} held-out pairs of frames, the same for both tests, warped by flow or piecewise affinely (the two coarse "
-         "edits differ in {differ} of the pixels), through four models of the same training, {steps} steps of DDIM: "
-         "{distance} between output and target, and squared error in thousandths. The verdict takes the differences "
-         "pair by pair. Twice the steps change the full method's distance by {twice the steps} on {checked} pairs.",
-)
+@item("ablation", "Table in section 4.2", chapter=MFX, needs=("weights", "ablation_weights"))
 def ablation(lab):
+    """Without cross-reference attention the result is the worst on both tests, and training on flow is the best where
+    the test is on flow.
+
+    {n} held-out pairs of frames, the same for both tests, warped by flow or piecewise affinely (the two coarse edits
+    differ in {differ} of the pixels), through four models of the same training, {steps} steps of DDIM: {distance}
+    between output and target, and squared error in thousandths. The verdict takes the differences pair by pair. Twice
+    the steps change the full method's distance by {twice the steps} on {checked} pairs.
+    """
     models = load_ablation(lab, *TRAINED)
     n, k, size = lab.count(104, 8), lab.count(24, 8), models[FULL].size
     steps = ABLATION_STEPS if size == 128 else STEPS
@@ -348,16 +348,16 @@ def ablation_verdict(tests):
     return judge(*parts)
 
 
-@item(
-    "cross_reference", "Figure 10", chapter=MFX, needs=("ablation_weights",),
-    claim="Without cross-reference attention to the untouched photograph, edits come out worse. Such a model cannot "
-          "see what was changed, and so stays too close to the coarse edit.",
-    done="The toy, and one of the same training without its detail extractor, on the same {n} held-out edits: squared "
-         "error against the true re-render, and squared distance from the coarse edit where shadows and reflections "
-         "have to change. Ratios with standard errors by bootstrap. (The paper's model without it sees an embedding of "
-         "the photograph by CLIP instead; ours sees nothing of it.)",
-)
+@item("cross_reference", "Figure 10", chapter=MFX, needs=("ablation_weights",))
 def cross_reference(lab):
+    """Without cross-reference attention to the untouched photograph, edits come out worse. Such a model cannot see what
+    was changed, and so stays too close to the coarse edit.
+
+    The toy, and one of the same training without its detail extractor, on the same {n} held-out edits: squared error
+    against the true re-render, and squared distance from the coarse edit where shadows and reflections have to change.
+    Ratios with standard errors by bootstrap. (The paper's model without it sees an embedding of the photograph by CLIP
+    instead; ours sees nothing of it.)
+    """
     models, n = load_ablation(lab, FULL, ALONE), lab.count(120, 24)
     edits = make_user_edits(n, models[FULL].size)
     outputs = {"with": fix_user_edits(models[FULL], n), "without": fix_user_edits(models[ALONE], n)}

@@ -31,7 +31,7 @@ def write_page(entries, folder, settings, missing=()):
         "<h1>Two papers, reproduced</h1>",
         "<p>What <em>Differential Diffusion</em> (arXiv 2306.00950) and <em>Magic Fixup</em> (arXiv 2403.13044) claim, "
         "measured again. Every number, chart and picture below was made by one program, "
-        "<code>python -m reproduce</code>, and none by hand; what does not come true here is said to, and why. "
+        "<code>python -m reproduce</code>, and none by hand. What does not come true here says so, and why. "
         "Values after ± are standard errors.</p>",
         write_table([["", ""], *[[k, str(v)] for k, v in settings.items()]], head=False),
     ]

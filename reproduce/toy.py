@@ -19,13 +19,15 @@ from reproduce.metrics import DEPTHS, cam, sky_and_ground, toy_distance
 from toy import world
 from toy.world import COLOUR, COLOURS, FIXED, GROUNDS, KINDS, TIME, TIMES
 
+STEPS = 50  # of DDIM
 
-@item(
-    "autoencoder", "Autoencoder", chapter=TOY,
-    claim="The autoencoder keeps a scene that it has not seen to 32 dB, and to 27 dB inside objects.",
-    done="The round trip of held-out scenes, against themselves.",
-)
+
+@item("autoencoder", "Autoencoder", chapter=TOY)
 def autoencoder(lab):
+    """The autoencoder keeps a scene that it has not seen to 32 dB, and to 27 dB inside objects.
+
+    The round trip of held-out scenes, against themselves.
+    """
     squared, inside = [], []
     for i in progress(range(0, lab.count(512, 64), 32)):
         frames = world.render(lab.scenes(32, 1000 + i))
@@ -77,17 +79,17 @@ def probe_object(images, time):
     return votes.argmax(1)
 
 
-@item(
-    "adherence", "Prompts", chapter=TOY,
-    claim="In at least 85 % of pictures the sky's time, the ground and the object's colour are as the prompt says.",
-    done="Pictures from text alone, 50 steps of DDIM at a guidance of 7.5, judged by colour probes; the same probes on "
-         "true renders of the same scenes say how far they can be trusted.",
-)
+@item("adherence", "Prompts", chapter=TOY)
 def adherence(lab):
+    """In at least 85 % of pictures the sky's time, the ground and the object's colour are as the prompt says.
+
+    Pictures from text alone, 50 steps of DDIM at a guidance of 7.5, judged by colour probes; the same probes on true
+    renders of the same scenes say how far they can be trusted.
+    """
     scenes, model = lab.scenes(lab.count(144, 32), 2, objects=1), lab.model
     truth, prompts = (scenes.time, scenes.ground, scenes.colour[:, 0]), prompts_of(scenes)
     side = model.size // model.vae.config.factor
-    sampler, images = diffusion.make_sampler("ddim", model.schedule, 50), []
+    sampler, images = diffusion.make_sampler("ddim", model.schedule, STEPS), []
     for i in progress(range(0, len(prompts), 32)):
         batch, g = prompts[i : i + 32], torch.Generator().manual_seed(i)
         noise = torch.randn(len(batch), model.vae.config.latent_channels, side, side, generator=g).to(lab.device)
@@ -109,18 +111,18 @@ def adherence(lab):
         [("adherence.png", "Pictures from text: the first sixteen, not the best.")])
 
 
-@item(
-    "gradient", "A gradient map", chapter=TOY,
-    claim="Colours alone, with no network to judge by: under a gradient map the change grows along with the map.",
-    done="Noon meadows turned into snow at night under a gradient from left to right: correlation of the mean absolute "
-         "change, less that under a black map, with the map, column by column and pixel by pixel.",
-)
+@item("gradient", "A gradient map", chapter=TOY)
 def gradient(lab):
+    """Colours alone, with no network to judge by: under a gradient map the change grows along with the map.
+
+    Noon meadows turned into snow at night under a gradient from left to right: correlation of the mean absolute change,
+    less that under a black map, with the map, column by column and pixel by pixel.
+    """
     image, model = world.render(lab.meadows(lab.count(64, 8))).image * 2 - 1, lab.model
     z_init = model.encode_image(image.to(lab.device))
     back = model.decode(z_init)
     mu = torch.linspace(0, 1, image.shape[3]).expand(image.shape[2:])
-    sampler = diffusion.make_sampler("ddim", model.schedule, 50)
+    sampler = diffusion.make_sampler("ddim", model.schedule, STEPS)
     denoise = model.denoiser(["snow at night"] * len(image), guidance=7.5)
     noise = torch.randn(z_init.shape, generator=torch.Generator().manual_seed(0)).to(z_init)
     edited, black = (model.decode(diffdiff.differential_diffusion(denoise, z_init, m, sampler, noise))
@@ -185,16 +187,16 @@ def measure_by_depth(lab, x, y):
     return out | {"pixels": (x - y).square().sum(1)}
 
 
-@item(
-    "distance", "The perceptual distance", chapter=TOY,
-    claim="Without LPIPS's weights edits are measured by a toy perceptual distance. It is LPIPS's construction with "
-          "unit weights, on our own autoencoder's encoder, at the depths that do best below (a Table 1 with all depths "
-          "had been seen before). It is not LPIPS.",
-    done="{n} true renders with known changes. Order: how often one that hardly matters (a pixel's shift, a little "
-         "blur, noise, ..) measures less than one that does (another colour, kind, place, ground, time). Place: after "
-         "a change of the object's colour, the share of the distance on the object, {covers} of a picture.",
-)
+@item("distance", "The perceptual distance", chapter=TOY)
 def distance(lab):
+    """Without LPIPS's weights edits are measured by a toy perceptual distance. It is LPIPS's construction with unit
+    weights, on our own autoencoder's encoder, at the depths that do best below (a Table 1 with all depths had been seen
+    before). It is not LPIPS.
+
+    {n} true renders with known changes. Order: how often one that hardly matters (a pixel's shift, a little blur,
+    noise, ..) measures less than one that does (another colour, kind, place, ground, time). Place: after a change of
+    the object's colour, the share of the distance on the object, {covers} of a picture.
+    """
     n = lab.count(96, 12)
     x, small, large, there = make_known_changes(n)
     measured = {k: measure_by_depth(lab, x, y) for k, y in progress((small | large).items())}
@@ -212,8 +214,12 @@ def distance(lab):
         [["features", "order", "place"], *([name, f"{a:.3f}", f"{b:.2f}"] for name, a, b in found)])
 
 
-@item("pictures", "README: the pictures in it, by the commands that it names", chapter=None)
+@item("pictures", "README", chapter=None)
 def pictures(lab):
+    """The README has pictures.
+
+    They are drawn by the commands that it names.
+    """
     meadow = ["--image", "examples/meadow.png"]
     gradient = [*meadow, "--change-map", "examples/gradient.png", "--prompt", "snow at night"]
     ball = [*meadow, "--mask", "examples/mask.png", "--softness", "6", "--prompt", "a yellow house on grass at noon"]

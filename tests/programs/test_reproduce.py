@@ -5,7 +5,7 @@ import json
 import pytest
 
 from reproduce import __main__ as program
-from reproduce import mfx_tables
+from reproduce import dd_figures, mfx_tables, toy
 from reproduce.__main__ import ITEMS
 from reproduce.lab import DD, MFX, OPEN, TOY
 from reproduce.mfx_tables import ALONE, FLOW, FULL, TRAINED, TRAINING
@@ -14,18 +14,19 @@ from tests.labs import make_lab, run_on_page, save_ablation
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """Two pictures of each, two steps: what comes out means nothing, but nothing breaks on the way."""
+    """Three pictures of each, two steps: what comes out means nothing, but nothing breaks on the way."""
     folder = tmp_path_factory.mktemp("lab")
     made = make_lab(folder, inpainting_weights=program.INPAINTING, ablation_weights=save_ablation(folder / "ablation"))
-    made.count = lambda full, quick: 2
+    made.count = lambda full, quick: 3
     made.steps = lambda toy: 2
     return made
 
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    for name in ("STEPS", "ABLATION_STEPS"):
-        monkeypatch.setattr(mfx_tables, name, 2)
+    for module, name in ((mfx_tables, "STEPS"), (mfx_tables, "ABLATION_STEPS"), (dd_figures, "BASELINE_STEPS"),
+                         (toy, "STEPS")):
+        monkeypatch.setattr(module, name, 2)
 
 
 @pytest.mark.slow
@@ -48,7 +49,7 @@ def test_motion_models_from_pairs_to_page(lab):
 def test_the_table_of_ablations_from_models_to_verdict(lab, few_steps):
     results = json.loads(json.dumps(run_on_page("ablation", lab).results))
     flow = results["tests"]["flow"]
-    assert results["n"] == 2 and set(flow) == {*TRAINED, "coarse edit"}
+    assert results["n"] == 3 and set(flow) == {*TRAINED, "coarse edit"}
     assert flow[FULL]["others less this"][ALONE][0] == -flow[ALONE]["others less this"][FULL][0]
     for other in (ALONE, "coarse edit"):
         difference = flow[FULL]["distance"][0] - flow[other]["distance"][0]
