@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.pictures import tensor_to_picture
 
-INK, FAINT, LINES = "#222222", "#d5d5d5", ("#0b62a4", "#c8501e", "#2a8a4a", "#7a4ea3", "#a08000", "#555555")
+INK, FAINT, LINES = "#222222", "#d5d5d5", ("#0b62a4", "#c8501e", "#2a8a4a")
 SCALE = 2  # charts are drawn at twice the size that they are shown at
 
 
@@ -80,54 +80,41 @@ def place_ticks(low, high, about=5):
     return [float(first + i) * step for i in range(int(np.floor(high / step + 1e-9) - first) + 1)]
 
 
-def chart(series, x_label, y_label, size=(560, 340), y_range=None):
-    """Lines and dots -> picture, twice `size`, with the names above it.
-
-    series  [(name, x, y, options)], options: "dots" True for dots, "line" True for a line through them
-    """
+def chart(series, x_label, y_label):
+    """{name: (x, y)}, dots if the name is "measured" and a line otherwise; y from 0 -> picture, twice 560x340"""
     font, small = ImageFont.load_default(13 * SCALE), ImageFont.load_default(12 * SCALE)
-    width, height = (s * SCALE for s in size)
-    left, right, top, bottom = 62 * SCALE, 14 * SCALE, 30 * SCALE, 46 * SCALE
-    xs = np.concatenate([np.asarray(s[1], float) for s in series])
-    ys = np.concatenate([np.asarray(s[2], float) for s in series])
-    pad = 0.06 * (ys.max() - ys.min() or 1)
-    x0, x1 = xs.min(), xs.max()
-    y0, y1 = y_range or (ys.min() - pad, ys.max() + pad)
+    width, height = 560 * SCALE, 340 * SCALE
+    left, right, top, bottom = 62 * SCALE, width - 14 * SCALE, 30 * SCALE, height - 46 * SCALE  # of the axes
+    xs, ys = (np.concatenate([s[i] for s in series.values()]) for i in (0, 1))
+    x_span, y_span = xs.max() - xs.min(), 1.1 * ys.max()
 
     def place(x, y):
-        return (left + (x - x0) / (x1 - x0) * (width - left - right),
-                height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom))
+        return left + (x - xs.min()) / x_span * (right - left), bottom - y / y_span * (bottom - top)
 
-    # The grid and its numbers.
+    # The grid and its numbers; what the axes are.
     out = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(out)
-    for t in place_ticks(x0, x1, 8):
-        x, y = place(t, y0)
-        draw.line([(x, y), (x, top)], FAINT, SCALE)
-        draw.text((x, y + 5 * SCALE), f"{t:.10g}", INK, small, anchor="mt")
-    for t in place_ticks(y0, y1):
-        x, y = place(x0, t)
-        draw.line([(x, y), (width - right, y)], FAINT, SCALE)
-        draw.text((x - 6 * SCALE, y), f"{t:.10g}", INK, small, anchor="rm")
-    # What the axes are.
-    draw.text(((left + width - right) / 2, height - 4 * SCALE), x_label, INK, font, anchor="md")
-    side = Image.new("RGB", (round(font.getlength(y_label)) + 8, 20 * SCALE), "white")
-    ImageDraw.Draw(side).text((side.width / 2, side.height / 2), y_label, INK, font, anchor="mm")
-    side = side.rotate(90, expand=True)
-    out.paste(side, (0, int((top + height - bottom - side.height) / 2)))
+    for t in place_ticks(xs.min(), xs.max(), 8):
+        x, _ = place(t, 0)
+        draw.line([(x, bottom), (x, top)], FAINT, SCALE)
+        draw.text((x, bottom + 5 * SCALE), f"{t:.10g}", INK, small, anchor="mt")
+    for t in place_ticks(0, y_span):
+        _, y = place(0, t)
+        draw.line([(left, y), (right, y)], FAINT, SCALE)
+        draw.text((left - 6 * SCALE, y), f"{t:.10g}", INK, small, anchor="rm")
+    draw.text(((left + right) / 2, height - 4 * SCALE), x_label, INK, font, anchor="md")
+    draw.text((4 * SCALE, 4 * SCALE), y_label, INK, font)
+
     # The lines, and above them their names.
-    name_x = left
-    for i, (name, x, y, options) in enumerate(series):
-        colour = LINES[i % len(LINES)]
+    name_x = left + font.getlength(y_label)
+    for colour, (name, (x, y)) in zip(LINES, series.items()):
         points = [place(*p) for p in zip(x, y)]
-        if options.get("line", not options.get("dots")):
-            draw.line(points, colour, 2 * SCALE, joint="curve")
-        if options.get("dots"):
-            r = 3.5 * SCALE
+        if name == "measured":
             for px, py in points:
-                draw.ellipse([px - r, py - r, px + r, py + r], colour)
-        if name:
-            draw.line([(name_x, 15 * SCALE), (name_x + 18 * SCALE, 15 * SCALE)], colour, 3 * SCALE)
-            draw.text((name_x + 24 * SCALE, 15 * SCALE), name, INK, small, anchor="lm")
-            name_x += small.getlength(name) + 40 * SCALE
+                draw.ellipse([px - 7, py - 7, px + 7, py + 7], colour)
+        else:
+            draw.line(points, colour, 2 * SCALE, joint="curve")
+        draw.line([(name_x, 15 * SCALE), (name_x + 18 * SCALE, 15 * SCALE)], colour, 3 * SCALE)
+        draw.text((name_x + 24 * SCALE, 15 * SCALE), name, INK, small, anchor="lm")
+        name_x += small.getlength(name) + 40 * SCALE
     return out

@@ -247,9 +247,9 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_shows(tmp_path):
 
 
 def test_charts_and_sheets_have_the_size_that_they_say():
-    series = [("a", [0, 1, 2], [1.0, 2.0, 3.0], {"dots": True, "line": True}), ("", [0, 2], [1, 3], {})]
-    chart = charts.chart(series, "steps", "seconds", size=(300, 200))
-    assert chart.size == (600, 400) and len(chart.getcolors(1 << 16)) > 10
+    series = {"measured": ([0, 1, 2], [1.0, 2.0, 3.0]), "a line": ([0, 2], [1, 3])}
+    chart = charts.chart(series, "steps", "seconds")
+    assert chart.size == (1120, 680) and len(chart.getcolors(1 << 16)) > 10
     a = Image.new("RGB", (64, 64), "red")
     drawn = charts.sheet([[a, None], [a, torch.ones(64, 64)]], ["one", "a rather long label over a narrow cell"],
                          ["x", "y"], cell=64)
