@@ -1,15 +1,22 @@
-"""What every program's command line shares: an error is one line and exit status 2, and so are the program's own.
+"""What all command lines share: a mistake is one line on the screen and exit status 2.
 
     parser = Parser(prog="sample.py")
+    parser.add_argument("--image", type=file_name)
     parser.add_argument("--steps", type=number(int, 1, 1000))
-    with report_errors(parser, "try a smaller --size"): ...
+    with report_errors(parser, "try a smaller --size"):
+        check_needs(args, NEEDS)
+        check_outputs([args.out], [args.image])
 """
 
 import argparse
 import contextlib
+import os
+import sys
+import warnings
 from pathlib import Path
 
-TOY, TOY_MFX = (Path(__file__).parent.parent / "weights" / name for name in ("toy", "toy-mfx"))  # the shipped models
+WEIGHTS = Path(__file__).parent.parent / "weights"
+TOY, TOY_MFX = WEIGHTS / "toy", WEIGHTS / "toy-mfx"  # the shipped models
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,12 +24,42 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+@contextlib.contextmanager
+def report_errors(parser, memory):
+    """with report_errors(parser, "try a smaller --size"): one line for what a person can put right.
+
+    memory  what to do where there is too little of it
+    """
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as e:
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        parser.error(lines[-1])  # the error of a worker process begins with its traceback
+    except (RuntimeError, MemoryError) as e:
+        # PyTorch has an error of its own for a GPU's memory, and none for others
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        parser.error(f"out of memory: {memory}")
+
+
+def shorten_warnings(parser):
+    """From now on a warning is one line as well."""
+    warnings.showwarning = lambda message, *_: print(
+        f"{parser.prog}: warning: {message}", file=sys.stderr
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# Types of options, for add_argument
+
+
 def number(kind, low, high):
-    """A `type` for add_argument: int or float within these bounds."""
+    """int or float within these bounds."""
 
     def read(text):
         try:
-            if low <= (value := kind(text)) <= high:
+            value = kind(text)
+            if low <= value <= high:
                 return value
         except ValueError:
             pass
@@ -32,15 +69,49 @@ def number(kind, low, high):
     return read
 
 
-@contextlib.contextmanager
-def report_errors(parser, memory):
-    """with report_errors(parser, "try a smaller --size"): what a person can put right is told in one line, with exit
-    status 2. `memory` is what to do where there is too little of it."""
-    try:
-        yield
-    except (ValueError, OSError, FloatingPointError) as e:
-        parser.error((str(e).strip().splitlines() or [type(e).__name__])[-1])  # a worker's begins with its traceback
-    except (RuntimeError, MemoryError) as e:  # PyTorch has one error of its own for a GPU's memory, and none for others
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
-            raise
-        parser.error(f"out of memory: {memory}")
+def file_name(text):
+    """Anything but nothing: a shell makes "" of a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty: give one, or leave the option out")
+    return text
+
+
+def picture_size(text):
+    """'512' -> 512; '640x384' -> (640, 384)"""
+    sides = [number(int, 8, 8192)(side) for side in text.lower().split("x", 1)]
+    return tuple(sides) if len(sides) > 1 else sides[0]
+
+
+# -------------------------------------------------------------------------------------------------
+# Options beside each other
+
+
+def given(args, names):
+    """-> those of the options that are on the command line, as people write them: --change-map"""
+    values = vars(args)
+    there = [name for name in names if values[name] is not None and values[name] is not False]
+    return ["--" + name.replace("_", "-") for name in there]
+
+
+def check_needs(args, needs):
+    """ValueError for an option without any of those that it needs beside it: {option: others}."""
+    for option, others in needs.items():
+        if given(args, [option]) and not given(args, others):
+            *most, last = ["--" + name.replace("_", "-") for name in others]
+            either = f"{', '.join(most)} or {last}" if most else last
+            raise ValueError(f"{given(args, [option])[0]} needs {either} beside it")
+
+
+def check_outputs(outputs, inputs):
+    """ValueError for a PNG that cannot be written, or would replace an input or another."""
+    taken = [Path(path).resolve() for path in inputs if path]
+    for path in [Path(path) for path in outputs if path]:
+        if path.suffix.lower() != ".png":
+            raise ValueError(f"{path}: pictures are saved as .png")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(
+                f"{path} cannot be written: is {path.parent} a folder that exists and is yours?"
+            )
+        if path.resolve() in taken:
+            raise ValueError(f"{path} would be written over: each output needs a name of its own")
+        taken.append(path.resolve())

@@ -330,7 +330,7 @@ def depth_maps(lab, image, n):
         inverse = [midas.depth(model, to_bytes(x)) for x in image]
     else:
         inverse = 1 / world.render(lab.meadows(n), lab.model.size).depth  # the sky is infinitely far: 0
-    return torch.stack([change_maps.change_map(d) for d in inverse])[:, None]
+    return torch.stack([change_maps.depth_to_map(d) for d in inverse])[:, None]
 
 
 @item("figure14", "Figure 14")

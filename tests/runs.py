@@ -1,13 +1,17 @@
 """Programs run in this process: what they are run on, what they save, and the line in which they refuse."""
 
+import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import mfx
 import sample
+import sd
 
 ROOT = Path(sample.__file__).parent
 MEADOW, GRADIENT = str(ROOT / "examples/meadow.png"), str(ROOT / "examples/gradient.png")
@@ -49,10 +53,6 @@ def fails(capsys, *argv, program=sample):
 # Comparing
 
 
-def relative_error(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
 def same_picture(a, b):
     """To one grey level: every run reads its weights anew, and a network of weights at other addresses gives the same
     numbers to a tolerance."""
@@ -72,6 +72,14 @@ def save(path, array):
     """An array as a picture -> its path"""
     Image.fromarray(array).save(path)
     return path
+
+
+def save_edit(path):
+    """The meadow with a block of it moved to the right -> the file, (128, 128, 4) uint8"""
+    x = np.dstack([np.asarray(Image.open(MEADOW).convert("RGB")), np.full((128, 128), 255, np.uint8)])
+    x[60:100, 70:110] = x[60:100, 20:60]
+    x[60:100, 20:60] = 0
+    return save(path, x), x
 
 
 def half_white(path):
@@ -108,3 +116,24 @@ def film(path, frames=38, fps=25, size=(96, 64), pan=0.6, seed=0, cut=None):
 def picture(files, extension):
     """One of the pictures of a pair, {extension: bytes} -> (H, W, 3 or 4) uint8, BGR as OpenCV has it"""
     return cv2.imdecode(np.frombuffer(files[extension], np.uint8), cv2.IMREAD_UNCHANGED)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A Magic Fixup to run
+
+
+def random_fixup(toy):
+    """A Magic Fixup made of the toy: its new input channels are random instead of zero, so that everything it is shown
+    matters."""
+    made, C, g = mfx.from_stable_diffusion(toy), toy.unet.config.out_channels, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for network in (made.synthesizer, made.extractor):
+            new = network.conv_in.weight[:, C:]
+            new.copy_(0.03 * torch.randn(new.shape, generator=g))
+    return made
+
+
+def save_random_fixup(folder):
+    toy = sd.load(sample.TOY, torch.float32)
+    mfx.save(random_fixup(toy), folder, torch.float16, vae=os.path.relpath(sample.TOY / "vae", folder.resolve()))
+    return folder

@@ -1,6 +1,7 @@
-"""common/cli.py: what is told of wrong numbers and devices; edits with compiled UNets are the same edits."""
+"""common/devices.py: a fast model and a compiled one are the same model."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,26 +9,11 @@ from PIL import Image, ImageChops
 
 import sample
 import sd
-from common import cli, devices
+from common import devices
 from kernels.winograd import QuickConv2d
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MAP_EDIT = ("--image", EXAMPLES / "meadow.png", "--change-map", EXAMPLES / "gradient.png", "--prompt", "snow at night")
-
-
-@pytest.mark.parametrize("text", ["0", "11", "2.5", "x", "nan"])
-def test_a_number_out_of_its_range_is_told(text, capsys):
-    parser = cli.Parser(prog="it")
-    parser.add_argument("--n", type=cli.number(int, 1, 10))
-    with pytest.raises(SystemExit) as e:
-        parser.parse_args(["--n", text])
-    assert e.value.code == 2
-    assert capsys.readouterr().err == f"it: error: argument --n: {text!r} is not a whole number in 1 .. 10\n"
-
-
-def test_a_device_that_is_not_there_is_told():
-    with pytest.raises(ValueError, match="--device abacus cannot be used here"):
-        devices.choose_device("abacus")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -63,6 +49,22 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
+def test_compiled_networks_give_the_same(monkeypatch):
+    """Layers in place of the UNets, and a compiler that changes nothing: what is compiled, how, and that it is run."""
+    traced = []
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **o: traced.append((f.__name__, mode, o)) or f)
+    x = torch.randn(2, 3)
+    unet, synthesizer, extractor = (torch.nn.Linear(3, 3) for _ in range(3))
+    extractor.features = lambda x: extractor.bias + x
+    stable, fixup = SimpleNamespace(unet=unet), SimpleNamespace(synthesizer=synthesizer, extractor=extractor)
+    want = unet(x), synthesizer(x), extractor.features(x)
+    assert devices.compile_unets(stable, lambda: unet(x)) > 0
+    assert traced == [("forward", "reduce-overhead", {"dynamic": False})]
+    devices.compile_unets(fixup, lambda: synthesizer(x))
+    assert [mode for _, mode, _ in traced] == ["reduce-overhead", "reduce-overhead", None]
+    assert all(map(torch.equal, (unet(x), synthesizer(x), extractor.features(x)), want))
+
+
 def results(tmp_path, *argv):
     """The picture without and with --compile, of a short edit."""
     argv = [*map(str, argv), "--steps", "4", "--device", "cpu", "--precision", "fp32"]
@@ -71,6 +73,7 @@ def results(tmp_path, *argv):
     return Image.open(tmp_path / "plain.png"), Image.open(tmp_path / "compiled.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--guidance", "1", "--sampler", "pndm")])  # the latter remembers results
 def test_an_edit_with_a_compiled_unet_is_the_same(tmp_path, traced, capsys, more):
     plain, compiled = results(tmp_path, *MAP_EDIT, *more)
@@ -79,6 +82,7 @@ def test_an_edit_with_a_compiled_unet_is_the_same(tmp_path, traced, capsys, more
     assert "s, with an edit of 3 steps" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_so_is_a_magic_fixup_and_nothing_is_compiled_after_the_first_edit(tmp_path, traced, monkeypatch):
     counts = []
     generate = sample.generate
@@ -89,22 +93,33 @@ def test_so_is_a_magic_fixup_and_nothing_is_compiled_after_the_first_edit(tmp_pa
     assert counts[1] > counts[0] and counts[2] == counts[1]  # without, compiling, compiled
 
 
+def broken(graph, inputs):
+    raise RuntimeError("no C++ compiler\nand a traceback")
+
+
 def frames():
     return sum(torch._dynamo.utils.counters["frames"].values())
+
+
+@pytest.mark.slow
+def test_no_compiler(monkeypatch):
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **options: real(f, backend=broken, **options))
+    unet = torch.nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="--compile does not work here, leave it out: no C.. compiler$"):
+        devices.compile_unets(SimpleNamespace(unet=unet), lambda: unet(torch.zeros(1, 3)))
 
 
 def test_a_compiled_step_gives_memory_of_its_own():
     """As with CUDA graphs, which have one memory for all results."""
     memory = torch.zeros(2)
-    step = devices.fresh(lambda x: memory.copy_(x))
+    step = devices.copy_results(lambda x: memory.copy_(x))
     first, second = step(torch.ones(2)), step(torch.full((2,), 2.0))
     assert first.tolist() == [1, 1] and second.tolist() == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_compiler_that_does_not_work_is_told_in_a_line(tmp_path, monkeypatch, capsys):
-    def broken(graph, inputs):
-        raise RuntimeError("no C++ compiler\nand a traceback")
-
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode=None, **options: real(f, backend=broken, **options))
     with pytest.raises(SystemExit) as e:

@@ -1,8 +1,6 @@
-"""The command line's Magic Fixup modes, on an untrained one made of the toy: what holds whatever the weights."""
+"""sample.py as a command: Magic Fixup, on an untrained one made of the toy."""
 
-import functools
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +10,6 @@ import torch
 from PIL import Image
 
 import collage
-import diffusion
 import mfx
 import sample
 import sd
@@ -22,24 +19,15 @@ from editing.edits_json import read_edits
 from kernels import winograd
 from tests import small
 from tests.released import PlainMagicFixup, released_tensors
-from tests.runs import GRADIENT, MEADOW, ROOT, fails, half_white, relative_error, same_picture, save
-from tests.runs import run as run_steps
+from tests.runs import GRADIENT, MEADOW, ROOT, fails, run, same_picture, save, save_edit, save_random_fixup
+from tests.small import relative_error
 
 REAL = ROOT / "../shared/real"
-run = functools.partial(run_steps, steps=10)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Its new input channels are random instead of zero, so that everything it is shown matters. -> model, folder"""
-    toy = sd.load(sample.TOY, torch.float32)
-    made, C, g = mfx.from_stable_diffusion(toy), toy.unet.config.out_channels, torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for network in (made.synthesizer, made.extractor):
-            new = network.conv_in.weight[:, C:]
-            new.copy_(0.03 * torch.randn(new.shape, generator=g))
-    folder = tmp_path_factory.mktemp("weights") / "toy-mfx"
-    mfx.save(made, folder, torch.float16, vae=os.path.relpath(sample.TOY / "vae", folder.resolve()))
+    folder = save_random_fixup(tmp_path_factory.mktemp("weights") / "toy-mfx")
     return winograd.quicken(mfx.load(folder, torch.float32)), folder  # as sample.py does on a CPU
 
 
@@ -50,11 +38,7 @@ def default_weights(model, monkeypatch):
 
 @pytest.fixture
 def edit(tmp_path):
-    """The meadow with a block of it moved to the right -> the file, (128, 128, 4) uint8"""
-    x = np.dstack([np.asarray(Image.open(MEADOW).convert("RGB")), np.full((128, 128), 255, np.uint8)])
-    x[60:100, 70:110] = x[60:100, 20:60]
-    x[60:100, 20:60] = 0
-    return save(tmp_path / "edit.png", x), x
+    return save_edit(tmp_path / "edit.png")
 
 
 @pytest.fixture
@@ -99,7 +83,7 @@ def test_an_edit_is_magic_fixup_and_so_is_a_black_map(tmp_path, model, edit, dec
     argv = ["--image", MEADOW, "--edit", path, "--seed", 4]
     plain = run(tmp_path, *argv)
     with torch.inference_mode():
-        want = model.sample(*inputs(model, x), seeds=[4], steps=10)
+        want = model.sample(*inputs(model, x), seeds=[4], steps=4)
     Image.new("L", (64, 64), 0).save(tmp_path / "black.png")
     assert same_picture(plain, run(tmp_path, *argv, "--change-map", tmp_path / "black.png"))
     assert same_picture(plain, run(tmp_path, *argv, "--no-skip"))
@@ -123,48 +107,23 @@ def test_a_white_map_is_the_coarse_edit_and_costs_no_step(tmp_path, model, edit,
     assert all(relative_error(z, coarse) <= 1e-5 for z in decoded)
 
 
-@pytest.mark.parametrize("sampler", list(diffusion.SAMPLERS))
-def test_any_sampler_under_a_map(tmp_path, sampler, model, edit, decoded, encoded):
-    run(tmp_path, "--image", MEADOW, "--edit", edit[0], "--change-map", half_white(tmp_path / "map.png"),
-        "--sampler", sampler, "--samples", 2)
-    (_, coarse), got = encoded, torch.cat(decoded)
-    assert torch.equal(got[..., 8:], coarse[..., 8:].expand(2, -1, -1, -1))  # bit for bit, in the same run
-    assert relative_error(coarse, inputs(model[0], edit[1])[1]) <= 1e-5
-    assert (got[..., :4] - coarse[..., :4]).abs().mean() > 0.2 and (got[0] - got[1]).abs().mean() > 0.1
-
-
 def test_samples_sheet_strip_and_parameters(tmp_path, model, edit):
     argv = ["--image", MEADOW, "--edit", edit[0]]
     run(tmp_path, *argv, "--samples", 3, "--seed", 5, "--sheet", tmp_path / "sheet.png", "--steps-strip",
-        tmp_path / "strip.png", "--change-map", GRADIENT)
+        tmp_path / "strip.png", "--change-map", GRADIENT, "--steps", 10)
     made = {"edit.png", "out-5.png", "out-6.png", "out-7.png", "sheet.png", "strip.png"}
     assert {f.name for f in tmp_path.iterdir()} == made
     third = Image.open(tmp_path / "out-7.png")
     said = json.loads(third.text["parameters"])
     assert said["seed"] == 7 and said["edit"] == str(edit[0]) and said["steps"] == 10 and "guidance" not in said
     assert Path(said["weights"]) == model[1]
-    alone = run(tmp_path, *argv, "--seed", 7, "--change-map", GRADIENT)
+    alone = run(tmp_path, *argv, "--seed", 7, "--change-map", GRADIENT, "--steps", 10)
     assert np.abs(alone - np.asarray(third, int)).max() <= 1  # a sample depends on its seed alone
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.width == 6 * 128 + 5 * 2  # reference, coarse edit, map, three results
     hole = np.asarray(sheet)[-128:, 130:258][70:90, 30:50]
     assert (hole == hole[..., :1]).all() and set(np.unique(hole)) == {190, 255}  # a checkerboard
     assert Image.open(tmp_path / "strip.png").width == 8 * 128 + 7 * 2  # of ten steps
-
-
-def test_all_files_or_none(tmp_path, edit, monkeypatch):
-    saved, save = [], Image.Image.save
-
-    def fails_at_the_second(self, file, *args, **options):
-        saved.append(file)
-        if len(saved) == 2:
-            raise OSError("no space left on device")
-        save(self, file, *args, **options)
-
-    monkeypatch.setattr(Image.Image, "save", fails_at_the_second)
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path, "--image", MEADOW, "--edit", edit[0], "--samples", 2)
-    assert stop.value.code == 2 and {f.name for f in tmp_path.iterdir()} == {"edit.png"}
 
 
 def test_defaults_are_the_paper_s(tmp_path, edit, monkeypatch):
@@ -235,7 +194,7 @@ def test_kept_is_what_is_more_than_half_opaque(tmp_path, edit, shown):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "I;16"])
-def test_an_edit_that_marks_no_holes_goes_on_with_one_warning(tmp_path, capsys, mode):
+def test_an_edit_that_marks_no_holes_goes_on_with_one_warning(tmp_path, capsys, mode, shown):
     picture = Image.open(MEADOW).convert("L" if mode == "I;16" else mode)
     if mode == "I;16":
         picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
@@ -245,95 +204,52 @@ def test_an_edit_that_marks_no_holes_goes_on_with_one_warning(tmp_path, capsys, 
     assert len(lines) == 1 and "no holes" in lines[0]
 
 
-def test_a_collage_is_the_same_edit_written_down(tmp_path, capsys, decoded):
+def test_a_collage_is_the_same_edit_written_down(tmp_path, capsys, shown):
     content = {"image": "p.png", "segments": [{"box": [20, 60, 60, 100], "edits": [{"translate": [50, 0]}]}]}
     (tmp_path / "edits.json").write_text(json.dumps(content))
     Image.open(MEADOW).convert("RGB").save(tmp_path / "p.png")
     made = read_edits(tmp_path / "edits.json")
-    a = run(tmp_path, "--image", MEADOW, "--edit", save(tmp_path / "edit.png", made.coarse()))
-    assert same_picture(a, run(tmp_path, "--collage", tmp_path / "edits.json"))
-    assert same_picture(a, run(tmp_path, "--collage", tmp_path / "edits.json", "--image", MEADOW))
-    assert "warning" not in capsys.readouterr().err
+    this, meadow = ["--collage", tmp_path / "edits.json", "--steps", 10], ["--image", MEADOW]
+    run(tmp_path, *meadow, "--edit", save(tmp_path / "edit.png", made.coarse()))
+    run(tmp_path, *this)
+    run(tmp_path, *this, *meadow)
+    assert "warning" not in capsys.readouterr().err.replace("sample.py: warning: 4 steps", "")
     # The same edits of another picture, of that size
     Image.open(MEADOW).convert("RGB").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "p.png")
-    assert same_picture(a, run(tmp_path, "--collage", tmp_path / "edits.json", "--image", MEADOW))
-    assert not same_picture(a, run(tmp_path, "--collage", tmp_path / "edits.json"))
+    run(tmp_path, *this, *meadow)
+    run(tmp_path, *this)
+    first, *same, other = shown
+    for reference, coarse, mask, _ in same:
+        assert torch.equal(reference, first[0]) and torch.equal(coarse, first[1]) and torch.equal(mask, first[2])
+    assert not torch.equal(other[0], first[0]) and not torch.equal(other[1], first[1])
     Image.open(MEADOW).resize((100, 100)).save(tmp_path / "small.png")
-    capsys.readouterr()
     assert "one size" in fails(capsys, "--collage", tmp_path / "edits.json", "--image", tmp_path / "small.png")
 
 
+@pytest.mark.slow
+def test_so_is_its_result(tmp_path):
+    content = {"image": MEADOW, "segments": [{"box": [20, 60, 60, 100], "edits": [{"translate": [50, 0]}]}]}
+    (tmp_path / "edits.json").write_text(json.dumps(content))
+    edit = save(tmp_path / "edit.png", read_edits(tmp_path / "edits.json").coarse())
+    a = run(tmp_path, "--image", MEADOW, "--edit", edit)
+    assert same_picture(a, run(tmp_path, "--collage", tmp_path / "edits.json"))
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/real")
 @pytest.mark.parametrize("name, edited", [("dog_beach", "edit__003"), ("fox_drinking", "edit__01")])
 def test_real_edits(tmp_path, capsys, name, edited):
-    run(tmp_path, "--image", REAL / f"{name}_og.png", "--edit", REAL / f"{name}__{edited}.png", "--samples", 2)
+    run(tmp_path, "--image", REAL / f"{name}_og.png", "--edit", REAL / f"{name}__{edited}.png", "--samples", 2,
+        "--steps", 10)
     assert "warning" not in capsys.readouterr().err and len(list(tmp_path.glob("out-*.png"))) == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Mistakes
-
-
-def test_one_clear_line(tmp_path, capsys, model, edit):
-    this = ["--image", MEADOW, "--edit", edit[0], "--out", tmp_path / "out.png", "--steps", 2]
-    text, tall = tmp_path / "text.png", tmp_path / "tall.png"
-    text.write_text("not a picture")
-    Image.new("RGBA", (50, 100)).save(tall)
-    nothing = save(tmp_path / "nothing.png", np.zeros((128, 128, 4), np.uint8))
-    assert "not a picture" in fails(capsys, "--image", MEADOW, "--edit", text)
-    assert "no such file" in fails(capsys, "--image", MEADOW, "--edit", tmp_path / "none.png")
-    assert "edit is 50x100 and the picture 128x128" in fails(capsys, "--image", MEADOW, "--edit", tall)
-    assert "transparent everywhere" in fails(capsys, "--image", MEADOW, "--edit", nothing)
-    assert "--image" in fails(capsys, "--edit", edit[0])
-    assert "not allowed with" in fails(capsys, *this, "--collage", "edits.json")
-    for option in (["--prompt", "snow"], ["--negative", "snow"], ["--guidance", 7.5], ["--strength", 0.5],
-                   ["--strength-fan", 3], ["--mask", GRADIENT], ["--prediction", "epsilon"]):
-        assert f"{option[0]} does not go with --edit" in fails(capsys, *this, *option)
-    assert "--samples" in fails(capsys, *this, "--samples", 0)
-    assert "--samples" in fails(capsys, "--prompt", "snow", "--samples", 2)
-    assert "aspect" in fails(capsys, *this, "--change-map", tall)
-    assert "--white-is-change" in fails(capsys, *this, "--white-is-change")
-    clash = ["--samples", 2, "--sheet", tmp_path / "out-1.png"]
-    assert "names of their own" in fails(capsys, *this, *clash)
-    assert "--edit" in fails(capsys, "--image", MEADOW)  # it says what there is
-    assert not list(tmp_path.glob("out*"))
-
-
-@pytest.mark.parametrize("segments, said", [
-    ('[{"box": [2, 2, 9, 9], "edits": [{"translate": [500, 0]}]}]', "segment 1 ends up outside the picture"),
-    ('[{"mask": "empty.png"}]', "empty mask"),
-    ('[{"box": [5, 5, 5, 9]}]', "no pixel inside"),
-    ('[{"box": [0, 0, 128, 128], "edits": [{"delete": true}]}]', "transparent everywhere"),
-    ("[{]", "line 2, column 16: not JSON"),
-])  # fmt: skip
-def test_a_collage_that_does_not_work(tmp_path, capsys, segments, said):
-    Image.new("L", (128, 128)).save(tmp_path / "empty.png")
-    (tmp_path / "edits.json").write_text(f'{{"image": "{MEADOW}",\n "segments": {segments}}}')
-    assert said in fails(capsys, "--collage", tmp_path / "edits.json", "--out", tmp_path / "out.png")
-    assert not (tmp_path / "out.png").exists()
-
-
-def test_weights_of_the_wrong_kind(tmp_path, capsys, model, edit):
-    this = ["--image", MEADOW, "--edit", edit[0], "--out", tmp_path / "out.png", "--weights"]
-    assert "not a Magic Fixup" in fails(capsys, *this, sample.TOY)
-    torch.save(small.to_original(small.stable_diffusion()), tmp_path / "sd.ckpt")
-    assert "not a whole Magic Fixup" in fails(capsys, *this, tmp_path / "sd.ckpt")
-    assert "no checkpoint" in fails(capsys, *this, tmp_path / "none")
-    tensors = released_tensors(small.randomise(PlainMagicFixup()), small.stable_diffusion())
-    torch.save(tensors, tmp_path / "released.pt")
-    for weights in (model[1], tmp_path / "released.pt"):
-        assert "is a Magic Fixup" in fails(capsys, "--prompt", "snow", "--weights", weights)
-
-
+@pytest.mark.slow
 def test_the_released_layout_runs(tmp_path, edit):
     tensors = released_tensors(small.randomise(PlainMagicFixup()), small.stable_diffusion())
     torch.save(tensors, tmp_path / "released.pt")
     weights = ["--weights", tmp_path / "released.pt"]
     assert run(tmp_path, "--image", MEADOW, "--edit", edit[0], "--size", "64", *weights).shape == (64, 64, 3)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One autoencoder for both models
 
 
 def test_the_autoencoder_is_not_stored_twice(model, tmp_path):
@@ -344,14 +260,6 @@ def test_the_autoencoder_is_not_stored_twice(model, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.vae.parameters(), toy.vae.parameters()))
     assert model.size == toy.size
     other = replace(toy, vae=small.randomise(sd.load(sample.TOY, torch.float32).vae))
-    with pytest.raises(ValueError, match="another autoencoder"):
+    with pytest.raises(ValueError, match="not the model.s autoencoder"):
         mfx.save(mfx.from_stable_diffusion(other), tmp_path / "other", vae=sample.TOY / "vae")
     assert not (tmp_path / "other").exists()
-
-
-def test_an_autoencoder_that_is_not_there(tmp_path, capsys, model, edit):
-    moved = tmp_path / "moved"
-    mfx.save(model[0], moved, torch.float16, vae=sample.TOY / "vae")
-    (moved / mfx.INDEX).write_text('{"vae": "../toy/vae"}')
-    line = fails(capsys, "--image", MEADOW, "--edit", edit[0], "--weights", moved)
-    assert str(tmp_path / "toy" / "vae") in line and "no such folder" in line

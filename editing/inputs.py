@@ -1,0 +1,98 @@
+"""What the options of sample.py name -> pictures, coarse edits and maps, as models take them."""
+
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image
+
+import collage
+import diffdiff
+from checkpoints import published
+from common.pictures import (
+    fit_edit,
+    map_over,
+    map_to_tensor,
+    on_checkerboard,
+    open_picture,
+    picture_to_tensor,
+    to_rgb,
+)
+from editing import change_maps
+from editing.edits_json import read_edits
+from networks import sam
+
+
+def read(args, dtype, device):
+    """-> the picture, RGB; a coarse edit of it, RGBA; a map or mask over it, (H, W), 0 = change.
+
+    None for what the options do not name. ValueError or OSError for what cannot be used. The
+    networks that find depth and segments are gone when this returns.
+    """
+    # All files of networks are found before the first is read
+    spec = change_maps.parse_spec(args.change_map or "")
+    kinds = [spec.network] if spec else []
+    if args.segments == "sam":
+        kinds.append("sam")
+    if args.networks and not kinds:
+        raise ValueError("--networks needs --change-map depth or sam:..., or --segments sam")
+    folder = args.networks or published.FOLDER
+    files = {kind: published.find(kind, folder) for kind in kinds}
+    networks = {kind: published.load(kind, files[kind], dtype, device) for kind in files}
+    segment_at = sam.segmenter(networks["sam"]) if "sam" in networks else None
+
+    original = to_rgb(open_picture(args.image)) if args.image else None
+    coarse = mu = None
+    if args.edit:
+        coarse = open_picture(args.edit)
+        alpha = fit_edit(coarse, original, original.size).getchannel("A")
+        if alpha.getextrema()[0] == 255:
+            no_holes = f"no holes are marked in {args.edit} (by alpha 0)"
+            warnings.warn(f"{no_holes}: all of it counts as kept", stacklevel=2)
+    elif args.collage:
+        made = read_edits(args.collage, segment_at if args.segments == "sam" else None)
+        original = original or Image.fromarray(made.image)
+        sizes = "x".join(map(str, original.size)), "{1}x{0}".format(*made.image.shape)
+        if sizes[0] != sizes[1]:
+            both = f"{args.image} is {sizes[0]} and the picture in {args.collage} {sizes[1]}"
+            raise ValueError(f"{both}: its points are in pixels, so both must be of one size")
+        made.image = np.array(original)
+        coarse = Image.fromarray(made.coarse())
+        fit_edit(coarse, original, original.size)  # raises if nothing is left
+
+    drawn = args.change_map or args.mask
+    if spec:
+        network = networks[spec.network]
+        image = np.asarray(original)
+        mu = change_maps.compute_map(spec, image, network, args.white_is_change, segment_at)
+    elif drawn:
+        mu = map_over(open_picture(drawn), original, args.white_is_change)
+    return original, coarse, mu
+
+
+def fit_map(args, mu, original, size):
+    """The map, mask or strengths at `size` (width, height) -> (1, 1, H, W); None: there are none"""
+    width, height = size
+    if args.strength_fan or args.strength is not None:
+        strengths = args.strength_fan or [args.strength]
+        return diffdiff.strength_fan_map(strengths, height, width)
+    if mu is None:
+        return None
+    change_map = map_to_tensor(mu, size)
+    if args.mask:
+        softness = 40 if args.softness is None else args.softness  # in pixels of the original
+        scale = (width * height / (original.width * original.height)) ** 0.5
+        change_map = diffdiff.soft_inpainting_map(change_map.round(), softness * scale)
+    return change_map
+
+
+def fit_coarse_edit(coarse, original, size):
+    """RGBA over `original` -> what `sample.fixup` takes, at `size`, and a picture of it for people
+
+    (1, 3, H, W) in [-1, 1], its holes filled; the mask (1, 1, H, W), 1 = kept; RGB
+    """
+    coarse = fit_edit(coarse, original, size)
+    kept = np.asarray(coarse.getchannel("A")) > 0
+    filled = Image.fromarray(collage.fill_holes(np.asarray(coarse)[..., :3], ~kept))
+    mask = torch.from_numpy(kept).float()[None, None]
+    return picture_to_tensor(filled, size), mask, on_checkerboard(coarse)

@@ -1,0 +1,94 @@
+"""What can be said on the command line of sample.py, and what cannot be said together."""
+
+import argparse
+from pathlib import Path
+
+import diffusion
+import vae
+from common.cli import Parser, check_needs, check_outputs, file_name, given, number, picture_size
+from editing.change_maps import RIGHT
+
+MAPS = ["change_map", "mask", "strength_fan", "strength"]
+COARSE = ["edit", "collage"]
+TEXT = ["prompt", "negative", "guidance", "prediction"]
+NEEDS = {  # an option, and others of which at least one must stand beside it
+    "edit": ["image"], "mask": ["image"], "strength_fan": ["image"], "strength": ["image"],
+    "change_map": ["image", "collage"], "white_is_change": ["change_map", "mask"],
+    "softness": ["mask"], "samples": COARSE, "segments": ["collage"], "no_skip": MAPS + COARSE,
+}
+
+
+def parse(argv, description):
+    """-> the parser, the options; None for what is left out and has its default in sample.py"""
+    p = Parser(prog="sample.py", description=description,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--image", type=file_name, help="the picture to edit")
+    add_coarse = p.add_mutually_exclusive_group().add_argument
+    add_coarse("--edit", type=file_name, help="for Magic Fixup: a coarse edit, alpha 0 = holes")
+    add_coarse("--collage", type=file_name, help="JSON: such an edit, of its picture or --image")
+    add("--prompt", help="what the edited parts should show")
+    add("--negative", help="what they should not show")
+    add_map = p.add_mutually_exclusive_group().add_argument
+    add_map("--change-map", type=file_name, help="grey picture: black = change fully, white = "
+            f"keep. Or {RIGHT['depth']}. Or {RIGHT['sam']}")
+    add_map("--mask", type=file_name, help="black = repaint, white = keep; blurred by --softness")
+    add_map("--strength-fan", type=read_strengths, help="N columns, or a list: 0.2,0.5,0.8")
+    add_map("--strength", type=number(float, 0, 1), help="0 = keep all, 1 = keep nothing")
+    add("--softness", type=number(float, 0, 1000), help="in pixels of --image (default: 40)")
+    add("--white-is-change", action="store_true", help="white, or 1, is where the picture changes")
+    add("--segments", choices=["classical", "sam"], help="who resolves a collage's clicks")
+    add("--networks", type=file_name, help="folder of SAM's and MiDaS's files (default: weights)")
+    add("--weights", type=file_name, help="a folder, .safetensors or .ckpt (default: the toy)")
+    add("--prediction", choices=["epsilon", "v_prediction"], help="of a single-file checkpoint")
+    add("--sampler", choices=list(diffusion.SAMPLERS), default="ddim")
+    add("--steps", type=number(int, 1, 1000), help="k of the paper (default: 100; an edit: 50)")
+    add("--no-skip", action="store_true", help="run also the steps that the map overwrites")
+    add("--guidance", type=number(float, 0, 100), help="classifier-free; 1 = none (default: 7.5)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0)
+    add("--samples", type=number(int, 1, 100), help="results of an edit, from as many seeds")
+    add("--size", type=picture_size, help="side of a square of equal area, or WxH")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto")
+    add("--vae-memory", type=number(float, 0.01, 1000), help="GiB, above which the autoencoder "
+        f"works in tiles (default: {vae.MEMORY // 2**30})")
+    add("--compile", action="store_true", help="compile first: minutes, for many or large edits")
+    add("--out", type=file_name, default="out.png", help="several samples are out-SEED.png")
+    add("--sheet", type=file_name, help="a PNG as well: input, edit, map and output in a row")
+    add("--steps-strip", type=file_name, help="a PNG as well: what the model believed on the way")
+    return p, p.parse_args(argv)
+
+
+def read_strengths(text):
+    """'5' -> five strengths from 0.2 to 1; '0.2,0.5,0.8' -> those."""
+    if text.isdecimal():
+        n = number(int, 1, 100)(text)
+        return [(i + 1) / n for i in range(n)]
+    return [number(float, 0, 1)(strength) for strength in text.split(",")]
+
+
+def check(args):
+    """ValueError for what does not go together, before anything is read."""
+    coarse = given(args, COARSE)
+    other = given(args, TEXT + ["mask", "strength_fan", "strength"])
+    if coarse and other:
+        raise ValueError(f"{other[0]} does not go with {coarse[0]}: Magic Fixup takes no text, and "
+                         "no map but --change-map")
+    check_needs(args, NEEDS)
+    if args.image and not given(args, MAPS + COARSE):
+        raise ValueError("say how much of the picture changes: --change-map, --mask, "
+                         "--strength-fan or --strength; or what it becomes: --edit or --collage")
+    if not (args.image or args.collage or args.prompt):
+        raise ValueError('say what to draw: --prompt "a red ball on grass at noon"')
+    if args.negative and args.guidance == 1:
+        raise ValueError("--negative has no effect with --guidance 1, which leads nowhere away")
+    check_outputs([*result_paths(args), args.sheet, args.steps_strip],
+                  [args.image, args.edit, args.collage, args.change_map, args.mask])
+
+
+def result_paths(args):
+    """--out, or with several samples the same with the seed of each before its ending."""
+    out = Path(args.out)
+    if (args.samples or 1) == 1:
+        return [out]
+    return [out.with_stem(f"{out.stem}-{args.seed + i}") for i in range(args.samples)]

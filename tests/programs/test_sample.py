@@ -1,0 +1,210 @@
+"""sample.py as a command: edits with a prompt, on the shipped toy weights."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import sd
+import unet
+from common.pictures import picture_to_tensor, tensor_to_picture
+from editing import options
+from kernels import winograd
+from reproduce.metrics import cam
+from tests.runs import GRADIENT, MEADOW, ROOT, half_white, run, same_picture
+from tests.small import relative_error
+
+
+@pytest.fixture(scope="module")
+def toy():
+    model = sd.load(sample.TOY, torch.float32)
+    winograd.quicken(model.vae)  # as sample.py does on a CPU
+    return model
+
+
+@pytest.fixture(scope="module")
+def z_init(toy):
+    with torch.inference_mode():
+        return toy.encode_image(picture_to_tensor(Image.open(MEADOW), (128, 128)))
+
+
+@pytest.fixture(scope="module")
+def round_trip(toy, z_init):
+    with torch.inference_mode():
+        return np.asarray(tensor_to_picture(toy.decode(z_init)[0] / 2 + 0.5), int)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """-> a list that fills with the latents that are decoded"""
+    seen, decode = [], sd.StableDiffusion.decode
+    monkeypatch.setattr(sd.StableDiffusion, "decode", lambda self, z: seen.append(z) or decode(self, z))
+    return seen
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """-> a list that fills with the latents of the pictures that are encoded"""
+    seen, encode = [], sd.StableDiffusion.encode_image
+
+    def watched(self, *args):
+        seen.append(encode(self, *args))
+        return seen[-1].clone()
+
+    monkeypatch.setattr(sd.StableDiffusion, "encode_image", watched)
+    return seen
+
+
+def test_change_map(tmp_path, decoded, encoded, z_init, round_trip):
+    """White latents are the original's in the same run, bit for bit, and black ones are not; in pixels, the decoder's
+    norms and its attention look at the whole picture, so that white ones follow a little."""
+    image = run(tmp_path, "--image", MEADOW, "--change-map", half_white(tmp_path / "map.png"),
+                "--prompt", "snow at night")
+    assert len(encoded) == 1 and torch.equal(decoded[0][..., 8:], encoded[0][..., 8:])
+    assert relative_error(encoded[0], z_init) <= 1e-5  # by another copy of the weights
+    assert (decoded[0][..., :4] - z_init[..., :4]).abs().mean() > 0.5
+    change = np.abs(image - round_trip).mean((0, 2))
+    assert change[-64:].mean() < 10 < 25 < change[:32].mean()
+
+
+def test_white_is_change_turns_the_map_round(tmp_path):
+    flipped = Image.fromarray(255 - np.asarray(Image.open(GRADIENT)))
+    flipped.save(tmp_path / "flipped.png")
+    a = run(tmp_path, "--image", MEADOW, "--change-map", GRADIENT, "--prompt", "snow at night")
+    b = run(tmp_path, "--image", MEADOW, "--change-map", tmp_path / "flipped.png", "--white-is-change",
+            "--prompt", "snow at night")
+    assert same_picture(a, b)
+
+
+def test_white_map_is_the_round_trip_and_costs_no_step(tmp_path, round_trip, decoded, encoded, monkeypatch):
+    monkeypatch.setattr(unet.UNet, "forward", None)  # calling it would be an error
+    Image.new("L", (64, 64), 255).save(tmp_path / "white.png")
+    image = run(tmp_path, "--image", MEADOW, "--change-map", tmp_path / "white.png", "--prompt", "snow at night")
+    assert len(decoded) == len(encoded) == 1 and torch.equal(decoded[0], encoded[0])  # in the same run
+    assert same_picture(image, round_trip)
+
+
+def test_strength_is_a_grey_map(tmp_path):
+    Image.new("L", (128, 128), 51).save(tmp_path / "grey.png")  # 51 / 255 = 0.2
+    a = run(tmp_path, "--image", MEADOW, "--strength", "0.8", "--prompt", "sand at sunset")
+    b = run(tmp_path, "--image", MEADOW, "--change-map", tmp_path / "grey.png", "--prompt", "sand at sunset")
+    assert same_picture(a, b)
+
+
+def test_soft_inpainting_and_fan_and_text(tmp_path, round_trip):
+    mask = np.full((128, 128), 255, np.uint8)
+    mask[:, :40] = 0
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    image = run(tmp_path, "--image", MEADOW, "--mask", tmp_path / "mask.png", "--softness", 8, "--prompt", "night")
+    change = np.abs(image - round_trip).mean((0, 2))
+    assert change[:16].mean() > 5 * change[-16:].mean()
+    fan = run(tmp_path, "--image", MEADOW, "--strength-fan", "0,0.5,1", "--prompt", "snow at night")
+    assert fan.shape[1] == 128 and fan.shape[0] > 128  # a bar with labels above
+    assert np.abs(fan[-128:, :40] - round_trip[:, :40]).mean() < np.abs(fan[-128:, -40:] - round_trip[:, -40:]).mean()
+    assert run(tmp_path, "--prompt", "a red ball on snow at night").shape == (128, 128, 3)
+
+
+def test_sheet_strip_and_parameters(tmp_path):
+    run(tmp_path, "--image", MEADOW, "--change-map", GRADIENT, "--prompt", "snow at night", "--seed", "7",
+        "--sheet", tmp_path / "sheet.png", "--steps-strip", tmp_path / "strip.png")
+    parameters = json.loads(Image.open(tmp_path / "out.png").text["parameters"])
+    assert parameters["seed"] == 7 and parameters["prompt"] == "snow at night" and parameters["steps"] == 4
+    assert Image.open(tmp_path / "sheet.png").width > 3 * 128
+    assert Image.open(tmp_path / "strip.png").width > 4 * 128
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_same_seed_same_picture_and_skipping_is_exact(tmp_path):
+    """On one machine and by one number of threads, bit for bit: half-precision weights are made fp32 as they are read,
+    and so always lie where PyTorch aligns them."""
+    argv = ["--image", MEADOW, "--strength", "0.5", "--prompt", "snow at night"]
+    a = run(tmp_path, *argv)
+    assert np.array_equal(a, run(tmp_path, *argv)) and np.array_equal(a, run(tmp_path, *argv, "--no-skip"))
+    assert not same_picture(a, run(tmp_path, *argv, "--seed", "1"))
+
+
+def test_an_inpainting_model_sees_mask_and_picture(tmp_path, toy):
+    """A toy inpainting model made of the toy: the added input columns are zero, so it must give the toy's own edit."""
+    config = dataclasses.replace(toy.unet.config, in_channels=2 * toy.vae.config.latent_channels + 1)
+    wide, weights = unet.UNet(config), toy.unet.state_dict()
+    extra = config.in_channels - toy.unet.config.in_channels
+    weights["conv_in.weight"] = torch.nn.functional.pad(weights["conv_in.weight"], (0, 0, 0, 0, 0, extra))
+    wide.load_state_dict(weights)
+    sd.save(dataclasses.replace(toy, unet=wide), tmp_path / "inpainting")
+    mask = np.full((128, 128), 255, np.uint8)
+    mask[:, :40] = 0
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    argv = ["--image", MEADOW, "--mask", tmp_path / "mask.png", "--softness", 8, "--prompt", "night"]
+    image = run(tmp_path, *argv, "--weights", tmp_path / "inpainting")
+    assert np.abs(image - run(tmp_path, *argv)).max() <= 1
+    with torch.no_grad():
+        wide.conv_in.weight[:, -extra:] = 1
+    sd.save(dataclasses.replace(toy, unet=wide), tmp_path / "inpainting")
+    assert np.abs(run(tmp_path, *argv, "--weights", tmp_path / "inpainting") - image).mean() > 1
+
+
+def test_half_precision_and_size_and_negative(tmp_path):
+    argv = ["--image", MEADOW, "--strength", "0.5", "--prompt", "snow at night", "--steps", "4"]
+    full = run(tmp_path, *argv)
+    sample.main([*argv, "--precision", "bf16", "--device", "cpu", "--out", str(tmp_path / "half.png")])
+    half = np.asarray(Image.open(tmp_path / "half.png"), int)
+    assert 0 < np.abs(half - full).mean() < 6
+    assert run(tmp_path, *argv, "--size", "96x64").shape == (64, 96, 3)
+    assert np.abs(run(tmp_path, *argv, "--negative", "snow") - full).mean() > 1
+
+
+def test_steps_too_few_for_full_noise_are_warned_of(tmp_path, capsys):
+    run(tmp_path, "--prompt", "snow", "--steps", 7)
+    assert "warning: 7 steps start at t = 853, far below full noise" in capsys.readouterr().err
+    run(tmp_path, "--prompt", "snow", "--steps", 10)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_fan_of_a_number_of_columns():
+    assert options.read_strengths("5") == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
+    assert options.read_strengths("0.2,1") == [0.2, 1]
+
+
+def test_labels_are_one_line(tmp_path):
+    run(tmp_path, "--prompt", "snow\nat night", "--sheet", tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").exists()
+
+
+def test_a_prompt_that_is_too_long_is_cut_with_one_warning(tmp_path, capsys):
+    run(tmp_path, "--prompt", "snow " * 100, "--steps", 10)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == 1 and "75" in lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "../shared/real/road.jpg").exists(), reason="needs ../shared/real")
+def test_the_road(tmp_path):
+    """A real photo and a map without a quite white pixel: its light side hardly changes, its dark side does."""
+    real = ROOT / "../shared/real"
+    argv = ["--image", real / "road.jpg", "--prompt", "snow at night"]
+    back = run(tmp_path, *argv, "--strength", 0)
+    change = np.abs(run(tmp_path, *argv, "--change-map", real / "road_change_map.jpg") - back).mean((0, 2))
+    mu = np.asarray(Image.open(real / "road_change_map.jpg").convert("L").resize((128, 128)))[64]
+    assert cam(torch.from_numpy(mu / 255), torch.from_numpy(change)) > 0.5
+    assert change[mu > 240].mean() < 12 < 30 < change[mu < 50].mean()
+
+
+@pytest.mark.slow
+def test_a_small_memory_for_the_autoencoder_makes_tiles(tmp_path):
+    argv = "--image", MEADOW, "--change-map", GRADIENT, "--prompt", "snow at night", "--size", "256"
+    whole, tiled = run(tmp_path, *argv), run(tmp_path, *argv, "--vae-memory", "0.01")
+    assert 0 < np.square(whole - tiled).mean() < 10**-2.5 * 255**2  # more than 25 dB
+
+
+@pytest.mark.slow
+def test_no_traceback_from_a_shell(tmp_path):
+    """In a process of its own, as a person runs it."""
+    result = subprocess.run([sys.executable, ROOT / "sample.py", "--image", tmp_path / "none.png", "--strength", "0.5"],
+                            capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr

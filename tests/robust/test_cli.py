@@ -1,0 +1,57 @@
+"""common/cli.py and common/devices.py: wrong numbers, names, options and devices."""
+
+import argparse
+from types import SimpleNamespace
+
+import pytest
+
+from common import cli, devices
+
+
+@pytest.mark.parametrize("text", ["0", "11", "2.5", "x", "nan"])
+def test_a_number_out_of_its_range_is_told(text, capsys):
+    parser = cli.Parser(prog="it")
+    parser.add_argument("--n", type=cli.number(int, 1, 10))
+    with pytest.raises(SystemExit) as e:
+        parser.parse_args(["--n", text])
+    assert e.value.code == 2
+    assert capsys.readouterr().err == f"it: error: argument --n: {text!r} is not a whole number in 1 .. 10\n"
+
+
+def test_a_device_that_is_not_there_is_told():
+    with pytest.raises(ValueError, match="--device abacus cannot be used here"):
+        devices.choose_device("abacus")
+
+
+def test_names_and_sizes():
+    assert cli.picture_size("512") == 512 and cli.picture_size("640X384") == (640, 384)
+    for read, text in ((cli.file_name, ""), (cli.picture_size, "7"), (cli.picture_size, "8x8x8")):
+        with pytest.raises(argparse.ArgumentTypeError):
+            read(text)
+
+
+def test_an_option_needs_another():
+    needs = {"blur": ["mask", "change_map", "fan"], "hard": ["mask"]}
+    args = SimpleNamespace(blur=0.0, hard=False, mask=None, change_map=None, fan=None)  # 0 is given, False is not
+    with pytest.raises(ValueError, match="^--blur needs --mask, --change-map or --fan beside it$"):
+        cli.check_needs(args, needs)
+    args.change_map = "m.png"
+    cli.check_needs(args, needs)
+    args.hard = True
+    with pytest.raises(ValueError, match="^--hard needs --mask beside it$"):
+        cli.check_needs(args, needs)
+
+
+@pytest.mark.parametrize("error, said", [
+    (ValueError("a\nb"), "b"), (FloatingPointError(), "FloatingPointError"), (OSError(28, "full"), "[Errno 28] full"),
+    (MemoryError(), "out of memory: buy more"), (RuntimeError("CUDA out of memory"), "out of memory: buy more"),
+])  # fmt: skip
+def test_an_error_is_one_line(capsys, error, said):
+    with pytest.raises(SystemExit) as stop, cli.report_errors(cli.Parser(prog="it"), "buy more"):
+        raise error
+    assert stop.value.code == 2 and capsys.readouterr().err == f"it: error: {said}\n"
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shapes"), cli.report_errors(cli.Parser(prog="it"), "buy more"):
+        raise RuntimeError("shapes differ")
