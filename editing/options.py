@@ -81,7 +81,7 @@ def check(args):
     if not (args.image or args.collage or args.prompt):
         raise ValueError('say what to draw: --prompt "a red ball on grass at noon"')
     if args.negative and args.guidance == 1:
-        raise ValueError("--negative has no effect with --guidance 1, which leads nowhere away")
+        raise ValueError("--negative has no effect with --guidance 1: say more than 1")
     check_outputs([*result_paths(args), args.sheet, args.steps_strip],
                   [args.image, args.edit, args.collage, args.change_map, args.mask])
 
