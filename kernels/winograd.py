@@ -162,7 +162,8 @@ class QuickConv2d(nn.Conv2d):
         """The fastest way for pictures (H, W): m, "product", "pointwise", or the plain one:
         "channels last", "channels first", "as it comes".
 
-        One for all batches, so that U is made once. Milliseconds on one core with AVX-512:
+        One for all batches, so that U is made once. Milliseconds on one core with AVX-512, plain ->
+        quick. (An AMD EPYC, which has it too: 31 -> 28, 32 -> 37, 40 -> 38, 17 -> 21, 79 -> 61.)
 
              320 ->  320 channels, 64x64     45 ->  21    m = 4
              640 ->  640           32x32     51 ->  28    m = 2
@@ -223,8 +224,12 @@ def quicken(network, keep=True):
     keep  keep the transformed weights between calls: 16/9 or 4 times the memory of the weights, for
           Stable Diffusion's UNet 1.4 GiB in all. False: make them anew in each call
 
-    A step of Stable Diffusion's UNet takes 0.6 to 0.8 of the time. Layers stay plain where
-    gradients are asked for, on other devices, and in half precision where that is fast (SLOW).
+    What it gains depends on the processor. docs/speed.md has an Intel Xeon: with hold_memory, a step
+    of Stable Diffusion's UNet takes 0.73 of the plain time, decoding 0.43. On one core of an AMD
+    EPYC it takes 1.03 and 0.90: there is next to nothing to be gained.
+
+    Layers stay plain where gradients are asked for, on other devices, and in half precision where
+    that is fast (SLOW).
     Weights may change or be loaded later: that is noticed, except where `weight.data` is changed.
     A PyTorch without MKL is left alone: nothing was measured there.
     """
