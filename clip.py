@@ -1,10 +1,8 @@
-"""The words: CLIP's text encoder and its byte-pair tokenizer.
+"""The words: CLIP's text encoder (2103.00020) and its byte-pair tokenizer (1508.07909).
 
 Stable Diffusion never sees a prompt, only 77 vectors that one of three text encoders makes of it.
 All three are the same network at different widths: CLIP ViT-L (SD 1.x), OpenCLIP ViT-H (SD 2.x),
 and for SDXL ViT-L again together with OpenCLIP bigG.
-
-Papers: CLIP 2103.00020, byte-pair encoding 1508.07909.
 """
 
 import gzip
@@ -13,7 +11,6 @@ import json
 import re
 import unicodedata
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -49,11 +46,7 @@ class TextConfig:
             raise ValueError(f"a text encoder of width {self.width} cannot have {self.heads} heads")
 
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
 class Attention(nn.Module):
@@ -104,7 +97,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        # Modules without a forward: they only give the parameters their names.
+        # Modules without a forward only give the parameters their names.
         m = self.text_model = nn.Module()
         m.embeddings = nn.Module()
         m.embeddings.token_embedding = nn.Embedding(config.vocab_size, config.width)
@@ -115,7 +108,7 @@ class TextEncoder(nn.Module):
         if config.projection:
             self.text_projection = nn.Linear(config.width, config.projection, bias=False)
 
-        # CLIP's initial scale, for the toy: embeddings of unit variance would drown the layers.
+        # CLIP's initial scale: embeddings of unit variance would drown the layers.
         nn.init.normal_(m.embeddings.token_embedding.weight, std=0.02)
         nn.init.normal_(m.embeddings.position_embedding.weight, std=0.01)
 
@@ -126,8 +119,8 @@ class TextEncoder(nn.Module):
     def encode(self, ids):
         """ids (B, L) -> context (B, L, width) and pooled (B, projection, or width without one)
 
-        Pooled is the last layer's state at the end of the text, after the final layer norm: what
-        CLIP compares with an image, and what SDXL adds to its timestep.
+        Pooled is the last layer's state at the end of the text, after the final layer norm. CLIP
+        compares it with an image, SDXL adds it to the timestep.
         """
         m = self.text_model
         positions = m.embeddings.position_embedding.weight[: ids.shape[1]]
@@ -151,8 +144,7 @@ class TextEncoder(nn.Module):
 # Cleaning and splitting text
 #
 # CLIP was trained on text cleaned by the ftfy package. `fix_text` does what ftfy's defaults do, but
-# for mojibake repair (guessing that a garbled word was UTF-8 read as Latin-1) and HTML entities in
-# capitals ("&EACUTE;").
+# for repairing UTF-8 that was read as Latin-1, and HTML entities in capitals ("&EACUTE;").
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -201,9 +193,7 @@ def clean_text(text: str) -> str:
     return " ".join(html.unescape(html.unescape(fix_text(text))).split()).lower()
 
 
-SPECIAL_OR_CONTRACTION = re.compile(
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d", re.IGNORECASE
-)
+SPECIAL_OR_CONTRACTION = re.compile(r"<\|(start|end)oftext\|>|'(s|t|re|ve|m|ll|d)", re.IGNORECASE)
 RUN = re.compile("L+|N|Z+|[^LNZ]+")
 
 
@@ -244,7 +234,7 @@ ARCHIVE_MERGES = 49408 - 512 - 2  # the file holds many more merges than CLIP us
 def spell(word: str) -> list[str]:
     """'cat' -> ['c', 'a', 't</w>']"""
     symbols = [BYTE_SYMBOL[b] for b in word.encode("utf-8")]
-    symbols[-1] += "</w>"
+    symbols[-1] += "</w>"  # a word's end
     return symbols
 
 
@@ -263,37 +253,6 @@ def build_vocab(merges: list[tuple[str, str]]) -> dict[str, int]:
     """Symbol -> id in CLIP's order: the alphabet, a symbol for each merge, the special tokens."""
     symbols = dict.fromkeys([*ALPHABET, *map("".join, merges), START, END])
     return {symbol: i for i, symbol in enumerate(symbols)}
-
-
-def learn_bpe(texts: list[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Learn a byte-pair vocabulary of at most `size` symbols from texts.
-
-    -> (symbol -> id, merges in order). There are fewer symbols if every word is one before that.
-    Equal counts go to the alphabetically first pair, so the order of the texts does not matter.
-    ValueError if `size` leaves no room for the byte alphabet and the special tokens (514).
-    """
-    if size < len(ALPHABET) + 2:
-        raise ValueError(f"a vocabulary needs at least {len(ALPHABET) + 2} symbols, not {size}")
-    counts = Counter()
-    for text in texts:
-        counts.update(split_words(clean_text(text)))
-    words = [(spell(word), n) for word, n in counts.items() if word not in (START, END)]
-
-    known = set(ALPHABET)
-    merges = []
-    while len(known) + 2 < size:
-        # The most frequent pair of neighbours becomes a symbol.
-        pairs = Counter()
-        for symbols, n in words:
-            for pair in pairwise(symbols):
-                pairs[pair] += n
-        if not pairs:
-            break
-        pair = min(pairs, key=lambda p: (-pairs[p], p))
-        merges.append(pair)
-        known.add("".join(pair))
-        words = [(merge(symbols, pair), n) for symbols, n in words]
-    return build_vocab(merges), merges
 
 
 def read_vocab(path):
@@ -332,23 +291,21 @@ def read_pad(folder):
 
 class Tokenizer:
     """Text -> the ids that a CLIP text encoder reads.
-
     They are OpenAI's and open_clip's, and Hugging Face's for text that needs no cleaning.
-
     pad  the symbol after the end token: <|endoftext|> in SD 1 and SDXL's first encoder, "!" (id 0)
          in SD 2 and SDXL's second. ValueError if vocab and merges do not make a CLIP tokenizer
     """
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = END,
-                 length: int = 77):
-        missing = [s for s in (*ALPHABET, START, END, pad) if s not in vocab]
-        if missing:
-            raise ValueError(f"the vocabulary has no {missing[0]!r}")
+    length = 77
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = END):
+        for symbol in (*ALPHABET, START, END, pad):
+            if symbol not in vocab:
+                raise ValueError(f"the vocabulary has no {symbol!r}")
         for pair in merges:
             if len(pair) != 2 or "".join(pair) not in vocab:
                 raise ValueError(f"the merge {' '.join(pair)!r} makes no symbol of the vocabulary")
-        self.vocab, self.merges = vocab, merges
-        self.pad, self.length = pad, length
+        self.vocab, self.merges, self.pad = vocab, merges, pad
         self.symbols = {i: symbol for symbol, i in vocab.items()}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.cache = {START: [vocab[START]], END: [vocab[END]]}
@@ -359,13 +316,12 @@ class Tokenizer:
         the file bpe_simple_vocab_16e6.txt.gz of openai/CLIP and open_clip, or a folder with that.
 
         pad  None: the folder's own, or open_clip's "!" for the .gz file, which has none
-
-        FileNotFoundError if none of these is there, ValueError if what is there is damaged.
+        FileNotFoundError if there is none of these, ValueError if one is damaged.
         """
         path = Path(path)
         try:
-            vocab, merges, own_pad = read_vocab(path)
-            return cls(vocab, merges, pad or own_pad or END)
+            vocab, merges, own = read_vocab(path)
+            return cls(vocab, merges, pad or own or END)
         except FileNotFoundError:
             raise
         except Exception as e:  # damaged files can fail in any way
@@ -389,10 +345,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids, without start, end, padding or a limit."""
-        ids = []
-        for word in split_words(clean_text(text)):
-            ids += self.encode_word(word)
-        return ids
+        words = split_words(clean_text(text))
+        return [i for word in words for i in self.encode_word(word)]
 
     def encode_word(self, word: str) -> list[int]:
         if word not in self.cache:  # prompts and captions repeat their words
@@ -437,10 +391,9 @@ class Tokenizer:
 
 CONFIGS = {
     "clip-vit-l": TextConfig(),  # SD 1.x
-    "openclip-vit-h": TextConfig(  # SD 2.x: its penultimate layer, by storing 23 of the 24
-        width=1024, layers=23, heads=16, mlp_width=4096, activation="gelu"),
-    "openclip-bigg": TextConfig(  # SDXL's second
-        width=1280, layers=32, heads=20, mlp_width=5120, activation="gelu", skip_last=1,
-        final_norm=False, projection=1280),
+    # SD 2.x reads the penultimate layer: 23 of the 24 are stored.
+    "openclip-vit-h": TextConfig(49408, 1024, 23, 16, 77, 4096, "gelu"),
+    "openclip-bigg": TextConfig(49408, 1280, 32, 20, 77, 5120, "gelu", skip_last=1,
+                                final_norm=False, projection=1280),  # SDXL's second
     "toy": TextConfig(vocab_size=1024, width=128, layers=2, heads=4, mlp_width=512, eos=1023),
 }

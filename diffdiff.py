@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import diffusion
+import samplers
 
 # -------------------------------------------------------------------------------------------------
 # From a map to masks
@@ -68,18 +69,18 @@ def differential_diffusion(
     denoise     (z, t) -> the network's output, t (B,) long. Guidance and prompt are its business
     z_init      (B, C, h, w), the encoded original
     change_map  (H, W) or (B, 1, H, W), in pixels or in latents: 0 = change, 1 = keep
-    sampler     of diffusion.make_sampler. None: DDIM, 100 steps, Stable Diffusion's schedule
+    sampler     of samplers.make_sampler. None: DDIM, 100 steps, Stable Diffusion's schedule
     noise       (B, C, h, w): one draw for all noise levels, as in the release. Or a function
                 i -> (B, C, h, w), for a new draw at each level. None: drawn with seed 0
     skip        leave out the steps whose results are all replaced (section 3.3.1)
     nested      False: Figure 3's ablation, which copies a pixel from the original only once
-    step_noise  i -> (B, C, h, w), which a stochastic sampler needs: diffusion.make_step_noise
+    step_noise  i -> (B, C, h, w), which a stochastic sampler needs: samplers.make_step_noise
     callback    called as callback(i, z) with the result of step i
       ->        z_0 (B, C, h, w). White pixels of a nested run are z_init's own, bit for bit
     ValueError for a map outside 0 .. 1, or a stochastic sampler without step_noise.
     """
     # What the caller left out.
-    sampler = sampler or diffusion.make_sampler("ddim", diffusion.Schedule(), 100)
+    sampler = sampler or samplers.make_sampler("ddim", diffusion.Schedule(), 100)
     if noise is None:
         noise = torch.randn(z_init.shape, generator=torch.Generator().manual_seed(0)).to(z_init)
 
@@ -154,4 +155,4 @@ def sdedit(denoise, z_init, strength, sampler, noise, step_noise=None, callback=
     """SDEdit (Meng et al. 2022): one strength in 0 .. 1 for all pixels, as a constant map gives."""
     start = sampler.k - math.floor(strength * sampler.k + 1e-4)
     z = sampler.noise_to(start, z_init, noise) if start < sampler.k else z_init
-    return diffusion.run_sampler(denoise, z, sampler, start, step_noise, callback)
+    return samplers.run_sampler(denoise, z, sampler, start, step_noise, callback)

@@ -1,8 +1,8 @@
 """Magic Fixup: a collage of a photograph -> a photograph. Alzayer et al. 2024, arXiv 2403.13044.
 
-Two UNets, both begun as Stable Diffusion without its text. The *detail extractor* sees the
-untouched reference. The *synthesizer* denoises the edit, and each of its transformer blocks looks
-up in the same block of the extractor what the things in the picture are made of.
+Two UNets begin as Stable Diffusion without its text. The *detail extractor* sees the untouched
+reference. The *synthesizer* denoises the edit; each of its transformer blocks looks up in the same
+block of the extractor what the things in the picture are made of.
 
     I         reference   (B, C, h, w)  the photograph before the edit, encoded
     I_coarse  coarse      (B, C, h, w)  the collage, its holes filled by a simple algorithm, encoded
@@ -15,8 +15,6 @@ up in the same block of the extractor what the things in the picture are made of
 
     model = load("weights/toy-mfx")                               or the released weights' file
     x_0 = model.sample(reference, coarse, mask, seeds=range(5))   five versions of one edit
-    denoise = model.denoiser(reference, coarse, mask, sampler.timesteps)
-    x_0 = diffdiff.differential_diffusion(denoise, coarse, change_map, sampler)     both papers
 
 Equation numbers are the paper's. Where the released program differs from it, a comment says so.
 """
@@ -29,9 +27,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import diffusion
+import samplers
 from checkpoints.configs import schedule_from_json, schedule_to_json
-from checkpoints.magicfixup import looks_like_magic_fixup, released_schedule, split_released
+from checkpoints.magicfixup import released_schedule, split_released
 from checkpoints.parts import build_part, load_part, read_latent_side, save_part
 from checkpoints.read import read_tensors
 from common.files import read_json, write_json
@@ -68,7 +66,7 @@ class MagicFixup(nn.Module):
         config = synthesizer.config
         C = vae.config.latent_channels
         if (config.in_channels, config.out_channels) != (2 * C + 1, C):
-            raise ValueError(f"a synthesizer for {C} latent channels has {2 * C + 1} channels in and "
+            raise ValueError(f"a synthesizer for {C} latent channels has {2 * C + 1} channels in, "
                              f"{C} out, not {config.in_channels} and {config.out_channels}")
         if config.context != (None if extractor else 0):
             raise ValueError("a synthesizer attends to an extractor's features, or has no second "
@@ -139,11 +137,10 @@ class MagicFixup(nn.Module):
                    may also hold any entry of `draws`, to be used instead of a fresh one
         generator  of all that is random here, on the CPU
 
-        The paper predicts the noise. v = alpha noise - sigma x_0 (Salimans & Ho 2022; Stable
-        Diffusion 2.1) is for short trainings. With the coarse edit at hand the picture is nearly
-        known even at t = 981; there an error of the noise is 13 times as large in the picture. The
-        toy's picture there was off by 0.05 (squared, in latents) after 500 steps of v, by 0.14
-        after 7,000 of noise.
+        The paper predicts the noise. v = alpha noise - sigma x_0 (Salimans & Ho 2022) is for short
+        trainings: with the coarse edit at hand the picture is nearly known even at t = 981, where
+        an error of the noise is 13 times as large in the picture. The toy's picture there was off
+        by 0.05 (squared, in latents) after 500 steps of v, by 0.14 after 7,000 of noise.
         """
         x_0 = batch["target"]
         batch = draws(x_0.shape, generator) | batch
@@ -192,13 +189,13 @@ class MagicFixup(nn.Module):
                                  timestep, the same in each call
         """
         like = self.synthesizer.conv_in.weight
-        reference = reference.to(like.device, torch.float32)
-        coarse = coarse.to(like.device, torch.float32)
-        mask = mask.to(like.device, torch.float32)
+        reference, coarse, mask = (
+            x.to(like.device, torch.float32) for x in (reference, coarse, mask)
+        )
         timesteps, B = list(timesteps), len(reference)
         if noise is None:
             # Steps beyond the sampler's own: its noise at a step must not be the reference's.
-            draw = diffusion.make_step_noise(reference.shape[1:], [0] * B)
+            draw = samplers.make_step_noise(reference.shape[1:], [0] * B)
             noise = lambda t: draw(T + t)  # noqa: E731
         times = self.synthesizer.times_of(timesteps)
         ready = {}  # timestep -> details
@@ -225,30 +222,29 @@ class MagicFixup(nn.Module):
 
     @torch.no_grad()
     def sample(self, reference, coarse, mask, *, seeds=(0,), steps=50, eta=1.0, latent_init=True,
-               noise=None, callback=None):
+               noise=None):
         """Section 3.4: edits -> pictures, as latents.
 
         reference, coarse, mask  of B edits, as for `forward`
         seeds        N of them, for N samples of each edit. A sample depends on its own seed only
         steps, eta   of DDIM. The release has eta = 1, new noise at each step; the paper is silent
         latent_init  start from the noised coarse edit (equation 4); False: from noise (figure 4)
-        callback     called as callback(i, x_t) with the result of step i
         noise        the reference's, of `denoiser`
           ->         (B N, C, h, w), float32, edit by edit
         """
-        sampler = diffusion.make_sampler("ddim", self.schedule, steps, eta=eta)
+        sampler = samplers.make_sampler("ddim", self.schedule, steps, eta=eta)
         device = self.synthesizer.conv_in.weight.device
         seeds, shape, B = list(seeds), reference.shape[1:], len(reference)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        epsilon = torch.cat([torch.randn(1, *shape, generator=g) for g in generators])
-        x_T = epsilon.repeat(B, 1, 1, 1).to(device)
+        g = [torch.Generator().manual_seed(seed) for seed in seeds]
+        x_T = torch.cat([torch.randn(1, *shape, generator=one) for one in g])
+        x_T = x_T.repeat(B, 1, 1, 1).to(device)
         if latent_init:
             # Equation 4, its square root restored; T is the sampler's first step, 981 of 1000.
             each = coarse.to(device).float().repeat_interleave(len(seeds), dim=0)
             x_T = sampler.noise_to(0, each, x_T)
         denoise = self.denoiser(reference, coarse, mask, sampler.timesteps, noise)
-        step_noise = diffusion.make_step_noise(shape, seeds * B)
-        return diffusion.run_sampler(denoise, x_T, sampler, step_noise=step_noise, callback=callback)
+        step_noise = samplers.make_step_noise(shape, seeds * B)
+        return samplers.run_sampler(denoise, x_T, sampler, step_noise=step_noise)
 
 
 def repeat_each(x, n):
@@ -318,10 +314,8 @@ def from_stable_diffusion(sd, cross_reference=True, schedule=None):
         config = replace(sd.unet.config, in_channels=2 * C + 1, context=context)
         return build_part("unet", tensors, "this Stable Diffusion", config)
 
-    if cross_reference:
-        synthesizer, extractor = start(None), start(0)
-    else:
-        synthesizer, extractor = start(0), None
+    extractor = start(0) if cross_reference else None
+    synthesizer = start(None if cross_reference else 0)
     return MagicFixup(synthesizer, extractor, sd.vae, schedule or sd.schedule, sd.size)
 
 
@@ -380,9 +374,6 @@ def load_released(path, dtype, device):
     return MagicFixup(synthesizer, extractor, vae, schedule, size=64 * vae.config.factor)
 
 
-recognises = looks_like_magic_fixup
-
-
 def save(model, folder, dtype=None, vae=None):
     """Write a folder that `load` reads. Each file is written whole or not at all, and the
     scheduler's, without which there is no Magic Fixup, comes last.
@@ -407,30 +398,3 @@ def save(model, folder, dtype=None, vae=None):
     write_json(folder / INDEX, {"vae": str(vae or "vae")})
     scheduler = schedule_to_json(model.schedule)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-
-
-def changed_shadows(reference, truth, objects, least=0.02):
-    """Where an edit changes shadows and reflections: what differs, and is no object.
-
-    reference, truth  (B, 3, H, W) in [0, 1], before the edit and truly after it, with the same camera and light
-    objects           (B, H, W) bool: where any object is in either; a pixel more is left out, for their smoothed edges
-    least             the smallest difference that counts: a photograph's noise may ask for more
-      ->              (B, H, W) bool
-    """
-    near = F.max_pool2d(objects[:, None].float(), 3, 1, 1)[:, 0] > 0
-    return ((truth - reference).abs().amax(1) > least) & ~near
-
-
-def shadow_share(coarse, output, truth, region, norm=torch.square):
-    """The coarse edit's mean error in a region, the output's, and the share of the former that is gone.
-
-    coarse, output, truth  (B, 3, H, W)
-    region                 (B, H, W) bool, of `changed_shadows`, or any other
-    norm                   of a difference: torch.square or torch.abs
-      ->                   three floats. The share is 1 where all is right, 0 where as much is wrong as before, negative
-                           where more is. ValueError for an empty region
-    """
-    if not region.any():
-        raise ValueError("the region is empty: nothing changes in it, so that there is nothing to put right")
-    before, after = (norm(x - truth).mean(1)[region].mean() for x in (coarse, output))
-    return before.item(), after.item(), (1 - after / before).item()

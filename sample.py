@@ -25,9 +25,10 @@ import torch
 from tqdm import tqdm
 
 import diffdiff
-import diffusion
 import mfx
+import samplers
 import sd
+from checkpoints.magicfixup import looks_like_magic_fixup
 from common.cli import TOY, TOY_MFX, report_errors, shorten_warnings
 from common.devices import choose_device, choose_precision, compile_unets, make_fast
 from common.pictures import (
@@ -62,7 +63,7 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
     predictions  a list, filled with (t, the model's guess at the clean latent) as it goes
       ->         (1, 3, H, W) in about [0, 1]
     """
-    sampler = diffusion.make_sampler(sampler, model.schedule, steps)
+    sampler = samplers.make_sampler(sampler, model.schedule, steps)
     beside = None if repaint is None else model.inpainting_channels(picture, repaint)
     denoise = model.denoiser(prompt, negative, guidance, beside, sampler.timesteps)
     if picture is None:
@@ -93,7 +94,7 @@ def fixup(model, reference, coarse, mask, change_map=None, *, sampler="ddim", st
     I_coarse = model.encode_image(coarse)
     M = diffdiff.down_sample(mask, I.shape[-2:])
     options = {"eta": 1.0} if sampler == "ddim" else {}  # as released
-    sampler = diffusion.make_sampler(sampler, model.schedule, steps, **options)
+    sampler = samplers.make_sampler(sampler, model.schedule, steps, **options)
     denoise = model.denoiser(I, I_coarse, M, sampler.timesteps)
     black = torch.zeros(1, 1)
     change_map = black if change_map is None else change_map
@@ -120,9 +121,9 @@ def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, pr
         bar.update()
 
     with tqdm(unit="step", leave=False) as bar:
-        options = dict(step_noise=diffusion.make_step_noise(shape, seeds), callback=report)
+        options = dict(step_noise=samplers.make_step_noise(shape, seeds), callback=report)
         if z_init is None:
-            z = diffusion.run_sampler(watched, noise, sampler, **options)
+            z = samplers.run_sampler(watched, noise, sampler, **options)
         else:
             z = diffdiff.differential_diffusion(
                 watched, z_init.expand_as(noise), change_map, sampler, noise, skip=skip, **options)
@@ -146,7 +147,7 @@ def read_model(args, dtype, device):
     try:
         return sd.load(args.weights, dtype, device, args.prediction)
     except (ValueError, OSError):
-        if mfx.recognises(args.weights):
+        if looks_like_magic_fixup(args.weights):
             what = f"{args.weights} is a Magic Fixup"
             raise ValueError(f"{what}: it goes with --edit or --collage") from None
         raise
@@ -174,7 +175,7 @@ def run(args):
     model = make_fast(read_model(args, dtype, device), device)
     if args.vae_memory:
         model.vae.memory = args.vae_memory * 2**30
-    first = diffusion.make_sampler(args.sampler, model.schedule, args.steps).timesteps[0]
+    first = samplers.make_sampler(args.sampler, model.schedule, args.steps).timesteps[0]
     if first < 900:
         warnings.warn(f"{args.steps} steps start at t = {first}, far below full noise: use 10 to "
                       "100, or a divisor of 1000", stacklevel=2)

@@ -21,6 +21,7 @@ from checkpoints.parts import PARTS, build_part
 from common.cli import TOY
 from common.devices import choose_precision, make_fast
 from kernels.winograd import quicken
+from toy.vocabulary import learn_bpe
 
 CONFIGS = {
     "toy": {"unet": unet.CONFIGS["toy"], "vae": vae.CONFIGS["toy"], "text_encoder": clip.CONFIGS["toy"]},
@@ -49,7 +50,7 @@ def make_part(name, kind, dtype, device):
 def make_random(kind, dtype, device):
     """A whole Stable Diffusion on random weights, with a small vocabulary."""
     parts = [make_part(name, kind, dtype, device) for name in PARTS]
-    tokenizer = clip.Tokenizer(*clip.learn_bpe(["a photo of snow at night", "a red ball on grass"], 560))
+    tokenizer = clip.Tokenizer(*learn_bpe(["a photo of snow at night", "a red ball on grass"], 560))
     return sd.StableDiffusion(*parts, diffusion.Schedule(), tokenizer, SIDES[kind])
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import diffusion
+import samplers
 from checkpoints import configs
 from checkpoints.parts import save_part
 
@@ -214,7 +215,7 @@ def run_straightforward_loop(peer, reference, coarse, mask, steps=50, seed=0):
     M = F.interpolate(mask.to(I), I.shape[-2:], mode="area")
 
     # The noise of the start, of every step, and of the reference, as ours draws it.
-    draw, reference_draw = (diffusion.make_step_noise(I.shape[1:], [s]) for s in (seed, 0))
+    draw, reference_draw = (samplers.make_step_noise(I.shape[1:], [s]) for s in (seed, 0))
     peer.scheduler.set_timesteps(steps, device=like.device)
     times = peer.scheduler.timesteps
     x = torch.randn(I.shape, generator=torch.Generator().manual_seed(seed)).to(I)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-import diffusion
+import samplers
 import vae
 from common.cli import Parser, check_needs, check_outputs, file_name, given, number, picture_size
 from editing.change_maps import RIGHT
@@ -41,7 +41,7 @@ def parse(argv, description):
     add("--networks", type=file_name, help="folder of SAM's and MiDaS's files (default: weights)")
     add("--weights", type=file_name, help="a folder, .safetensors or .ckpt (default: the toy)")
     add("--prediction", choices=["epsilon", "v_prediction"], help="of a single-file checkpoint")
-    add("--sampler", choices=list(diffusion.SAMPLERS), default="ddim")
+    add("--sampler", choices=list(samplers.SAMPLERS), default="ddim")
     add("--steps", type=number(int, 1, 1000), help="k of the paper (default: 100; an edit: 50)")
     add("--no-skip", action="store_true", help="run also the steps that the map overwrites")
     add("--guidance", type=number(float, 0, 100), help="classifier-free; 1 = none (default: 7.5)")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import diffdiff
-import diffusion
+import samplers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sections 5.1 and 5.2
@@ -30,7 +30,7 @@ def masked_noise(denoise, z_init, change_map, sampler, noise, step_noise=None, c
     change map"; as its maps are black where the picture changes, that has to be 1 - mu.)
     """
     noise = noise * (1 - diffdiff.down_sample(change_map.cpu(), z_init.shape[-2:])).to(noise.device)
-    return diffusion.run_sampler(denoise, sampler.noise_to(0, z_init, noise), sampler, 0, step_noise, callback)
+    return samplers.run_sampler(denoise, sampler.noise_to(0, z_init, noise), sampler, 0, step_noise, callback)
 
 
 def edit_level_by_level(edit, image, change_map, levels, keep_outside):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import diffdiff
-import diffusion
+import samplers
 from checkpoints import published
 from editing import change_maps
 from networks import midas
@@ -70,7 +70,7 @@ def figure4(lab):
     the steps are decoded.
     """
     k, image, mu = lab.steps(20), lab.images(1), wide_gradient(lab.model.size)
-    sampler = diffusion.make_sampler("ddim", lab.model.schedule, k)
+    sampler = samplers.make_sampler("ddim", lab.model.schedule, k)
     z_init = lab.model.encode_image(image.to(lab.device))
     noise, mu_s = lab.noise(z_init, 0), diffdiff.down_sample(mu, z_init.shape[-2:])
     denoise = lab.model.denoiser([lab.options.prompt], guidance=7.5)
@@ -246,7 +246,7 @@ def figure8(lab):
     """
     n, size, model = lab.at_once if lab.full_size else lab.count(16, 2), lab.model.size, lab.model
     image, mu = lab.images(n), pattern("gradient", size)
-    sampler, levels = diffusion.make_sampler("ddim", model.schedule, BASELINE_STEPS), lab.count(20, 4)
+    sampler, levels = samplers.make_sampler("ddim", model.schedule, BASELINE_STEPS), lab.count(20, 4)
     calls, inner = [], model.denoiser([lab.options.prompt] * n, guidance=7.5)
 
     def denoise(z, t):
@@ -450,7 +450,7 @@ def figure20(lab):
     n, size, steps = lab.count(16, 3), lab.model.size, lab.steps(25)
     image, mu, eighth = lab.images(n), wide_gradient(size), size // 8
     found, columns = [], [image[:2]]
-    for name in progress(diffusion.SAMPLERS):
+    for name in progress(samplers.SAMPLERS):
         edited = lab.edit(image, mu, steps=steps, sampler=name)
         full = lab.edit(image, torch.zeros(size, size), steps=steps, sampler=name)
         change = lab.distance(image, edited).mean(0)
@@ -459,7 +459,7 @@ def figure20(lab):
         kept = change[:, -eighth:].mean() / change[:, :eighth].mean()
         found.append([name, correlate_columns(mu, change), round(kept.item(), 4), round(1 - there / way, 3)])
         columns.append(edited[:2])
-    lab.save(charts.sheet(list(zip(*columns)), ["input", *diffusion.SAMPLERS]), "figure20.png")
+    lab.save(charts.sheet(list(zip(*columns)), ["input", *samplers.SAMPLERS]), "figure20.png")
     _, follows, kept, toward = zip(*found)
     return Outcome(
         {"n": n, "steps": steps, "distance": lab.perceptual[0], "samplers": found},

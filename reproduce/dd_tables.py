@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffdiff
 import diffusion
+import samplers
 from reproduce import baselines, charts
 from reproduce.lab import FALSE, PART, TRUE, Outcome, item, judge, percent, plus_minus, progress
 from reproduce.metrics import cam, dam, resample
@@ -195,7 +196,7 @@ def figure23(lab):
     """
     size, steps, rounds = lab.model.size, lab.steps(50), lab.count(5, 3)
     image = lab.images(4 if lab.quick or lab.full_size else 8)
-    sampler = diffusion.make_sampler("ddim", lab.model.schedule, steps)
+    sampler = samplers.make_sampler("ddim", lab.model.schedule, steps)
     z_init = lab.model.encode_image(image.to(lab.device))
     noise = torch.randn(z_init.shape, generator=torch.Generator().manual_seed(0)).to(lab.device)
     denoise = lab.model.denoiser([lab.options.prompt] * len(image), guidance=7.5)
@@ -367,8 +368,8 @@ def memory(lab):
     steps, z_init = lab.steps(10), lab.model.encode_image(lab.images(1).to(lab.device))
     denoise = lab.model.denoiser([lab.options.prompt], guidance=7.5)
     denoise(z_init, torch.full((1,), 500, device=lab.device))  # what is made once
-    own, plain = added(denoise, z_init, diffusion.make_sampler("ddim", lab.model.schedule, steps), lab.model.size)
-    sampler = diffusion.make_sampler("ddim", diffusion.Schedule(), 100)
+    own, plain = added(denoise, z_init, samplers.make_sampler("ddim", lab.model.schedule, steps), lab.model.size)
+    sampler = samplers.make_sampler("ddim", diffusion.Schedule(), 100)
     full, _ = added(lambda z, t: torch.zeros_like(z), torch.zeros(1, 4, 64, 64, device=lab.device), sampler, 512)
     return Outcome(
         {"steps": steps, "added, Stable Diffusion": full, "added": own, "image to image": plain},

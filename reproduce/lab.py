@@ -29,8 +29,8 @@ import torch
 from tqdm import tqdm
 
 import diffdiff
-import diffusion
 import mfx
+import samplers
 import sd
 from checkpoints import published
 from common import pictures
@@ -215,12 +215,12 @@ class Lab:
           ->        (N, 3, H, W) in [-1, 1], on the CPU
         """
         how, out = how or diffdiff.differential_diffusion, []
-        sampler = diffusion.make_sampler(sampler, self.model.schedule, steps)
+        sampler = samplers.make_sampler(sampler, self.model.schedule, steps)
         for here, batch, prompts in self.batches(image, prompt):
             z_init = self.model.encode_image(batch)
             mu = change_map[here] if change_map.ndim == 4 else change_map
             denoise = self.model.denoiser(prompts, guidance=guidance)
-            step_noise = diffusion.make_step_noise(z_init.shape[1:], list(range(here.start, here.stop)))
+            step_noise = samplers.make_step_noise(z_init.shape[1:], list(range(here.start, here.stop)))
             z = how(denoise, z_init, mu, sampler, self.noise(z_init, here.start), step_noise=step_noise, **options)
             out.append(self.model.decode(z).clamp(-1, 1).cpu())
         return torch.cat(out)
@@ -233,11 +233,11 @@ class Lab:
         would change everything; that is less than an inpainting model can do, and no measure of the method.
         """
         model, out = self.inpainting, []
-        sampler, repaint = diffusion.make_sampler("ddim", model.schedule, steps), 1 - mask[None, None].to(self.device)
+        sampler, repaint = samplers.make_sampler("ddim", model.schedule, steps), 1 - mask[None, None].to(self.device)
         for here, batch, prompts in self.batches(image, prompt):
             z_init, beside = model.encode_image(batch), model.inpainting_channels(batch, repaint)
             denoise = model.denoiser(prompts, guidance=guidance, channels=beside)
-            z = diffusion.run_sampler(denoise, self.noise(z_init, here.start), sampler)
+            z = samplers.run_sampler(denoise, self.noise(z_init, here.start), sampler)
             out.append(model.decode(torch.lerp(z_init, z, beside[:, :1])).clamp(-1, 1).cpu())
         return torch.cat(out)
 

@@ -6,7 +6,7 @@ As in dd_figures.py: what a figure is to show is also measured, and the pictures
 import torch
 
 import diffdiff
-import diffusion
+import samplers
 from reproduce import charts, mfx_tables
 from reproduce.lab import MFX, Outcome, item, judge, percent, plus_minus, progress
 from reproduce.metrics import is_surely_less, mean_error
@@ -26,15 +26,15 @@ def sample_from(lab, model, edits, latent_init, hidden):
 
     hidden  the model is not shown the coarse edit, as in a fifth of its training; it may still start from it
     """
-    sampler, out = diffusion.make_sampler("ddim", model.schedule, mfx_tables.ABLATION_STEPS, eta=1.0), []
+    sampler, out = samplers.make_sampler("ddim", model.schedule, mfx_tables.ABLATION_STEPS, eta=1.0), []
     for i in progress(range(0, len(edits["truth"]), 8)):
         reference, coarse = (model.encode_image(edits[n][i : i + 8] * 2 - 1) for n in ("reference", "coarse"))
         mask = diffdiff.down_sample(edits["mask"][i : i + 8], coarse.shape[-2:]).to(coarse)
         epsilon = lab.noise(coarse, i)
         x_T = sampler.noise_to(0, coarse, epsilon) if latent_init else epsilon  # equation 4
         shown = (0 * coarse, 0 * mask) if hidden else (coarse, mask)
-        step_noise = diffusion.make_step_noise(coarse.shape[1:], list(range(i, i + len(coarse))))
-        z = diffusion.run_sampler(model.denoiser(reference, *shown, sampler.timesteps), x_T, sampler, 0, step_noise)
+        step_noise = samplers.make_step_noise(coarse.shape[1:], list(range(i, i + len(coarse))))
+        z = samplers.run_sampler(model.denoiser(reference, *shown, sampler.timesteps), x_T, sampler, 0, step_noise)
         out.append(model.decode(z).float().cpu())
     return (torch.cat(out) / 2 + 0.5).clamp(0, 1)
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import diffdiff
-import diffusion
 import sample
+import samplers
 from reproduce import charts
 from reproduce.lab import HELD_OUT, TOY, Outcome, item, judge, percent, progress, prompts_of
 from reproduce.metrics import DEPTHS, cam, sky_and_ground, toy_distance
@@ -89,11 +89,11 @@ def adherence(lab):
     scenes, model = lab.scenes(lab.count(144, 32), 2, objects=1), lab.model
     truth, prompts = (scenes.time, scenes.ground, scenes.colour[:, 0]), prompts_of(scenes)
     side = model.size // model.vae.config.factor
-    sampler, images = diffusion.make_sampler("ddim", model.schedule, STEPS), []
+    sampler, images = samplers.make_sampler("ddim", model.schedule, STEPS), []
     for i in progress(range(0, len(prompts), 32)):
         batch, g = prompts[i : i + 32], torch.Generator().manual_seed(i)
         noise = torch.randn(len(batch), model.vae.config.latent_channels, side, side, generator=g).to(lab.device)
-        images.append(model.decode(diffusion.run_sampler(model.denoiser(batch, guidance=7.5), noise, sampler)).cpu())
+        images.append(model.decode(samplers.run_sampler(model.denoiser(batch, guidance=7.5), noise, sampler)).cpu())
     images = torch.cat(images).clamp(-1, 1)
     lab.save(charts.sheet(images[:16].split(8)), "adherence.png")
     found = {}
@@ -122,7 +122,7 @@ def gradient(lab):
     z_init = model.encode_image(image.to(lab.device))
     back = model.decode(z_init)
     mu = torch.linspace(0, 1, image.shape[3]).expand(image.shape[2:])
-    sampler = diffusion.make_sampler("ddim", model.schedule, STEPS)
+    sampler = samplers.make_sampler("ddim", model.schedule, STEPS)
     denoise = model.denoiser(["snow at night"] * len(image), guidance=7.5)
     noise = torch.randn(z_init.shape, generator=torch.Generator().manual_seed(0)).to(z_init)
     edited, black = (model.decode(diffdiff.differential_diffusion(denoise, z_init, m, sampler, noise))

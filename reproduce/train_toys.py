@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import clip
 import diffusion
+import samplers
 import sd
 import train
 import unet
@@ -31,6 +32,7 @@ from common.run_state import cache_tensors, digest, generator_at, prepare_folder
 from kernels.blocks import to_channels_last
 from kernels.memory import hold_memory
 from toy import world
+from toy.vocabulary import learn_bpe
 from train import draw_timesteps
 
 
@@ -184,7 +186,7 @@ def new_base(out, scenes, device):
         raise FileNotFoundError(f"there is no autoencoder in {out} yet: first python -m reproduce.train_toys vae "
                                 f"--out {out}; or go on from the shipped model, --init weights/toy")
     autoencoder = load_part(out / "model" / "vae", "vae", torch.float32, device)
-    tokenizer = clip.Tokenizer(*clip.learn_bpe(world.captions(scenes[:5000], generator_at(0, 0)), 600))
+    tokenizer = clip.Tokenizer(*learn_bpe(world.captions(scenes[:5000], generator_at(0, 0)), 600))
     text = replace(clip.CONFIGS["toy"], vocab_size=len(tokenizer.vocab), eos=tokenizer.vocab[clip.END])
     model = unet.UNet(unet.CONFIGS["toy"])
     nn.init.zeros_(model.conv_out.weight)  # the first guess is no noise: a calm start
@@ -211,8 +213,8 @@ def train_base(recipe, out, resume, device):
         prompts = world.captions(scenes, generator_at(recipe.seed + 2, 0))
         noise = torch.randn(16, *latents.shape[1:], generator=generator_at(recipe.seed + 2, 0)).to(device)
         with torch.no_grad():
-            sampler = diffusion.make_sampler("ddim", schedule, 25)
-            z = diffusion.run_sampler(shown.denoiser(prompts, guidance=4.0), noise, sampler)
+            sampler = samplers.make_sampler("ddim", schedule, 25)
+            z = samplers.run_sampler(shown.denoiser(prompts, guidance=4.0), noise, sampler)
             return shown.decode(z).cpu().unflatten(0, (2, 8)) / 2 + 0.5
 
     average = train.fit("base", model, loss, sheet, recipe, out, resume)
@@ -297,7 +299,7 @@ def train_inpainting(recipe, out, resume, device):
         painter = replace(toy, unet=average)
         denoise = painter.denoiser(prompts, guidance=4.0, channels=beside)
         with torch.no_grad():
-            z = diffusion.run_sampler(denoise, start, diffusion.make_sampler("ddim", toy.schedule, 25))
+            z = samplers.run_sampler(denoise, start, samplers.make_sampler("ddim", toy.schedule, 25))
             return torch.stack([image, image * (1 - repaint), painter.decode(z).cpu()]) / 2 + 0.5
 
     average = train.fit("inpainting", model, loss, sheet, recipe, out, resume)

@@ -12,13 +12,15 @@ from safetensors.torch import save_file
 import clip
 import diffusion
 import mfx
+import samplers
 import sd
 import unet
 import vae
+from toy.vocabulary import learn_bpe
 
 CAPTIONS = ["a red circle on a sandy beach", "Two blue squares, one in front of the other", "a photo of 12 cats!!",
             "the dog's ball isn't here; they've taken it, I'm sure we'll see", "a red circle and a green circle"]
-VOCAB, MERGES = clip.learn_bpe(CAPTIONS, 560)
+VOCAB, MERGES = learn_bpe(CAPTIONS, 560)
 TOKENIZER = clip.Tokenizer(VOCAB, MERGES)
 SD1 = unet.UNetConfig(channels=(32, 64), depth=(1, 0), heads=8, context=64)
 UNETS = {
@@ -234,7 +236,7 @@ def count_calls(module, do):
 # --------------------------------------------------------------------------------------------------
 # Samplers, of one-line denoisers
 
-EVERY_SAMPLER = [(name, {}) for name in diffusion.SAMPLERS] + [("ddim", {"eta": 1.0})]
+EVERY_SAMPLER = [(name, {}) for name in samplers.SAMPLERS] + [("ddim", {"eta": 1.0})]
 SHAPE = (2, 4, 3, 5)
 
 
@@ -261,5 +263,5 @@ def mixture(schedule, means=(-1.0, 1.5), std=0.5):
 
 def trajectory(model, z, sampler, **options):
     steps = []
-    diffusion.run_sampler(model, z, sampler, callback=lambda i, z: steps.append(z), **options)
+    samplers.run_sampler(model, z, sampler, callback=lambda i, z: steps.append(z), **options)
     return steps

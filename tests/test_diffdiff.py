@@ -5,14 +5,15 @@ import torch
 
 import diffdiff
 import diffusion
+import samplers
 
 K = 10
 SHAPE = (2, 4, 8, 8)
 G = torch.Generator().manual_seed(3)
 Z_INIT, NOISE = torch.randn(SHAPE, generator=G), torch.randn(SHAPE, generator=G)
-STEP_NOISE = diffusion.make_step_noise(SHAPE[1:], [5, 6])
+STEP_NOISE = samplers.make_step_noise(SHAPE[1:], [5, 6])
 MU = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(4))
-every_sampler = pytest.mark.parametrize("name", diffusion.SAMPLERS)
+every_sampler = pytest.mark.parametrize("name", samplers.SAMPLERS)
 
 
 def denoise(z, t):
@@ -27,7 +28,7 @@ def watch(seen):
 
 
 def make(name="ddim", k=K):
-    return diffusion.make_sampler(name, diffusion.Schedule(), k)
+    return samplers.make_sampler(name, diffusion.Schedule(), k)
 
 
 def run(mu, name="ddim", model=denoise, k=K, noise=NOISE, **options):
@@ -44,7 +45,7 @@ def test_white_map_returns_the_original(name, skip):
 @every_sampler
 def test_black_map_is_an_ordinary_run_from_the_noised_start(name):
     start = make(name).noise_to(0, Z_INIT, NOISE)
-    ordinary = diffusion.run_sampler(denoise, start, make(name), 0, STEP_NOISE)
+    ordinary = samplers.run_sampler(denoise, start, make(name), 0, STEP_NOISE)
     assert torch.equal(run(torch.zeros(8, 8), name), ordinary)
 
 
@@ -118,7 +119,7 @@ def test_without_nesting_each_pixel_is_copied_once():
 def test_new_noise_at_every_level():
     same = run(MU, noise=lambda i: NOISE)
     assert torch.equal(same, run(MU))
-    assert not torch.allclose(same, run(MU, noise=diffusion.make_step_noise(SHAPE[1:], [7, 8])))
+    assert not torch.allclose(same, run(MU, noise=samplers.make_step_noise(SHAPE[1:], [7, 8])))
 
 
 def test_fan_columns_are_separate_edits():

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from diffusion import SAMPLERS, Schedule, T, make_sampler, make_step_noise, run_sampler
+from diffusion import Schedule, T
+from samplers import SAMPLERS, make_sampler, make_step_noise, run_sampler
 from tests.small import EVERY_SAMPLER, SHAPE, mixture, randn, trajectory
 
 # --------------------------------------------------------------------------------------------------

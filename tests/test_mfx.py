@@ -8,6 +8,7 @@ import torch
 import diffdiff
 import diffusion
 import mfx
+import samplers
 import unet
 from tests import small
 from tests.small import count_calls, edit, magic_fixup, relative_error, same_weights, training_batch, without_text
@@ -141,12 +142,12 @@ def test_any_noise_schedule_by_name():
 
 def test_several_timesteps_in_one_batch(model, monkeypatch):
     reference, coarse, mask = edit(batch=2)
-    sampler = diffusion.make_sampler("ddim", model.schedule, 10)
+    sampler = samplers.make_sampler("ddim", model.schedule, 10)
     z = torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(1))
 
     def sample(**options):
         denoise = model.denoiser(reference, coarse, mask, **options)
-        return count_calls(model.extractor.conv_in, lambda: diffusion.run_sampler(denoise, z, sampler))
+        return count_calls(model.extractor.conv_in, lambda: samplers.run_sampler(denoise, z, sampler))
 
     one_by_one, want = sample()
     assert one_by_one == [2] * 10  # two edits, ten steps
@@ -162,12 +163,12 @@ def test_several_timesteps_in_one_batch(model, monkeypatch):
 def test_samplers_that_look_ahead(model, monkeypatch):
     """Heun and PNDM ask for the next timestep, and come back to it."""
     for name in ("heun", "pndm"):
-        sampler = diffusion.make_sampler(name, model.schedule, 5)
+        sampler = samplers.make_sampler(name, model.schedule, 5)
         z = torch.randn(1, 12, 8, 8, generator=torch.Generator().manual_seed(1))
         results = []
         for memory in (10**9, 1):
             monkeypatch.setattr(mfx, "MEMORY", memory)
-            results.append(diffusion.run_sampler(model.denoiser(*edit(), sampler.timesteps), z, sampler))
+            results.append(samplers.run_sampler(model.denoiser(*edit(), sampler.timesteps), z, sampler))
         assert relative_error(*results) < 1e-5
 
 
@@ -185,9 +186,8 @@ def test_samples_of_one_edit_in_one_batch(model, eta):
 
 def test_steps_seeds_and_beginnings(model):
     reference, coarse, mask = edit()
-    seen = []
-    model.sample(reference, coarse, mask, steps=50, callback=lambda i, x: seen.append(i))
-    assert seen == list(range(50))
+    seen, _ = count_calls(model.synthesizer, lambda: model.sample(reference, coarse, mask, steps=50))
+    assert seen == [1] * 50
     denoise, asked = model.denoiser(reference, coarse, mask), []
 
     def watched(z, t):
@@ -195,12 +195,12 @@ def test_steps_seeds_and_beginnings(model):
         return denoise(z, t)
 
     noise = torch.randn(1, 12, 8, 8, generator=torch.Generator().manual_seed(0))
-    sampler = diffusion.make_sampler("ddim", model.schedule, 50)
-    want = diffusion.run_sampler(watched, sampler.noise_to(0, coarse, noise), sampler)
+    sampler = samplers.make_sampler("ddim", model.schedule, 50)
+    want = samplers.run_sampler(watched, sampler.noise_to(0, coarse, noise), sampler)
     assert [t for t, _ in asked] == list(range(981, 0, -20))
     assert torch.equal(asked[0][1], model.schedule.add_noise(coarse, noise, 981))  # equation 4
     assert relative_error(model.sample(reference, coarse, mask, eta=0.0), want) < 1e-5
-    from_noise = diffusion.run_sampler(denoise, noise, sampler)
+    from_noise = samplers.run_sampler(denoise, noise, sampler)
     assert relative_error(model.sample(reference, coarse, mask, eta=0.0, latent_init=False), from_noise) < 1e-5
     assert relative_error(from_noise, want) > 1e-3
 
@@ -220,9 +220,9 @@ def test_in_half_precision(tmp_path, model):
 def test_under_a_change_map(model, eta):
     """The two papers together: black is Magic Fixup, white is the collage, and between them is what neither has."""
     reference, coarse, mask = edit()
-    sampler = diffusion.make_sampler("ddim", model.schedule, 8, eta=eta)
+    sampler = samplers.make_sampler("ddim", model.schedule, 8, eta=eta)
     options = dict(noise=torch.randn(1, 12, 8, 8, generator=torch.Generator().manual_seed(5)),
-                   step_noise=diffusion.make_step_noise((12, 8, 8), [5]))
+                   step_noise=samplers.make_step_noise((12, 8, 8), [5]))
 
     def under(change_map):
         denoise = model.denoiser(reference, coarse, mask, sampler.timesteps)
@@ -235,31 +235,3 @@ def test_under_a_change_map(model, eta):
     halves[:, 4:] = 1
     got = under(halves)
     assert torch.equal(got[..., 4:], coarse[..., 4:]) and not torch.equal(got[..., :4], coarse[..., :4])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The shadow share
-
-
-def test_the_shadow_share_of_made_pictures():
-    truth, region = torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.bool)
-    region[..., :4] = True
-    coarse, output = torch.full_like(truth, 0.4), torch.full_like(truth, 0.2)
-    output[..., 4:] = 1  # which is outside the region
-    assert mfx.shadow_share(coarse, output, truth, region) == pytest.approx((0.16, 0.04, 0.75))
-    assert mfx.shadow_share(coarse, output, truth, region, torch.abs) == pytest.approx((0.4, 0.2, 0.5))
-    assert mfx.shadow_share(coarse, coarse, truth, region)[2] == 0
-    assert mfx.shadow_share(coarse, output, truth, ~region)[2] == pytest.approx(1 - 1 / 0.16)  # worse than it was
-    with pytest.raises(ValueError, match="empty"):
-        mfx.shadow_share(coarse, output, truth, region & ~region)
-
-
-def test_changed_shadows_are_what_changes_off_the_objects():
-    before, after, objects = torch.full((1, 3, 9, 9), 0.5), torch.full((1, 3, 9, 9), 0.5), torch.zeros(1, 9, 9) > 0
-    objects[0, 4, 4] = True
-    after[0, :, 3:6, 3:8] = 0.2  # the object, its smoothed edge, and a shadow on its right
-    after[0, 0, 0, 0] += 0.3  # one channel is enough
-    after[0, :, 8, 8] += 0.01  # and this is too little
-    region = mfx.changed_shadows(before, after, objects)
-    assert region.nonzero()[:, 1:].tolist() == [[0, 0], *([y, x] for y in (3, 4, 5) for x in (6, 7))]
-    assert mfx.changed_shadows(before, after, objects, least=0.005)[0, 8, 8]

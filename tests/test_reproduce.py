@@ -11,6 +11,7 @@ from PIL import Image
 
 import diffdiff
 import diffusion
+import samplers
 from reproduce import __main__ as program
 from reproduce import baselines, cache, charts, dd_tables, metrics, report
 from reproduce.lab import FALSE, OPEN, PART, TRUE, Outcome, judge
@@ -120,7 +121,7 @@ def denoise(z, t):
 
 def test_the_baselines_in_latents():
     z_init, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    sampler, mu = diffusion.make_sampler("ddim", diffusion.Schedule(), 10), torch.ones(8, 8)
+    sampler, mu = samplers.make_sampler("ddim", diffusion.Schedule(), 10), torch.ones(8, 8)
     mu[:, :4] = 0.25
     z = baselines.blended_latent_diffusion(denoise, z_init, mu, sampler, noise)
     assert torch.equal(z[..., 4:], z_init[..., 4:])  # outside

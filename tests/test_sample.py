@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 import collage
-import diffusion
 import sample
+import samplers
 import sd
 import unet
 from common.pictures import picture_to_tensor
@@ -67,7 +67,7 @@ def round_trip(model, x):
 # Differential Diffusion
 
 
-@pytest.mark.parametrize("sampler", list(diffusion.SAMPLERS))
+@pytest.mark.parametrize("sampler", list(samplers.SAMPLERS))
 def test_white_latents_stay_and_black_ones_change(toy, meadow, sampler, decoded):
     """Bit for bit. In pixels, the decoder's norms and its attention look at the whole picture, so that white ones
     follow a little."""
@@ -140,7 +140,7 @@ def test_an_edit_is_magic_fixup_and_so_is_a_black_map(fixer, meadow, moved, deco
     assert len(decoded) == 3 and all(torch.equal(z, want) for z in decoded)
 
 
-@pytest.mark.parametrize("sampler", list(diffusion.SAMPLERS))
+@pytest.mark.parametrize("sampler", list(samplers.SAMPLERS))
 def test_white_stays_as_it_is_in_the_edit(fixer, meadow, moved, sampler, decoded):
     I_coarse, _ = round_trip(fixer, moved[0])
     decoded.clear()

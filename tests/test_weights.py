@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import diffdiff
-import diffusion
 import sample
+import samplers
 import sd
 from reproduce import mfx_tables
 from reproduce import toy as toy_items
@@ -47,9 +47,9 @@ def test_the_peer_pipeline_opens_the_folder_and_draws_the_same_picture(toy):
     prompt, steps, guidance = "a red ball and a blue house on snow at sunset", 20, 7.5
     noise = torch.randn(1, *latent_shape(toy), generator=torch.Generator().manual_seed(1))
     peer = pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, latents=noise, output_type="np").images[0]
-    sampler = diffusion.make_sampler("ddim", toy.schedule, steps)
+    sampler = samplers.make_sampler("ddim", toy.schedule, steps)
     with torch.inference_mode():
-        z = diffusion.run_sampler(toy.denoiser([prompt], guidance=guidance), noise, sampler)
+        z = samplers.run_sampler(toy.denoiser([prompt], guidance=guidance), noise, sampler)
         ours = (toy.decode(z)[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
     assert np.abs(ours * 255 - peer * 255).max() <= 2
 
@@ -95,11 +95,11 @@ def test_the_inpainting_model_keeps_what_it_is_shown_and_paints_what_it_is_told(
     image, half = world.render(scenes).image * 2 - 1, torch.zeros(6, 1, 128, 128)
     half[..., :80] = 1
     noise = torch.randn(6, *latent_shape(model), generator=g)
-    sampler = diffusion.make_sampler("ddim", model.schedule, 15)
+    sampler = samplers.make_sampler("ddim", model.schedule, 15)
 
     def painted(words, repaint):
         denoise = model.denoiser(words, guidance=4, channels=model.inpainting_channels(image, repaint))
-        return model.decode(diffusion.run_sampler(denoise, noise, sampler)) / 2 + 0.5
+        return model.decode(samplers.run_sampler(denoise, noise, sampler)) / 2 + 0.5
 
     with torch.inference_mode():
         seen = model.decode(model.encode_image(image)) / 2 + 0.5
@@ -113,7 +113,7 @@ def test_a_batch_gives_each_picture_what_it_gives_alone(toy):
     g = torch.Generator().manual_seed(0)
     prompts = ["snow at night", "a red ball on sand"]
     noise, z_init = (torch.randn(2, *latent_shape(toy), generator=g) for _ in range(2))
-    sampler, mu = diffusion.make_sampler("dpm++", toy.schedule, 5), torch.linspace(0, 1, 16).expand(16, 16)
+    sampler, mu = samplers.make_sampler("dpm++", toy.schedule, 5), torch.linspace(0, 1, 16).expand(16, 16)
     with torch.inference_mode():
         both = diffdiff.differential_diffusion(toy.denoiser(prompts, guidance=3), z_init, mu, sampler, noise)
         for i in range(2):

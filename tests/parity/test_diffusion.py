@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from diffusion import Schedule, make_sampler
+from diffusion import Schedule
+from samplers import make_sampler
 from tests.small import EVERY_SAMPLER, SHAPE, mixture, randn, trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its NumPy 1 spelling

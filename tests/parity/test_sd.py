@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import diffusion
+import samplers
 import sd
 import unet
 from checkpoints import configs, names
@@ -181,7 +181,7 @@ def test_same_picture_as_the_peer_pipeline(tmp_path, prediction):
         without, given = model.unet(z.repeat(2, 1, 1, 1), t.repeat(2), context).chunk(2)
         return without + guidance * (given - without)
 
-    z = diffusion.run_sampler(guided, noise, diffusion.make_sampler("ddim", model.schedule, k))
+    z = samplers.run_sampler(guided, noise, samplers.make_sampler("ddim", model.schedule, k))
     got = (model.decode(z) / 2 + 0.5).clamp(0, 1)
     assert (got - want).abs().max() <= 2 / 255
     assert want.std() > 0.05
@@ -204,7 +204,7 @@ def test_same_picture_as_the_peer_inpainting_pipeline(tmp_path):
     want = pipe(prompt="a red circle", negative_prompt="cats", image=image, mask_image=repaint, height=16, width=16,
                 masked_image_latents=seen, strength=1.0, num_inference_steps=k, guidance_scale=guidance, latents=noise,
                 output_type="np").images
-    known, sampler = torch.cat([repaint[..., ::2, ::2], seen], 1), diffusion.make_sampler("ddim", model.schedule, k)
+    known, sampler = torch.cat([repaint[..., ::2, ::2], seen], 1), samplers.make_sampler("ddim", model.schedule, k)
     denoise = model.denoiser("a red circle", "cats", guidance, known, sampler.timesteps)
-    got = model.decode(diffusion.run_sampler(denoise, noise, sampler)) / 2 + 0.5
+    got = model.decode(samplers.run_sampler(denoise, noise, sampler)) / 2 + 0.5
     assert (got.clamp(0, 1) - torch.from_numpy(want).permute(0, 3, 1, 2)).abs().max() <= 2 / 255

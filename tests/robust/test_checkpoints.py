@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import clip
 import sd
 from tests import small
+from toy.vocabulary import learn_bpe
 
 
 def assert_refused(path, *words, error=ValueError, **options):
@@ -166,5 +167,5 @@ def test_tokenizers_that_are_damaged_or_another_model_s(tmp_path):
     (tmp_path / "vocab.json").write_text("{}")
     (tmp_path / "merges.txt").write_text("")
     assert_refused(tmp_path / "model.safetensors", "tokenizer", "damaged")
-    clip.Tokenizer(*clip.learn_bpe([*small.CAPTIONS, "other words here altogether"], 700)).save(tmp_path)
+    clip.Tokenizer(*learn_bpe([*small.CAPTIONS, "other words here altogether"], 700)).save(tmp_path)
     assert_refused(tmp_path / "model.safetensors", "not the text encoder's")

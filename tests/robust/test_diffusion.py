@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from diffusion import Schedule, T, make_sampler, make_step_noise, run_sampler
+from diffusion import Schedule, T
+from samplers import make_sampler, make_step_noise, run_sampler
 from tests.small import EVERY_SAMPLER, SHAPE, mixture, randn
 
 
