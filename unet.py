@@ -137,7 +137,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the context, feed-forward: each of a layer norm, added to x."""
 
-    index = None  # likewise
+    index = None  # its entry of `keys_values`, numbered by UNet.__init__
 
     def __init__(self, width, heads, context):
         super().__init__()

@@ -119,7 +119,7 @@ def test_a_compiled_step_gives_memory_of_its_own():
 
 
 @pytest.mark.slow
-def test_a_compiler_that_does_not_work_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+def test_a_compiler_that_does_not_work_is_one_line(tmp_path, monkeypatch, capsys):
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode=None, **options: real(f, backend=broken, **options))
     with pytest.raises(SystemExit) as e:

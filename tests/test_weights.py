@@ -61,7 +61,6 @@ def test_autoencoder(lab):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_prompts_are_followed(lab):
     with torch.inference_mode():
         result = toy_items.adherence(lab).results
@@ -70,7 +69,6 @@ def test_prompts_are_followed(lab):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_change_follows_a_gradient(lab):
     with torch.inference_mode():
         result = toy_items.gradient(lab).results
@@ -78,14 +76,12 @@ def test_change_follows_a_gradient(lab):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_shadows_and_reflections_follow_an_edit(lab):
     with torch.inference_mode():
         result = mfx_tables.magic_fixup(lab).results
     assert result["shadows and reflections"]["squared"]["removed"][0] >= 0.6  # of 24 edits; 0.66 of the 120
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_the_inpainting_model_keeps_what_it_is_shown_and_paints_what_it_is_told(toy):
     """It draws all of the picture anew, from noise: what it was shown comes back as far as the words do not contradict

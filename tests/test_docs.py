@@ -1,0 +1,73 @@
+"""README and docs/: code is quoted as it is, files and links exist, commands name options that there are."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def strip_lines(text):
+    return "\n".join(line.strip() for line in text.strip("\n").splitlines())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        assert link.startswith("http") or (page.parent / link).exists(), link
+    if page.name in ("results.md", "speed.md"):
+        return  # they name programs of the commits at which their numbers were measured
+    for name in re.findall(r"`((?:[\w.]+/)*[\w-]+\.(?:py|cu|cpp))`", text):
+        assert (ROOT / name).exists() or list(ROOT.glob(f"*/{name}")) or list(ROOT.glob(f"tests/*/{name}")), name
+
+
+def test_the_walkthrough_quotes_the_code_as_it_is():
+    sources = [strip_lines(path.read_text(encoding="utf-8")) for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]]
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/walkthrough.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) > 10
+    for block in blocks:
+        assert any(strip_lines(block) in source for source in sources), block
+
+
+def test_where_to_change_it_names_what_there_is():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| to change | open |"):].split("\n\n")[0]
+    rows = table.splitlines()[2:]
+    assert len(rows) == 15
+    for row in rows:
+        files, names = [], []
+        for quoted in re.findall(r"`([^`]+)`", row.split("|")[2]):
+            if re.search(r"\.(py|cu)$", quoted):
+                files.append((ROOT / quoted).read_text(encoding="utf-8"))
+            else:
+                names.append(quoted.split(".")[-1])
+        assert files and all(any(re.search(rf"\b{name}\b", file) for file in files) for name in names), row
+
+
+def test_the_readme_is_short_and_begins_with_two_commands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    first, second = re.findall(r"```bash\n(.*?)```", text, re.S)[:2]
+    assert "sample.py --image examples/meadow.png --change-map" in first and "python -m pytest -q" in second
+
+
+@pytest.mark.slow
+def test_commands_name_options_that_there_are():
+    programs = {"sample.py": ["sample.py"], "data.py": ["data.py"], "train.py": ["train.py"]}
+    modules = {name: ["-m", name] for name in ("reproduce", "bench", "reproduce.train_toys")}
+    helps = {}
+    for name, words in (programs | modules).items():
+        done = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        helps[name] = set(re.findall(r"--[a-z-]+", done.stdout))
+    for page in PAGES:
+        for line in re.findall(r"^python .*$", page.read_text(encoding="utf-8"), re.M):
+            name = re.match(r"python (?:-m )?([\w.]+)", line)[1]
+            if name in helps:
+                command = line.split("#")[0]
+                assert set(re.findall(r"(?<!\S)--[a-z-]+", command)) <= helps[name], f"{page.name}: {line}"
