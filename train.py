@@ -369,6 +369,7 @@ def main(argv=None):
             else:
                 recipe = choose_recipe(args.init)
             recipe = change_recipe(recipe, args)
+            recipe.pairs = min(recipe.pairs, recipe.steps * recipe.batch)  # a short run needs few
             device = join_processes(choose_device(args.device))
             if recipe.checkpointing and not recipe.micro_batch:
                 share = max(1, recipe.batch // process_count())
