@@ -10,7 +10,7 @@ the toy's. OUT holds the last three training states, a loss curve, a sheet of sa
 end, the model, which `mfx.load` reads.
 
 Every batch is a function of (seed, step) alone. So a resumed run sees the same data and noise as
-one that never stopped, and neither --micro-batch nor the number of processes changes the result.
+one that never stopped; --micro-batch and the number of processes change no more than rounding.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The shipped toy weights: what the README says of them, on few samples, and diffusers' opinion of the folder."""
+"""The shipped toy weights: what docs/results.md says of them, on few samples, and diffusers' opinion of the folder."""
 
 from pathlib import Path
 
