@@ -365,11 +365,10 @@ def main(argv=None):
     try:
         with report_errors(p, "try a smaller --micro-batch or --batch, or --checkpointing"):
             if args.resume:
-                recipe = read_recipe(args.out, "mfx", FixupRecipe)
+                recipe = change_recipe(read_recipe(args.out, "mfx", FixupRecipe), args)
             else:
-                recipe = choose_recipe(args.init)
-            recipe = change_recipe(recipe, args)
-            recipe.pairs = min(recipe.pairs, recipe.steps * recipe.batch)  # a short run needs few
+                recipe = change_recipe(choose_recipe(args.init), args)
+                recipe.pairs = min(recipe.pairs, recipe.steps * recipe.batch)  # a short run: few
             device = join_processes(choose_device(args.device))
             if recipe.checkpointing and not recipe.micro_batch:
                 share = max(1, recipe.batch // process_count())
