@@ -40,6 +40,7 @@ from common.processes import (
     process_rank,
     share_loss,
     slice_batch,
+    smallest_over_processes,
 )
 from common.run_state import (
     draw_curve,
@@ -78,7 +79,8 @@ class Recipe:
     clip: float | None = 1.0  # largest norm of the gradient; None = as it is
     cosine: bool = True  # the rate falls to zero along half a cosine; False = it stays
     # What changes time and memory, but no number
-    micro_batch: int | None = None  # samples computed at once; None = all of a process's share
+    micro_batch: int | None = None  # samples computed at once; None = all of a process's share,
+    #                                 0 = as many as fit a GPU at Stable Diffusion's size
     checkpointing: bool = False
     compile: bool = False
 
@@ -105,7 +107,7 @@ RECIPES = {
     # initial weights: the paper's text says DDPM's linear one, the release has Stable Diffusion's.
     "paper": FixupRecipe(
         steps=120_000, batch=32, lr=1e-5, warmup=10_000, ema=0, save_every=2000, beta2=0.999,
-        weight_decay=0, clip=None, cosine=False, checkpointing=True,
+        weight_decay=0, clip=None, cosine=False, micro_batch=0, checkpointing=True,
     ),
 }
 FULL_WIDTH = 320  # channels of Stable Diffusion's first level: from here on the paper's recipe
@@ -175,6 +177,7 @@ def make_validation(recipe, model, device):
     references, coarse edits, results and targets of eight of them"""
     pairs = make_held_out(recipe, model.size)
     batch = encode_pairs(pairs, model.vae, device)
+    pairs = {name: x[:8].clone() for name, x in pairs.items()}  # the others' memory is freed
     n = len(batch["mask"])
     g = generator_at(recipe.seed + 2, 1)
     batch |= mfx.draws(batch["target"].shape, g, drop=0.0)
@@ -192,7 +195,7 @@ def make_validation(recipe, model, device):
         edits = (batch[name][:8] for name in ("reference", "coarse", "mask"))
         z = average.sample(*edits, steps=25)
         results = torch.cat([average.decode(one) for one in z.split(1)]).cpu()
-        rows = pairs["reference"][:8], pairs["coarse"][:8], results, pairs["target"][:8]
+        rows = pairs["reference"], pairs["coarse"], results, pairs["target"]
         return torch.stack(rows) / 2 + 0.5
 
     return validate, sheet
@@ -329,7 +332,7 @@ def draw_timesteps(batch, generator):
 
 def add_loop_options(parser):
     """The options that the toys' stages have as well."""
-    parser.add_argument("--init", help="weights to start from (default: weights/toy)")
+    parser.add_argument("--init", help="weights to start from")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     for name in ("steps", "batch", "save-every", "warmup"):
         parser.add_argument(f"--{name}", type=number(int, 1, 9_999_999))
@@ -368,11 +371,11 @@ def main(argv=None):
                 recipe = change_recipe(read_recipe(args.out, "mfx", FixupRecipe), args)
             else:
                 recipe = change_recipe(choose_recipe(args.init), args)
-                recipe.pairs = min(recipe.pairs, recipe.steps * recipe.batch)  # a short run: few
             device = join_processes(choose_device(args.device))
-            if recipe.checkpointing and not recipe.micro_batch:
+            if recipe.micro_batch == 0:
                 share = max(1, recipe.batch // process_count())
-                recipe.micro_batch = fit_micro_batch(share, device)
+                most = fit_micro_batch(share, device) if recipe.checkpointing else 1
+                recipe.micro_batch = smallest_over_processes(most, device)
             prepare_folder(args.out, "mfx", args.resume)
             torch.manual_seed(recipe.seed)
             train_mfx(recipe, args.out, args.resume, device)

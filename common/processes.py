@@ -76,6 +76,15 @@ def share_loss(model, loss):
     return DistributedDataParallel(Loss(model, loss), gradient_as_bucket_view=True)
 
 
+def smallest_over_processes(number, device):
+    """The smallest of all processes' whole numbers: so that they agree on one"""
+    if process_count() == 1:
+        return number
+    value = torch.tensor(number, device=device)
+    dist.all_reduce(value, dist.ReduceOp.MIN)
+    return int(value)
+
+
 def average_over_processes(values):
     """A tensor -> its mean over the processes"""
     if process_count() > 1:

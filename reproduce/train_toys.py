@@ -10,6 +10,7 @@ Magic Fixup is train.py's, which has the loop as well; --resume goes on exactly 
 
 import argparse
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -324,6 +325,10 @@ def main(argv=None):
     # A folder of its own for inpainting: it would write its model over the one that it is made of.
     out = args.out or Path("runs/toy-inpainting" if args.stage == "inpainting" else "runs/toy")
     with report_errors(parser, "try a smaller --batch"):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("the toys are trained in one process: only train.py can be shared by many")
+        if args.stage == "vae" and not (args.scenes is None and args.offset is None):
+            raise ValueError("--scenes and --offset are for base and inpainting: vae draws new scenes at every step")
         recipe = read_recipe(out, args.stage, ToyRecipe) if args.resume else RECIPES[args.stage]
         recipe = train.change_recipe(recipe, args)
         prepare_folder(out, args.stage, args.resume)

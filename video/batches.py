@@ -146,9 +146,10 @@ def stream_pairs(recipe, size, step, device):
 
 def cache_latents(recipe, path, vae, size, device):
     """recipe.pairs pairs, encoded once and kept in a file -> a dict of (N, ...) in fp16. To encode
-    them again at every step would cost as much as the training."""
+    them again at every step would cost as much as the training. A short run gets fewer."""
+    wanted = min(recipe.pairs, recipe.steps * recipe.batch)
     if recipe.data == "toy":
-        seeds = range(0, recipe.pairs, 32)
+        seeds = range(0, wanted, 32)
         batches = (
             toy_pairs(32, generator_at(recipe.seed + 4, i), recipe.motion, size) for i in seeds
         )
@@ -159,14 +160,14 @@ def cache_latents(recipe, path, vae, size, device):
         source = (recipe.data, [(path.name, count) for path, count in pairs.shards])
 
     def make():
-        count = math.ceil(recipe.pairs / 32)
+        count = math.ceil(wanted / 32)
         parts = []
         for batch in tqdm(itertools.islice(batches, count), "pairs", count, unit="batch"):
             encoded = encode_pairs(batch, vae, device)
             parts.append({name: tensor.half().cpu() for name, tensor in encoded.items()})
         return {name: torch.cat([p[name] for p in parts]).contiguous() for name in parts[0]}
 
-    made_from = digest(vae, recipe.pairs, recipe.seed, recipe.motion, *source)
+    made_from = digest(vae, wanted, recipe.seed, recipe.motion, *source)
     return cache_tensors(path, made_from, make)
 
 

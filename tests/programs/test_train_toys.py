@@ -199,6 +199,7 @@ def test_mistakes_get_one_line(plain, tmp_path, capsys):
         (words(tmp_path / "nowhere", out), "no checkpoint"),
         (words(plain, out, "--scenes", 0), "--scenes"),
         (["base", "--out", out], "first python -m reproduce.train_toys vae"),
+        (["vae", "--scenes", 5, "--out", out], "--scenes and --offset are for base and inpainting"),
         (words(plain, out, "--resume"), "nothing to resume"),
         (words(tmp_path / "mute", out), "tokenizer"),
         (["base", "--init", tmp_path / "mute", "--out", out], "tokenizer"),
