@@ -120,7 +120,7 @@ def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, pr
         bar.total = bar.n + sampler.k - i  # the first i that comes says how many steps are skipped
         bar.update()
 
-    with tqdm(unit="step", leave=False) as bar:
+    with tqdm(total=sampler.k, unit="step", leave=False) as bar:
         options = dict(step_noise=samplers.make_step_noise(shape, seeds), callback=report)
         if z_init is None:
             z = samplers.run_sampler(watched, noise, sampler, **options)

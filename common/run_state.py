@@ -107,8 +107,9 @@ def read_recipe(out, stage, kind):
     path, notes = read_newest_state(out, stage)
     try:
         return kind(**notes["recipe"])
-    except TypeError as e:
-        raise ValueError(f"{path} is the state of another version of this program ({e})") from None
+    except TypeError:
+        raise ValueError(f"{path} is the state of another version of this program: start anew, "
+                         "with another --out") from None
 
 
 def restore_state(out, stage, model, average, optimizer):
