@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from tests import small
 from tests.small import to_original
 
 
@@ -186,3 +187,12 @@ def released_tensors(plain, stable):
     others = ("cond_stage_model.dino_model.cls_token", "cond_stage_model.final_ln.weight", "proj_out.weight",
               "proj_out.bias", "learnable_vector")
     return tensors | {name: torch.zeros(2) for name in others}
+
+
+def write_released(folder):
+    """The release on random weights -> it, and the file of them"""
+    torch.manual_seed(5)
+    plain = small.randomise(PlainMagicFixup(), seed=6)
+    path = folder / "magicfixup.pt"
+    torch.save(released_tensors(plain, small.stable_diffusion()), path)
+    return plain, path

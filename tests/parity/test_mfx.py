@@ -19,18 +19,13 @@ import unet
 import vae
 from checkpoints.parts import SkipInit
 from tests import small
-from tests.released import PlainMagicFixup, released_tensors
+from tests.released import PlainMagicFixup, released_tensors, write_released
 from tests.small import edit, relative_error
 
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """The release on random weights, and the file of them."""
-    torch.manual_seed(5)
-    plain = small.randomise(PlainMagicFixup(), seed=6)
-    path = tmp_path_factory.mktemp("released") / "magicfixup.pt"
-    torch.save(released_tensors(plain, small.stable_diffusion()), path)
-    return plain, path
+    return write_released(tmp_path_factory.mktemp("released"))
 
 
 def test_forward_as_the_release(released):

@@ -12,7 +12,7 @@ import sd
 import unet
 from checkpoints.parts import save_part
 from tests import small
-from tests.released import PlainMagicFixup, released_tensors
+from tests.released import write_released
 from tests.small import edit, magic_fixup, relative_error, same_weights, without_text
 
 
@@ -23,12 +23,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """The release on random weights, and the file of them."""
-    torch.manual_seed(5)
-    plain = small.randomise(PlainMagicFixup(), seed=6)
-    path = tmp_path_factory.mktemp("released") / "magicfixup.pt"
-    torch.save(released_tensors(plain, small.stable_diffusion()), path)
-    return plain, path
+    return write_released(tmp_path_factory.mktemp("released"))
 
 
 def test_save_and_load(tmp_path, model):
