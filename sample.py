@@ -39,7 +39,7 @@ from common.pictures import (
     save_pictures,
     tensor_to_picture,
 )
-from editing import inputs, options
+from editing import inputs, options, paste
 from kernels.memory import hold_memory
 
 # Defaults of what is left out: with a prompt, as in the one paper; with an edit, as in the other
@@ -182,11 +182,15 @@ def run(args):
 
     # What the model is given, at its size, and what a sheet shows of it
     size = fitted_size(original, args.size or model.size, model.vae.config.factor)
-    picture = change_map = None
+    picture = change_map = over_photo = None
     shown = {}
     if original:
+        map_size = original.size if args.paste_back else size
+        change_map = inputs.fit_map(args, mu, original, map_size)
+        if args.paste_back:
+            original, coarse, change_map, over_photo = paste.prepare(
+                original, coarse, change_map, size)
         picture = picture_to_tensor(original, size)
-        change_map = inputs.fit_map(args, mu, original, size)
         shown["reference" if coarse else "input"] = tensor_to_picture(picture[0] / 2 + 0.5)
     if coarse:
         seeds = range(args.seed, args.seed + args.samples)
@@ -217,9 +221,9 @@ def run(args):
 
     # All files are saved, or none
     results = [tensor_to_picture(one) for one in x]
-    outputs = results
+    outputs = [over_photo(result) for result in results] if over_photo else results
     if args.strength_fan:
-        outputs = [labelled_columns(results[0], [f"{s:.2g}" for s in args.strength_fan])]
+        outputs = [labelled_columns(outputs[0], [f"{s:.2g}" for s in args.strength_fan])]
     parameters = {name: value for name, value in vars(args).items() if value is not None}
     parameters["weights"] = str(args.weights)
     parameters["device"] = device.type

@@ -54,6 +54,7 @@ from common.run_state import (
 )
 from kernels.blocks import checkpoint_blocks, compile_blocks, to_channels_last
 from kernels.memory import hold_memory
+from kernels.muon import Muon, is_matrix
 from video.batches import cache_latents, encode_pairs, make_held_out, stream_pairs
 from video.motion import MODELS
 
@@ -76,8 +77,10 @@ class Recipe:
     # The optimizer
     beta2: float = 0.99  # less memory than Adam's usual 0.999: a few thousand steps change fast
     weight_decay: float = 0.01
+    muon: bool = False  # orthogonal steps for matrices, which small networks learn faster by
     clip: float | None = 1.0  # largest norm of the gradient; None = as it is
     cosine: bool = True  # the rate falls to zero along half a cosine; False = it stays
+    precision: str = "auto"  # of matrix products: fp32 or bf16
     # What changes time and memory, but no number
     micro_batch: int | None = None  # samples computed at once; None = all of a process's share,
     #                                 0 = as many as fit a GPU at Stable Diffusion's size
@@ -221,17 +224,14 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
     device = next(iter(parameters.values())).device
     average = copy.deepcopy(model).eval().requires_grad_(False) if recipe.ema else model
     followers = dict(average.named_parameters())
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=recipe.lr, betas=(0.9, recipe.beta2),
-        weight_decay=recipe.weight_decay, fused=True,
-    )
+    optimizers = make_optimizers(recipe, parameters)
     losses, validation = [], []
     if resume:
-        losses, validation = restore_state(out, stage, model, average, optimizer)
+        losses, validation = restore_state(out, stage, model, average, optimizers)
 
-    # Weights stay fp32; matrices are multiplied in bf16 where that is faster. A weight is cast once
-    # in a forward pass, so a cache of the casts would only hold memory.
-    bf16 = choose_precision("auto", device) == torch.bfloat16
+    # Weights stay fp32; matrices are multiplied in bf16 where that is faster, or asked for. A
+    # weight is cast once in a forward pass, so a cache of the casts would only hold memory.
+    bf16 = choose_precision(recipe.precision, device) == torch.bfloat16
     autocast = functools.partial(
         torch.autocast, device.type, torch.bfloat16, enabled=bf16, cache_enabled=False
     )
@@ -270,10 +270,11 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
             pending.clear()
 
         # The optimizer's step; then the average follows the weights.
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe, step)
+            optimizer.step()
+            optimizer.zero_grad()
         if recipe.ema:
             decay = min(recipe.ema, (1 + step) / (10 + step))  # early weights are soon forgotten
             follow = [followers[name] for name in parameters]
@@ -294,11 +295,20 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
                     if validate:
                         validation.append([step + 1, float(validate(average))])
                     pictures = sheet(average) if sheet else None
-                save_state(out, stage, model, average, optimizer, losses, validation, recipe)
+                save_state(out, stage, model, average, optimizers, losses, validation, recipe)
                 draw_curve(losses, validation, out / f"{stage}-loss.png")
                 if sheet:
                     draw_sheet(pictures, out / f"{stage}-samples.png")
     return average
+
+
+def make_optimizers(recipe, parameters):
+    """parameters {name: p} -> [AdamW of all], or with recipe.muon [AdamW, Muon of matrices]"""
+    matrices = {n: p for n, p in parameters.items() if recipe.muon and is_matrix(n, p)}
+    others = [p for n, p in parameters.items() if n not in matrices]
+    both = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
+    adam = torch.optim.AdamW(others, betas=(0.9, recipe.beta2), fused=True, **both)
+    return [adam, Muon(matrices.values(), **both)] if matrices else [adam]
 
 
 def learning_rate(recipe, step):
@@ -338,6 +348,7 @@ def add_loop_options(parser):
         parser.add_argument(f"--{name}", type=number(int, 1, 9_999_999))
     parser.add_argument("--lr", type=number(float, 1e-9, 1))
     parser.add_argument("--seed", type=number(int, 0, 900))  # reproduce's scenes have those above
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], help="of matrix products")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
 
 

@@ -34,7 +34,7 @@ def trained_parameters(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_state(out, stage, model, average, optimizer, losses, validation, recipe):
+def save_state(out, stage, model, average, optimizers, losses, validation, recipe):
     """Write the state after len(losses) steps, and delete all but the last KEPT.
 
     average     the model that follows the weights, or the model itself where there is none
@@ -42,12 +42,14 @@ def save_state(out, stage, model, average, optimizer, losses, validation, recipe
     """
     tensors = {}
     followers = dict(average.named_parameters())
+    moments = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
     for name, p in trained_parameters(model).items():
         tensors[f"model.{name}"] = p
         if average is not model:
             tensors[f"average.{name}"] = followers[name]
-        tensors[f"m.{name}"] = optimizer.state[p]["exp_avg"]
-        tensors[f"v.{name}"] = optimizer.state[p]["exp_avg_sq"]
+        tensors[f"m.{name}"] = moments[p]["exp_avg"]
+        if "exp_avg_sq" in moments[p]:  # Adam's
+            tensors[f"v.{name}"] = moments[p]["exp_avg_sq"]
 
     # The safetensors format: the header's length, the header, the data. The library's own writer wants all tensors
     # contiguous in memory at once, which at full size are 19 GB.
@@ -112,11 +114,12 @@ def read_recipe(out, stage, kind):
                          "with another --out") from None
 
 
-def restore_state(out, stage, model, average, optimizer):
-    """Fill model, average and optimizer from the newest state -> losses, validation. ValueError: another model's."""
+def restore_state(out, stage, model, average, optimizers):
+    """Fill model, average and optimizers from the newest state -> losses, validation. ValueError: another model's."""
     path, notes = read_newest_state(out, stage)
     losses = notes["losses"]
     followers = dict(average.named_parameters())
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     try:
         with safe_open(path, "pt") as file, torch.no_grad():
             for name, p in trained_parameters(model).items():
@@ -125,10 +128,11 @@ def restore_state(out, stage, model, average, optimizer):
                     followers[name].copy_(file.get_tensor(f"average.{name}"))
                 # The moments get the parameters' memory format, as they have in a run that never stopped. Fused Adam
                 # keeps its count of steps on the parameter's device.
-                m = torch.empty_like(p).copy_(file.get_tensor(f"m.{name}"))
-                v = torch.empty_like(p).copy_(file.get_tensor(f"v.{name}"))
-                count = torch.tensor(float(len(losses)), device=p.device)
-                optimizer.state[p] = {"step": count, "exp_avg": m, "exp_avg_sq": v}
+                state = owner[p].state[p]
+                state["exp_avg"] = torch.empty_like(p).copy_(file.get_tensor(f"m.{name}"))
+                if isinstance(owner[p], torch.optim.AdamW):
+                    state["exp_avg_sq"] = torch.empty_like(p).copy_(file.get_tensor(f"v.{name}"))
+                    state["step"] = torch.tensor(float(len(losses)), device=p.device)
     except (SafetensorError, RuntimeError) as e:
         raise ValueError(f"{path} is the state of another model ({str(e).splitlines()[0]})") from None
     return losses, notes["validation"]

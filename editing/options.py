@@ -15,6 +15,7 @@ NEEDS = {  # an option, and others of which at least one must stand beside it
     "edit": ["image"], "mask": ["image"], "strength_fan": ["image"], "strength": ["image"],
     "change_map": ["image", "collage"], "white_is_change": ["change_map", "mask"],
     "softness": ["mask"], "samples": COARSE, "segments": ["collage"], "no_skip": MAPS + COARSE,
+    "paste_back": MAPS,
 }
 
 
@@ -37,6 +38,8 @@ def parse(argv, description):
     add_map("--strength", type=number(float, 0, 1), help="0 = keep all, 1 = keep nothing")
     add("--softness", type=number(float, 0, 1000), help="in pixels of --image (default: 40)")
     add("--white-is-change", action="store_true", help="white, or 1, is where the picture changes")
+    add("--paste-back", action="store_true", help="at the size of --image: what the map keeps in "
+        "full is the photograph's own pixels")
     add("--segments", choices=["classical", "sam"], help="who resolves a collage's clicks")
     add("--networks", type=file_name, help="folder of SAM's and MiDaS's files (default: weights)")
     add("--weights", type=file_name, help="a folder, .safetensors or .ckpt (default: the toy)")

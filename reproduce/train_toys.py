@@ -33,6 +33,8 @@ from common.run_state import cache_tensors, digest, generator_at, prepare_folder
 from kernels.blocks import to_channels_last
 from kernels.memory import hold_memory
 from toy import world
+from toy.leaves import dead_leaves
+from toy.motion import Clip
 from toy.vocabulary import learn_bpe
 from train import draw_timesteps
 
@@ -41,6 +43,8 @@ from train import draw_timesteps
 class ToyRecipe(train.Recipe):
     """Of the toys."""
 
+    widths: tuple = vae.CONFIGS["toy"].channels  # of the autoencoder's levels: each but the last halves the side
+    latent: int = vae.CONFIGS["toy"].latent_channels
     scenes: int = 24_000  # that a base or inpainting model sees; captions are worded anew every time
     # Noise of one value per channel and picture, beside the white noise. Stable Diffusion's noisiest level still shows
     # a picture's mean, which a model learns to trust over the words: noon would never turn into night.
@@ -48,7 +52,7 @@ class ToyRecipe(train.Recipe):
 
 
 RECIPES = {
-    "vae": ToyRecipe(steps=3600, batch=16, lr=1.2e-3, warmup=200, ema=0.998),
+    "vae": ToyRecipe(steps=9000, batch=16, lr=1.5e-3, warmup=100, ema=0.998, muon=True),
     "base": ToyRecipe(steps=6300, batch=32, lr=1e-3, warmup=300, ema=0.9995),
     "inpainting": ToyRecipe(steps=1500, batch=16, lr=5e-4, warmup=100, ema=0.995, scenes=8000),
 }
@@ -56,8 +60,8 @@ RECIPES = {
 # Autoencoder
 CROP = 64  # pixels; three quarters of the crops are centred on an object, since the background teaches little
 FULL_FROM = 0.85  # share of the steps after which whole pictures (a quarter as many) replace crops: norms see both
-KL = 2e-4  # weight of KL(q(z|x) || N(0, 1)) per latent number: enough to keep latents near the origin and smooth
-EDGES = 0.5  # weight of the error in neighbouring pixels' differences: crisp edges
+KL = 1e-4  # weight of KL(q(z|x) || N(0, 1)) per latent number: enough to keep latents near the origin and smooth
+SMALL = 0.03  # an error, of -1 .. 1
 OBJECTS = 3.0  # weight of pixels inside objects
 # Base and inpainting model
 DROPPED = 0.1  # share of captions left out, so that there is an unconditional model to guide away from
@@ -70,37 +74,45 @@ WHOLE = 0.25  # share of the masks that cover the whole picture, as of Stable Di
 
 
 def vae_batch(recipe, step):
-    """-> images (B, 3, S, S) in [-1, 1], weights (B, 1, S, S)"""
+    """-> images (B, 3, S, S) in [-1, 1], weights (B, 1, S, S): half of them scenes, still or in motion, half leaves"""
     g = generator_at(recipe.seed, step)
-    if step >= FULL_FROM * recipe.steps:
-        frames = world.render(world.random_scenes(max(1, recipe.batch // 4), g))
-        return frames.image * 2 - 1, 1 + (OBJECTS - 1) * (frames.segments[:, None] > 0)
-    frames = world.render(world.random_scenes(recipe.batch, g))
-    n, size = len(frames.image), frames.image.shape[-1]
-    on_object = (frames.segments > 0).flatten(1).float() + 1e-6
-    anywhere = torch.rand(n, 1, generator=g) < 0.25
-    centre = torch.multinomial(torch.where(anywhere, 1.0, on_object), 1, generator=g)[:, 0]
-    jitter = torch.randint(-CROP // 3, CROP // 3, (2, n), generator=g)
+    whole = step >= FULL_FROM * recipe.steps
+    n = max(1, recipe.batch // 8 if whole else recipe.batch // 4)
+    frames = world.render(world.random_scenes(n, g) if step % 2 else Clip(n, g)(torch.rand(1, generator=g)))
+    image, weight = frames.image, 1 + (OBJECTS - 1) * (frames.segments[:, None] > 0).float()
+    if not whole:
+        image, weight = (x.repeat(2, 1, 1, 1) for x in (image, weight))
+        image, weight = random_crops(image, weight, g)
+    leaves = dead_leaves(len(image), image.shape[-1], g)
+    return torch.cat([image, leaves]) * 2 - 1, torch.cat([weight, torch.ones_like(leaves[:, :1])])
+
+
+def random_crops(image, weight, generator):
+    """One crop of CROP pixels from each picture (n, C, S, S), three in four centred on an object."""
+    n, size = len(image), image.shape[-1]
+    on_object = (weight > 1).flatten(1).float() + 1e-6
+    anywhere = torch.rand(n, 1, generator=generator) < 0.25
+    centre = torch.multinomial(torch.where(anywhere, 1.0, on_object), 1, generator=generator)[:, 0]
+    jitter = torch.randint(-CROP // 3, CROP // 3, (2, n), generator=generator)
     top, left = (torch.stack([centre // size, centre % size]) + jitter - CROP // 2).clamp(0, size - CROP)
-    crops = [slice(int(t), int(t) + CROP) for t in top], [slice(int(t), int(t) + CROP) for t in left]
-    image = torch.stack([f[:, r, c] for f, r, c in zip(frames.image, *crops)])
-    weight = torch.stack([s[None, r, c] for s, r, c in zip(frames.segments, *crops)]) > 0
-    return image * 2 - 1, 1 + (OBJECTS - 1) * weight
+    crops = [(..., slice(t, t + CROP), slice(l, l + CROP)) for t, l in zip(top.tolist(), left.tolist())]
+    return tuple(torch.stack([one[crop] for one, crop in zip(x, crops)]) for x in (image, weight))
 
 
 def vae_loss(model, x, weight, noise):
     """x (B, 3, S, S), weight (B, 1, S, S), noise (B, C, s, s) -> scalar"""
     mean, logvar = (m.float() for m in model.encode(x))
     error = model.decode(mean + (0.5 * logvar).exp() * noise).float() - x
-    edges = sum((error.diff(dim=d).abs() * weight.narrow(d, 1, weight.shape[d] - 1)).mean() for d in (2, 3))
+    error = (error**2 + SMALL**2).sqrt() - SMALL  # squared where small, absolute where large
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-    return (error.abs() * weight).mean() + EDGES * edges + KL * kl
+    return (error * weight).mean() + KL * kl
 
 
 def train_vae(recipe, out, resume, device):
     """-> OUT/model/vae, as fp16, with the scaling factor that brings its latents to unit variance"""
     init = sd.load(recipe.init, torch.float32, device) if recipe.init else None
-    model = init.vae.requires_grad_(True) if init else vae.VAE(vae.CONFIGS["toy"])
+    config = replace(vae.CONFIGS["toy"], channels=tuple(recipe.widths), latent_channels=recipe.latent)
+    model = init.vae.requires_grad_(True) if init else vae.VAE(config)
     model = model.to(device, memory_format=torch.channels_last)
 
     def loss(step, _):
@@ -111,12 +123,17 @@ def train_vae(recipe, out, resume, device):
         return vae_loss(model, x, weight.to(device), noise.to(device))
 
     def sheet(average):
-        frames = world.render(world.random_scenes(8, generator_at(recipe.seed + 2, 0)))
+        g = generator_at(recipe.seed + 2, 0)
+        frames, leaves = world.render(world.random_scenes(32, g)), dead_leaves(16, 128, g)
+        images = torch.cat([frames.image, leaves])
         with torch.no_grad():
-            back = average.decode(average.encode((frames.image * 2 - 1).to(device))[0]).cpu() / 2 + 0.5
-        mse, inside = (back.clamp(0, 1) - frames.image) ** 2, (frames.segments[:, None] > 0).expand_as(back)
-        tqdm.write(f"PSNR {-10 * mse.mean().log10():.2f} dB, inside objects {-10 * mse[inside].mean().log10():.2f} dB")
-        return torch.stack([frames.image, back])
+            back = [average.decode(average.encode((x * 2 - 1).to(device))[0]).cpu() / 2 + 0.5 for x in images.split(8)]
+        back = torch.cat(back).clamp(0, 1)
+        mse = (back - images) ** 2
+        inside = mse[:32][(frames.segments[:, None] > 0).expand_as(frames.image)]
+        scenes, objects, leaves = (-10 * e.mean().log10() for e in (mse[:32], inside, mse[32:]))
+        tqdm.write(f"PSNR {scenes:.2f} dB, inside objects {objects:.2f} dB, dead leaves {leaves:.2f} dB")
+        return torch.stack([images[26:38], back[26:38]])
 
     average = train.fit("vae", model, loss, sheet, recipe, out, resume)
     images = world.render(world.random_scenes(256, generator_at(recipe.seed + 3, 0))).image * 2 - 1
@@ -313,12 +330,19 @@ def train_inpainting(recipe, out, resume, device):
 STAGES = {"vae": train_vae, "base": train_base, "inpainting": train_inpainting}
 
 
+def read_widths(text):
+    """'24,64,128' -> (24, 64, 128)"""
+    return tuple(number(int, 8, 1024)(width) for width in text.split(","))
+
+
 def main(argv=None):
     parser = Parser(prog="python -m reproduce.train_toys", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=list(STAGES))
     train.add_loop_options(parser)
     parser.add_argument("--out", type=Path, help="default: runs/toy; of inpainting, runs/toy-inpainting")
+    parser.add_argument("--widths", type=read_widths, help="of the autoencoder's levels, e.g. 24,64,128")
+    parser.add_argument("--latent", type=number(int, 1, 64), help="its latent channels")
     parser.add_argument("--scenes", type=number(int, 1, 10**9), help="to learn from")
     parser.add_argument("--offset", type=number(float, 0, 1), help="noise of one value per channel and picture")
     args = parser.parse_args(argv)

@@ -8,7 +8,7 @@ import torch
 
 import warp
 from tests.toy import scene, seeded
-from toy import world
+from toy import motion, world
 from toy.world import COLOURS, GROUNDS, KINDS, TIMES, captions, random_scenes, render
 
 # --------------------------------------------------------------------------------------------------
@@ -158,9 +158,9 @@ def test_exact_flow_leads_to_the_same_surface():
     still = torch.zeros(24, 3, 2)
     aside, away = torch.tensor([0.15, 0.1]), torch.tensor([0.1, -0.2])
     for velocity, camera in ((still, aside), (still + away, torch.zeros(2))):
-        b = world.move(a, velocity, camera.expand(24, 2), 1.0)
+        b = motion.move(a, velocity, camera.expand(24, 2), 1.0)
         first, second = render(a), render(b)
-        flow = world.flow_between(a, b, first)
+        flow = motion.flow_between(a, b, first)
         there = warp.backwarp(second.segments[:, None].float(), flow).round()[:, 0]
         same = there == first.segments
         error = (warp.backwarp(second.image, flow) - first.image).abs().mean(1)
@@ -174,9 +174,9 @@ def test_exact_flow_leads_to_the_same_surface():
 def test_flow_is_none_where_nothing_moves_and_follows_the_camera():
     a = random_scenes(4, seeded(3))
     frames = render(a)
-    assert world.flow_between(a, a, frames).abs().max() < 1e-3
-    aside = world.move(a, torch.zeros(4, 3, 2), torch.tensor([[0.2, 0.0]]), 1.0)
-    flow = world.flow_between(a, aside, frames)
+    assert motion.flow_between(a, a, frames).abs().max() < 1e-3
+    aside = motion.move(a, torch.zeros(4, 3, 2), torch.tensor([[0.2, 0.0]]), 1.0)
+    flow = motion.flow_between(a, aside, frames)
     parallax = -0.2 * 128 / frames.depth
     torch.testing.assert_close(flow[:, 0], parallax, atol=4e-2, rtol=1e-3)
     assert flow[:, 1].abs().max() < 1e-3
@@ -186,11 +186,67 @@ def test_flow_composed_of_ten_steps_is_the_exact_one():
     s = random_scenes(16, seeded(7))
     velocity = torch.randn(16, 3, 2, generator=seeded(8)) * 0.4
     camera = torch.randn(16, 2, generator=seeded(9)) * 0.2
-    at = [world.move(s, velocity, camera, i / 10) for i in range(11)]
+    at = [motion.move(s, velocity, camera, i / 10) for i in range(11)]
     frames = [render(scenes) for scenes in at]
-    flow = world.flow_between(at[0], at[1], frames[0])
+    flow = motion.flow_between(at[0], at[1], frames[0])
     for i in range(1, 10):
-        flow = warp.compose_flow(flow, world.flow_between(at[i], at[i + 1], frames[i]))
-    exact = world.flow_between(at[0], at[10], frames[0])
+        flow = warp.compose_flow(flow, motion.flow_between(at[i], at[i + 1], frames[i]))
+    exact = motion.flow_between(at[0], at[10], frames[0])
     error = (flow - exact).norm(dim=1)
     assert error[error.isfinite()].median() < 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clips
+
+
+def test_a_house_turns_and_its_door_goes_round():
+    def door(turn):
+        """Columns of the door, from the house's middle"""
+        frames = render(scene(kind=("house",), colour=("white",), turn=turn))
+        house = frames.segments[0] > 0
+        rows, columns = house.nonzero().T
+        walls = house & (torch.arange(128) > rows.float().mean() + 4)[:, None]
+        return (walls & (frames.image[0].sum(0) < 1.0)).nonzero()[:, 1] - columns.float().mean()
+
+    left, middle, right, away = (door(turn) for turn in (0.0, -world.YAW, -2 * world.YAW, math.pi))
+    assert left.mean() < -2 and middle.mean().abs() < 1 and right.mean() > 2
+    assert len(away) == 0
+
+
+def test_a_box_seen_aslant_is_wider_and_looks_the_same_after_a_quarter_turn():
+    front, aslant, again = (render(scene(kind=("box",), turn=turn - world.YAW)) for turn in (0, math.pi / 4, math.pi / 2))
+    assert aslant.segments[0].any(0).sum() > 1.3 * front.segments[0].any(0).sum()
+    assert (front.image - again.image).abs().max() < 1e-3
+
+
+def test_what_is_lifted_leaves_its_shadow_on_the_ground():
+    before, after = (scene(lift=lift) for lift in (0.0, 0.6))
+    rows = [(render(s).segments[0] > 0).nonzero()[:, 0].float().mean() for s in (before, after)]
+    assert (rows[0] - rows[1]).item() == pytest.approx(128 * 0.6 / 3.0, abs=1)
+    foot = int((0.42 + 1 / 3.0) * 256)
+    assert find_shadow(after)[foot:].sum() > 100
+
+
+def test_the_lens_zooms_about_the_middle_and_pans():
+    near, wide = render(scene(zoom=math.log(2))).image, render(scene(), 256).image
+    assert (near - wide[:, :, 64:192, 64:192]).abs().mean() < 0.002
+    aside, still = render(scene(pan=(10 / 128, 0.0))).image, render(scene()).image
+    assert (aside[..., :-10] - still[..., 10:]).abs().mean() < 0.002
+
+
+def test_what_is_out_of_focus_has_soft_edges():
+    def steepest(focus):
+        return render(scene(aperture=0.2, focus=focus)).image[0, :, 80].diff(dim=1).abs().sum(0).max()
+
+    assert steepest(1 / 3 + 0.3) < 0.5 * steepest(1 / 3)
+
+
+def test_clips_depend_on_the_seed_and_everything_in_them_moves():
+    a, b = (motion.Clip(32, seeded(5)) for _ in "ab")
+    first, same, later = a(0.2), b(0.2), a(0.6)
+    names = {field.name for field in dataclasses.fields(first)}
+    assert all(torch.equal(getattr(first, name), getattr(same, name)) for name in names)
+    fixed = {"ground", "time", "horizon", "texture", "kind", "colour", "aperture", "focus"}
+    assert {name for name in names if (getattr(first, name) != getattr(later, name)).any()} == names - fixed
+    assert (render(later).image != render(first).image).flatten(1).any(1).all()

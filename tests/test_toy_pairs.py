@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 import warp
 from tests.toy import seeded
 from toy.pairs import ToyPairs, toy_motion, toy_pairs
-from toy.world import GROUNDS, flow_between, render
+from toy.motion import flow_between
+from toy.world import GROUNDS, render
 from video.motion import flow_edit
 
 

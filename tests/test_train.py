@@ -21,15 +21,16 @@ import unet
 import vae
 from common.run_state import list_states
 from kernels.blocks import checkpoint_blocks
+from kernels.muon import Muon
 from tests.training import equal, random_batch, random_fixup, read_state, write_stable
 
 RECIPE = train.Recipe(steps=12, batch=2, lr=5e-3, warmup=3, ema=0.9, save_every=4)
 GIB = 2**30
 
 
-def tiny(seed=0):
+def tiny(seed=0, width=8):
     torch.manual_seed(seed)
-    return vae.VAE(vae.VAEConfig(channels=(8, 8), layers=1, latent_channels=2, groups=4))
+    return vae.VAE(vae.VAEConfig(channels=(width, width), layers=1, latent_channels=2, groups=4))
 
 
 def loss_of(model):
@@ -51,10 +52,13 @@ def run(model, out, resume=False, loss=None, recipe=RECIPE):
 # The loop
 
 
-def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
+@pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
+def test_a_resumed_run_ends_where_an_unbroken_one_does(muon, tmp_path):
     """Bit for bit, on the same machine."""
-    a, b, c = tiny(), tiny(), tiny(seed=1)  # c's own start is forgotten: it resumes from b's state
-    average = run(a, tmp_path / "a")
+    recipe = replace(RECIPE, muon=muon)
+    # c's own start is forgotten: it resumes from b's state
+    a, b, c = (tiny(seed, width=12) for seed in (0, 0, 1))
+    average = run(a, tmp_path / "a", recipe=recipe)
     broken = loss_of(b)
 
     def stops(step, part):
@@ -63,12 +67,33 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
         return broken(step, part)
 
     with pytest.raises(KeyboardInterrupt):
-        run(b, tmp_path / "b", loss=stops)
-    resumed = run(c, tmp_path / "b", resume=True)
+        run(b, tmp_path / "b", loss=stops, recipe=recipe)
+    resumed = run(c, tmp_path / "b", resume=True, recipe=recipe)
     assert equal(dict(a.named_parameters()), dict(c.named_parameters()))
     assert equal(dict(average.named_parameters()), dict(resumed.named_parameters()))
     whole, pieces = (load_file(tmp_path / d / "tiny-state-0000012.safetensors") for d in "ab")
     assert equal(whole, pieces)
+
+
+def test_a_muon_step_is_as_large_in_every_direction():
+    g = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(12, 4, 3, 3).to(memory_format=torch.channels_last))
+    strong, weak = torch.randn(2, 12, 1, 1, 1, generator=g), torch.randn(2, 1, 4, 3, 3, generator=g)
+    p.grad = 100 * strong[0] * weak[0] + strong[1] * weak[1]
+    Muon([p], lr=1.0).step()
+    values = torch.linalg.svdvals(p.detach().reshape(12, 36)) / (0.2 * 36**0.5)
+    assert 0.6 < values[1] and values[0] < 1.3 and values[2] < 0.1  # two directions, a hundred times apart
+    assert (p * p.grad).sum() < 0
+
+
+def test_muon_gets_matrices_and_adam_the_rest(tmp_path):
+    parameters = dict(tiny(width=12).named_parameters(), **{"token_embedding.weight": torch.zeros(50, 12)})
+    adam, muon = train.make_optimizers(replace(RECIPE, muon=True), parameters)
+    shapes = {tuple(p.shape) for group in muon.param_groups for p in group["params"]}
+    assert (12, 12, 3, 3) in shapes and (12, 12) in shapes
+    assert not shapes & {(50, 12), (12,), (3, 12, 3, 3)}
+    both = [p for o in (adam, muon) for group in o.param_groups for p in group["params"]]
+    assert {id(p) for p in both} == {id(p) for p in parameters.values()} and len(both) == len(parameters)
 
 
 def test_training_learns_and_draws(tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from toy.world import project
+from toy.world import POSE, project
 
 VERBS = ("move", "scale", "duplicate", "delete")
 
@@ -83,7 +83,7 @@ def random_edits(scenes, generator=None, size=128):
     edited = replace(
         scenes,
         kind=kind,
-        colour=set_changed(scenes.colour, scenes.colour[row, k]),
+        **{name: set_changed(getattr(scenes, name), getattr(scenes, name)[row, k]) for name in ("colour", *POSE)},
         x=set_changed(scenes.x, torch.where(stays, scenes.x[row, k], new_x)),
         z=set_changed(scenes.z, torch.where(stays, scenes.z[row, k], new_z)),
         size=set_changed(scenes.size, scenes.size[row, k] * torch.where(scales, factor, 1.0)),

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 import collage
-from toy.world import flow_between, move, random_scenes, render
+from toy.motion import flow_between, move
+from toy.world import random_scenes, render
 from video.motion import MODELS, affine_edit, check_model, flow_edit
 
 # Who moves. The objects alone, over a background that stays, is what users do at test time: there the flow leaves

@@ -12,6 +12,8 @@ right, y is up. It is a pinhole with focal length 1 in units of the image's side
     px = 1/2 + (x - camera_x) / (z - camera_z)    py = horizon + 1 / (z - camera_z)    in [0, 1]
 
 Objects are flat figures facing the camera, `size` units large. Light comes from azimuth `sun`.
+What an object or the lens does beside standing still is in the fields of `Scene` that are 0 by
+default; toy/motion.py changes them over time.
 """
 
 import math
@@ -42,6 +44,7 @@ OWN, BROWN, DARK, PALE = range(4)  # a part has the object's colour, or one of t
 FIXED = torch.tensor([[0.0, 0.0, 0.0], [0.42, 0.27, 0.14], [0.28, 0.20, 0.18], [0.90, 0.86, 0.76]])
 # An ellipse; a trapezoid shaded like a cone; a trapezoid shaded like a box seen on its edge
 ROUND, TURNED, FACETED = range(3)
+YAW = 0.4  # radians: how far a box-like thing is turned away, where `turn` is 0
 CASTS, INSIDE = 1, 0  # a part casts a shadow, or lies inside the outline of the parts that do
 # Parts from back to front: shape, centre u, v, half width, half height, taper (the top's width is
 # 1 - taper of the bottom's), colour, CASTS or INSIDE. u to the right, v up from the foot, in sizes
@@ -68,6 +71,9 @@ def pack_parts(parts):
 PART = pack_parts(PARTS)
 
 
+POSE = ("turn", "lean", "spread", "lift")  # of an object, beside where and how large it is
+
+
 @dataclass
 class Scene:
     """B scenes with room for K objects each, as tensors on the CPU. Edit any field and render."""
@@ -83,6 +89,22 @@ class Scene:
     x: torch.Tensor  # (B, K) world
     z: torch.Tensor  # (B, K) world
     size: torch.Tensor  # (B, K) world
+    # An object's pose
+    turn: torch.Tensor = None  # (B, K) about the vertical axis, radians: box-like things have sides
+    lean: torch.Tensor = None  # (B, K) a figure bends aside by lean * v^2, in sizes
+    spread: torch.Tensor = None  # (B, K) round parts open: wider by 1 + spread, lower by as much
+    lift: torch.Tensor = None  # (B, K) height of the foot above the ground, world
+    # The lens: a place p of the picture is seen at 1/2 + e^zoom * (p - pan - 1/2)
+    zoom: torch.Tensor = None  # (B,)
+    pan: torch.Tensor = None  # (B, 2) x, y
+    aperture: torch.Tensor = None  # (B,) blur, of the picture's side, per |1 / z - focus|
+    focus: torch.Tensor = None  # (B,) 1 / the distance that is sharp
+
+    def __post_init__(self):
+        for field in fields(self):
+            if getattr(self, field.name) is None:
+                like = dict(zoom=self.sun, pan=self.camera, aperture=self.sun, focus=self.sun)
+                setattr(self, field.name, torch.zeros_like(like.get(field.name, self.x)))
 
     def __len__(self):
         return len(self.ground)
@@ -169,14 +191,18 @@ def render(scenes, size=128):
     """Draw the scenes at `size` x `size` pixels. -> Frames"""
     B = len(scenes)
     px = (torch.arange(size) + 0.5) / size
-    x, y = px[None, None, :], px[None, :, None]  # (1, 1, W), (1, H, 1): broadcast, not stored
+    zoom, pan_x, pan_y = (s[:, None, None] for s in (scenes.zoom.exp(), *scenes.pan.T))
+    # (B, 1, W), (B, H, 1): broadcast, not stored
+    x = (px[None, None, :] - 0.5) / zoom + 0.5 + pan_x
+    y = (px[None, :, None] - 0.5) / zoom + 0.5 + pan_y
+    pixel = 1 / (size * zoom)
 
     # The ground, as a plane: what each pixel sees of it, and how far away.
     horizon, cam_x, cam_z = (s[:, None, None] for s in (scenes.horizon, *scenes.camera.T))
     z = 1 / (y - horizon).clamp(min=1e-3)  # (B, H, 1) distance of the ground seen in this row
     ground = (cam_x + (x - 0.5) * z, cam_z + z)  # its world x (B, H, W) and z (B, H, 1)
-    below = ((y - horizon) * size + 0.5).clamp(0, 1)  # (B, H, 1) coverage by the ground plane
-    sky, haze = draw_sky(scenes, x, y, size)
+    below = ((y - horizon) / pixel + 0.5).clamp(0, 1)  # (B, H, 1) coverage by the ground plane
+    sky, haze = draw_sky(scenes, x, y, pixel)
     land = draw_ground(scenes, ground, z, haze)
 
     # What the ground shows of the objects.
@@ -184,17 +210,18 @@ def render(scenes, size=128):
     for i, k in back_to_front:
         wet = scenes.ground[i] == GROUNDS.index("water")
         cast_shadows(scenes, i[~wet], k[~wet], ground, land)
-        reflect(scenes, i[wet], k[wet], x, y, ground, land, size)
+        reflect(scenes, i[wet], k[wet], x, y, ground, land, pixel)
     image = torch.lerp(sky, land, below[:, None])
 
     # The objects.
     segments = torch.zeros(B, size, size, dtype=torch.uint8)
     depth = torch.where(y > horizon, z, torch.inf).expand(B, size, size).clone()
     for i, k in back_to_front:
-        u, v, scale = to_object(scenes, i, k, x, y)
-        image[i], alpha = paint(scenes, i, k, u, v, image[i], 1 / (scale * size))
-        body = alpha > 0.5
+        u, v, scale = to_object(scenes, i, k, x[i], y[i])
         distance = scenes.z[i, k] - scenes.camera[i, 1]
+        soft = (pixel[i] + out_of_focus(scenes, i, distance[:, None, None])) / scale
+        image[i], alpha = paint(scenes, i, k, u, v, image[i], soft)
+        body = alpha > 0.5
         segments[i] = torch.where(body, (k + 1).to(torch.uint8)[:, None, None], segments[i])
         depth[i] = torch.where(body, distance[:, None, None], depth[i])
     return Frames(image.clamp_(0, 1), segments, depth)
@@ -221,6 +248,41 @@ def to_object(scenes, i, k, x, y):
     return (x - foot_x) / scale, (foot_y - y) / scale, scale  # and a size in the picture
 
 
+def out_of_focus(scenes, i, distance):
+    """How far a point at `distance` (n, 1, 1) or (n, H, 1) is blurred, of the picture's side"""
+    aperture, focus = scenes.aperture[i, None, None], scenes.focus[i, None, None]
+    return aperture * (1 / distance - focus).abs()
+
+
+def pose(scenes, i, k, p, u, v):
+    """Part p of the objects that have one, as they hold it. u (n, 1 or H, W), v (n, H, 1 or W): in
+    sizes above the ground -> which (m,) objects; their parts (m, 8); u, v, as the part is at rest"""
+    part = PART[scenes.kind[i, k], p]
+    j = (part[:, 0] >= 0).nonzero()[:, 0]
+    part, i, k = part[j].clone(), i[j], k[j]
+    lean, lift = (s[i, k][:, None, None] for s in (scenes.lean, scenes.lift / scenes.size))
+    v = v[j] - lift
+    u = u[j] - lean * v.clamp(min=0) ** 2
+
+    # A box is as wide as its two sides, seen aslant. What lies on a side goes round with it.
+    turned = YAW + scenes.turn[i, k]
+    wide = sides(turned).sum(0) / (math.cos(YAW) + math.sin(YAW))
+    box, on_side = part[:, 0] == FACETED, part[:, 7] == INSIDE
+    part[:, 3] *= torch.where(box, wide, 1.0)
+    part[:, 3] *= torch.where(on_side, turned.cos().clamp(min=0) / math.cos(YAW), 1.0)
+    part[:, 1] *= torch.where(on_side, turned.sin() / math.sin(YAW), 1.0)
+    open_ = torch.where(part[:, 0] == ROUND, 1 + scenes.spread[i, k], 1.0)
+    part[:, 3] *= open_
+    part[:, 4] /= open_
+    return j, part, u, v
+
+
+def sides(turned):
+    """-> how wide the left and the right side of something square are seen, (2, n)"""
+    angle = turned.remainder(math.pi / 2)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
 def cover_part(part, u, v, soft):
     """One part (n, 8) per object, its edge `soft` sizes wide -> coverage in [0, 1], and a pixel's
     place in half widths and half heights; (n, H, W) each"""
@@ -241,17 +303,17 @@ def paint(scenes, i, k, u, v, image, soft):
     light = torch.stack([sun.sin() * 0.71, up, -sun.cos() * 0.71], 1)  # (n, 3): x, y, to the camera
     coverage = torch.zeros_like(u + v)
     for p in range(PART.shape[1]):
-        part = PART[scenes.kind[i, k], p]
-        j = (part[:, 0] >= 0).nonzero()[:, 0]
+        j, part, uj, vj = pose(scenes, i, k, p, u, v)
         if not len(j):
             continue
-        uj, vj, part = u[j], v[j], part[j]
         alpha, across, dv = cover_part(part, uj, vj, soft[j])
 
-        # Lambert's law, on normals that suit the shape.
+        # Lambert's law, on normals that suit the shape. Something box-like shows two sides.
         shape = part[:, 0, None, None]
-        edge = torch.where(uj > 0.18, 0.8, -0.35)  # the two visible faces of something box-like
-        nx = torch.where(shape == FACETED, edge, across * 0.9).clamp(-0.99, 0.99)
+        left, right = sides(YAW + scenes.turn[i[j], k[j]])[:, :, None, None]
+        edge = part[:, 3, None, None] * (left - right) / (left + right)
+        faces = torch.where(uj > edge, 0.87 * left, -0.9 * right)
+        nx = torch.where(shape == FACETED, faces, across * 0.9).clamp(-0.99, 0.99)
         ny = torch.where(shape == ROUND, dv * 0.9, 0.2).clamp(-0.99, 0.99)
         nz = (1 - nx**2 - ny**2).clamp(min=0.0).sqrt()
         n_dot_l = sum(n * l[:, None, None] for n, l in zip((nx, ny, nz), light[j].T))
@@ -265,12 +327,13 @@ def paint(scenes, i, k, u, v, image, soft):
     return image, coverage
 
 
-def draw_sky(scenes, x, y, size):
+def draw_sky(scenes, x, y, pixel):
     """Gradient, clouds, sun or moon, hills. -> sky (B, 3, H, W), horizon's haze (B, 3, 1, 1)"""
     tint, top, bottom = TIME[scenes.time, :9, None, None].split(3, 1)  # (B, 3, 1, 1) each
     p = scenes.texture[:, :, None, None]
     horizon, sun = scenes.horizon[:, None, None], scenes.sun[:, None, None]
     sky = torch.lerp(top, bottom, (y / horizon).clamp(0, 1)[:, None])
+    soft = pixel + out_of_focus(scenes, slice(None), torch.inf)
 
     streaks = torch.sin(9 * x + 2 * torch.sin(14 * y + p[:, 2]))
     cloud = streaks * torch.sin(21 * y + 2 * torch.sin(4 * x + p[:, 3]))
@@ -279,14 +342,14 @@ def draw_sky(scenes, x, y, size):
     # The light is in the picture when it is ahead (cos > 0): shadows then fall towards the camera.
     disc_x, disc_y = 0.5 + 0.36 * sun.sin(), horizon * 0.38
     r = torch.sqrt((x - disc_x) ** 2 + (y - disc_y) ** 2)
-    disc = ((0.045 - r) * size + 0.5).clamp(0, 1)
+    disc = ((0.045 - r) / soft + 0.5).clamp(0, 1)
     glow = 0.35 * torch.exp(-((r / 0.09) ** 2))
     disc = (disc + glow).clamp(0, 1) * (sun.cos() > 0)
     sky = torch.lerp(sky, torch.tensor([1.0, 0.96, 0.84])[:, None, None], disc[:, None])
 
     hills = horizon - 0.05 + 0.03 * torch.sin(5 * x + p[:, 4]) + 0.018 * torch.sin(13 * x + p[:, 5])
     far = (bottom + tint * torch.tensor([0.25, 0.36, 0.34])[:, None, None]) / 2
-    return torch.lerp(sky, far * 0.8, ((y - hills) * size + 0.5).clamp(0, 1)[:, None]), bottom
+    return torch.lerp(sky, far * 0.8, ((y - hills) / soft + 0.5).clamp(0, 1)[:, None]), bottom
 
 
 def draw_ground(scenes, ground, z, haze):
@@ -298,7 +361,8 @@ def draw_ground(scenes, ground, z, haze):
     wave = torch.sin(fx * gx + warp_x) * torch.sin(fz * gz + warp_z)
     fade = torch.exp(-0.35 * (z - 2).clamp(min=0))  # far away the texture would alias: haze sets in
     colour = (GROUND[scenes.ground, :3] * TIME[scenes.time, :3])[:, :, None, None]
-    colour = colour * (1 + amplitude * fade * wave)[:, None]
+    seen = fade * torch.exp(-((20 * out_of_focus(scenes, slice(None), z)) ** 2))
+    colour = colour * (1 + amplitude * seen * wave)[:, None]
     return torch.lerp(haze, colour, (0.25 + 0.75 * fade)[:, None])
 
 
@@ -312,68 +376,29 @@ def cast_shadows(scenes, i, k, ground, land):
     v = -dz / (length * sun.cos())
     u = dx + length * v * sun.sin()
     touch = torch.exp(-(dx**2 + (2.5 * dz) ** 2) / (0.18 * size**2))  # hardly any light under it
-    figure = cover_figure(scenes.kind[i, k], u / size, v / size, 0.12)
+    touch = touch * torch.exp(-4 * scenes.lift[i, k] / scenes.size[i, k])[:, None, None]
+    figure = cover_figure(scenes, i, k, u / size, v / size, 0.12)
     dark = 0.45 * torch.maximum(figure, touch * 0.8)
     land[i] *= 1 - dark[:, None]
 
 
-def cover_figure(kind, u, v, soft):
+def cover_figure(scenes, i, k, u, v, soft):
     """Coverage (n, H, W) of whole figures, all parts together that make their outline."""
-    soft = torch.full((len(kind), 1, 1), soft)
+    soft = torch.full((len(i), 1, 1), soft)
     cover = torch.zeros_like(u + v)
     for p in range(PART.shape[1]):
-        part = PART[kind, p]
-        j = ((part[:, 0] >= 0) & (part[:, 7] == CASTS)).nonzero()[:, 0]
+        j, part, uj, vj = pose(scenes, i, k, p, u, v)
+        outline = part[:, 7] == CASTS
+        j = j[outline]
         if len(j):
-            cover[j] = torch.maximum(cover[j], cover_part(part[j], u[j], v[j], soft[j])[0])
+            one, _, _ = cover_part(part[outline], uj[outline], vj[outline], soft[j])
+            cover[j] = torch.maximum(cover[j], one)
     return cover
 
 
-def reflect(scenes, i, k, x, y, ground, land, size):
+def reflect(scenes, i, k, x, y, ground, land, pixel):
     """Draw object k of scene i onto `land` in place, mirrored at its foot and broken by ripples."""
-    u, v, scale = to_object(scenes, i, k, x, y)
+    u, v, scale = to_object(scenes, i, k, x[i], y[i])
     ripple = 0.04 * torch.sin(9 * ground[1][i] + scenes.texture[i, 0, None, None])
-    mirrored, cover = paint(scenes, i, k, u + ripple, -v, land[i], 1.5 / (scale * size))
+    mirrored, cover = paint(scenes, i, k, u + ripple, -v, land[i], 1.5 * pixel[i] / scale)
     land[i] = torch.lerp(land[i], mirrored, 0.6 * cover[:, None])
-
-
-# --------------------------------------------------------------------------------------------------
-# Motion
-
-
-def move(scenes, velocity, camera_velocity, time):
-    """The scenes `time` later. velocity (B, K, 2), camera_velocity (B, 2): world x and z"""
-    x, z = scenes.x + time * velocity[..., 0], scenes.z + time * velocity[..., 1]
-    return replace(scenes, x=x, z=z, camera=scenes.camera + time * camera_velocity)
-
-
-def flow_between(a, b, frames):
-    """Exact optical flow from scenes `a` to `b`, the same scenes moved; frames: `render(a)`.
-
-      ->  (B, 2, H, W) in pixels, x before y: where the *surface* seen at each pixel of `a` is in
-          `b`, hidden there or not. The sky is infinitely far; shadows and reflections count as
-          ground. NaN where it is behind the camera.
-    """
-    size = frames.image.shape[-1]
-    px = (torch.arange(size) + 0.5) / size
-    x, y = px[None, None, :], px[None, :, None]
-
-    # The ground and the sky.
-    z_a = 1 / (y - a.horizon[:, None, None]).clamp(min=1e-6)
-    shift_x, shift_z = ((s - t)[:, None, None] for s, t in zip(a.camera.T, b.camera.T))
-    z_b = z_a + shift_z
-    ahead = torch.where(z_b > 0, z_b, torch.nan)
-    to_x = 0.5 + ((x - 0.5) * z_a + shift_x) / ahead  # (B, H, W)
-    to_y = (b.horizon[:, None, None] + 1 / ahead).expand(-1, -1, size)
-    sky = (y <= a.horizon[:, None, None]).expand_as(to_x)
-    to_x, to_y = torch.where(sky, x, to_x), torch.where(sky, y, to_y)
-
-    # The objects: a point of the figure stays where it is on the figure.
-    for slot in range(a.kind.shape[1]):
-        i, k = find_objects(a, torch.full((len(a),), slot))
-        u, v, _ = to_object(a, i, k, x, y)
-        foot_x, foot_y, scale = project(b, i, k)
-        here = frames.segments[i] == slot + 1
-        to_x[i] = torch.where(here, foot_x + u * scale, to_x[i])
-        to_y[i] = torch.where(here, foot_y - v * scale, to_y[i])
-    return torch.stack([to_x - x, to_y - y], 1) * size

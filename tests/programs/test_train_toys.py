@@ -18,6 +18,7 @@ from reproduce.lab import Lab
 from tests import small
 from tests.training import fails
 from toy import world
+from toy.leaves import dead_leaves
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,8 @@ def words(init, out, *more):
 def test_both_stages_end_to_end(tmp_path):
     """Few and small steps, but everything: crops, latents, vocabulary, sheets, the saved folder, and going on."""
     small_run = ["--out", str(tmp_path), "--save-every", "1", "--device", "cpu"]
-    train_toys.main(["vae", "--steps", "2", "--batch", "4", *small_run])
+    shape = ["--widths", "16,24,32", "--latent", "6"]
+    train_toys.main(["vae", "--steps", "2", "--batch", "4", *shape, *small_run])
     train_toys.main(["base", "--steps", "1", "--batch", "2", "--scenes", "4", *small_run])
     before = sd.load(tmp_path / "model").unet.conv_out.weight.clone()
     train_toys.main(["base", "--resume", "--steps", "2", *small_run])
@@ -58,7 +60,9 @@ def test_batches_depend_on_the_step_alone():
     first, again, other = (train_toys.vae_batch(recipe, s)[0] for s in (5, 5, 6))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.shape == (recipe.batch, 3, train_toys.CROP, train_toys.CROP)
-    assert train_toys.vae_batch(recipe, recipe.steps - 1)[0].shape == (recipe.batch // 4, 3, 128, 128)
+    whole, weight = train_toys.vae_batch(recipe, recipe.steps - 1)
+    assert whole.shape == (recipe.batch // 4, 3, 128, 128) and 0 <= -whole.min() <= 1 and whole.max() <= 1
+    assert (weight[: len(whole) // 2] > 1).any() and (weight[len(whole) // 2 :] == 1).all()  # scenes, then leaves
     scenes, recipe = world.random_scenes(8, generator_at(0, 0)), replace(recipe, scenes=8, batch=64)
     index, told, t, noise, _ = train_toys.draws(recipe, scenes, (4, 16, 16), 3)
     assert torch.equal(noise, train_toys.draws(recipe, scenes, (4, 16, 16), 3)[3])
@@ -66,12 +70,24 @@ def test_batches_depend_on_the_step_alone():
     assert 0.03 < noise.mean((2, 3)).var() < 0.06  # white noise's would be 1 / 256, and the offset adds 0.2 ** 2
 
 
-@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("batch", [1, 4])
 def test_the_last_steps_of_stage_vae_have_whole_pictures(batch):
     recipe = replace(train_toys.RECIPES["vae"], batch=batch)
-    for step, side in ((0, train_toys.CROP), (recipe.steps - 1, 128)):
+    for step, side, n in ((0, train_toys.CROP, 4), (recipe.steps - 1, 128, 2)):
         x, weight = train_toys.vae_batch(recipe, step)
-        assert x.shape == (batch if step == 0 else 1, 3, side, side) and weight.shape == (len(x), 1, side, side)
+        assert x.shape == (n, 3, side, side) and weight.shape == (n, 1, side, side)
+
+
+def test_dead_leaves_are_as_varied_as_photographs():
+    """In a photograph power falls by about the square of the frequency."""
+    x = dead_leaves(24, 64, torch.Generator().manual_seed(0))
+    assert torch.equal(x, dead_leaves(24, 64, torch.Generator().manual_seed(0)))
+    assert x.shape == (24, 3, 64, 64) and x.min() == 0 and x.max() == 1 and x.std((1, 2, 3)).min() > 0.01
+    power = torch.fft.fft2(x.mean(1)).abs().square().mean(0)
+    f = torch.fft.fftfreq(64).abs() * 64
+    radius = (f[:, None] ** 2 + f**2).sqrt()
+    low, high = (power[(radius > r / 1.4) & (radius < r * 1.4)].mean().log2() for r in (3, 24))
+    assert 1.5 < (low - high) / 3 < 3.2  # from 3 to 24 waves are three octaves
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

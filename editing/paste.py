@@ -1,0 +1,53 @@
+"""--paste-back: the photograph's own pixels, wherever the map keeps them in full, at its own size.
+
+The papers do not do this: all that they give back has gone through the autoencoder, at the model's size. Here a small
+copy of the photograph is edited, and the result is laid over the photograph where the map says that something changes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.pictures import fit_edit
+
+FEATHER = 0.25  # up to this strength photograph and result are mixed: so few steps change little, and nothing is doubled
+
+
+@dataclass
+class Paste:
+    """What a result is laid over, and where."""
+
+    photo: Image.Image  # RGB, at its own size
+    weight: Image.Image  # L, of the same size: 0 = the photograph, 255 = the result
+
+    def __call__(self, result):
+        """result, RGB, at the model's size -> RGB, at the photograph's, with its colour profile"""
+        large = result.resize(self.photo.size, Image.Resampling.LANCZOS)
+        pasted = Image.composite(large, self.photo, self.weight)
+        profile = self.photo.info.get("icc_profile", b"")
+        pasted.info = {"icc_profile": profile} if profile[16:20] == b"RGB " else {}  # CMYK's or grey's fits no more
+        return pasted
+
+
+def prepare(original, coarse, change_map, size):
+    """The same at `size` (width, height), for the model: the whole photograph, nothing cut. And the Paste.
+
+    original    RGB
+    coarse      RGBA over it: then it is what the map keeps, but for its holes. Or None
+    change_map  (1, 1, H, W) over the original's pixels, 1 = keep
+      ->        original, coarse, change map (1, 1, h, w), Paste
+    """
+    mu = change_map[0, 0].numpy()
+    weight = np.round((1 - mu) / FEATHER * 255).clip(0, 255).astype(np.uint8)
+    photo = original
+    if coarse:
+        coarse = fit_edit(coarse, original, original.size)
+        weight[np.asarray(coarse.getchannel("A")) == 0] = 255  # a hole has nothing to keep
+        photo = coarse.convert("RGB")
+        photo.info = original.info
+        coarse = coarse.resize(size, Image.Resampling.LANCZOS)
+    small = original.resize(size, Image.Resampling.LANCZOS)
+    mu = Image.fromarray(mu).resize(size, Image.Resampling.BOX)
+    return small, coarse, torch.from_numpy(np.array(mu))[None, None], Paste(photo, Image.fromarray(weight))

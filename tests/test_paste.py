@@ -1,0 +1,88 @@
+"""--paste-back: what the map keeps is the photograph's own, at its own size."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+from editing import paste
+from tests.runs import last_line, run
+
+SIZE = 160, 104  # as the toy sees 3:2
+
+
+def random_photo(width, height):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def ramp_map(width, height):
+    """0 on the left, 1 on the right, a third of the width each"""
+    return torch.linspace(-1, 2, width).clamp(0, 1).expand(1, 1, height, width)
+
+
+def test_the_photograph_where_the_map_is_white_the_result_where_it_is_not():
+    photo, mu = random_photo(300, 200), ramp_map(300, 200)
+    small, coarse, small_map, over_photo = paste.prepare(photo, None, mu, SIZE)
+    assert small.size == SIZE and coarse is None and small_map.shape == (1, 1, 104, 160)
+    result = Image.new("RGB", SIZE, (10, 200, 30))
+    x, own = (np.asarray(p).astype(int) for p in (over_photo(result), photo))
+    kept = mu[0, 0].numpy() == 1
+    assert x.shape == own.shape and (x[kept] == own[kept]).all() and kept.mean() > 0.3
+    changed = mu[0, 0].numpy() <= 1 - paste.FEATHER
+    assert (x[changed] == (10, 200, 30)).all()
+    seam = ~kept & ~changed  # straight from one to the other
+    weight = (1 - mu[0, 0].numpy()[seam])[:, None] / paste.FEATHER
+    np.testing.assert_allclose(x[seam], weight * (10, 200, 30) + (1 - weight) * own[seam], atol=1.5)
+
+
+def test_the_model_sees_the_whole_photograph():
+    """Elsewhere it is cut to multiples of the autoencoder's factor; here an edge would stay behind."""
+    edges = np.zeros((200, 300, 3), np.uint8)
+    edges[:3], edges[-3:] = 255, 255
+    small, *_ = paste.prepare(Image.fromarray(edges), None, torch.zeros(1, 1, 200, 300), SIZE)
+    assert np.asarray(small)[[0, -1]].min() > 150
+
+
+def test_an_edits_own_pixels_are_kept_and_its_holes_are_not():
+    photo = random_photo(300, 200)
+    pixels = np.dstack([255 - np.asarray(photo), np.full((200, 300), 255, np.uint8)])
+    pixels[50:100, 50:100, 3] = 0
+    _, coarse, _, over_photo = paste.prepare(photo, Image.fromarray(pixels), torch.ones(1, 1, 200, 300), SIZE)
+    assert coarse.size == SIZE and coarse.mode == "RGBA"
+    x = np.asarray(over_photo(Image.new("RGB", SIZE, (1, 2, 3))))
+    hole = pixels[..., 3] == 0
+    assert (x[hole] == (1, 2, 3)).all() and (x[~hole] == pixels[~hole][:, :3]).all()
+
+
+@pytest.mark.parametrize("kind", ["rgb", "grey"])
+def test_a_colour_profile_goes_along_if_it_is_one_of_rgb(kind):
+    photo = random_photo(30, 20)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    photo.info["icc_profile"] = profile if kind == "rgb" else profile.replace(b"RGB ", b"GRAY", 1)
+    *_, over_photo = paste.prepare(photo, None, torch.ones(1, 1, 20, 30), (24, 16))
+    assert over_photo(Image.new("RGB", (24, 16))).info.get("icc_profile") == (profile if kind == "rgb" else None)
+
+
+@pytest.mark.parametrize("edit", ["mask", "edit"])
+def test_a_photograph_lying_on_its_side_comes_back_upright_at_its_own_size(edit, tmp_path):
+    photo, mask = random_photo(300, 420), np.full((300, 420), 255, np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held upright: 420 x 300 pixels in the file's sense are 300 x 420
+    photo.save(tmp_path / "photo.png", exif=turned)
+    mask[100:200, 100:200] = 0
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    words = ["--mask", tmp_path / "mask.png", "--softness", "0", "--prompt", "a red ball"]
+    if edit == "edit":
+        photo.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "edit.png")
+        words = ["--edit", tmp_path / "edit.png", "--change-map", tmp_path / "mask.png"]
+    x = run(tmp_path, "--image", tmp_path / "photo.png", *words, "--paste-back", steps=10)
+    own = np.asarray(photo.transpose(Image.Transpose.ROTATE_270))
+    assert x.shape == (300, 420, 3) and (x[mask == 255] == own[mask == 255]).all()
+    assert (x[mask == 0] != own[mask == 0]).any(1).mean() > 0.9
+
+
+def test_it_needs_something_to_keep(capsys, tmp_path):
+    out = tmp_path / "out.png"
+    assert "--paste-back needs" in last_line(capsys, "--prompt", "a ball", "--paste-back", "--out", out)
+    assert not out.exists()
