@@ -391,5 +391,7 @@ CONFIGS = {
         **XL, channels=(384, 768, 1536, 1536), depth=(0, 4, 4, 0), mid_depth=4, context=1280,
         added=2560,
     ),
-    "toy": UNetConfig(12, 12, (64, 128), layers=1, depth=(1, 1), heads=4, context=128),
+    "toy": UNetConfig(
+        8, 8, (48, 96, 128), layers=1, depth=(0, 1, 1), heads=4, context=128, groups=8
+    ),
 }

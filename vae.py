@@ -239,11 +239,12 @@ class VAE(nn.Module):
         """The bytes per pixel of all tensors that `encode`, and `decode`, have at one time.
 
         Most are alive in a ResnetBlock at full resolution, just after a silu: the level's input, x,
-        h, norm and silu of h; in the decoder the level's input is twice as wide. Weights and
-        workspaces are not counted, nor attention's where PyTorch has no fused kernel for it.
+        h, norm and silu of h; in the decoder the level's input has the next level's width. Weights
+        and workspaces are not counted, nor attention's where PyTorch has no fused kernel for it.
         """
-        feature_map = self.config.channels[0] * self.quant_conv.weight.element_size()
-        return 5 * feature_map, 6 * feature_map
+        width, wider = (*self.config.channels, self.config.channels[-1])[:2]
+        size = self.quant_conv.weight.element_size()
+        return 5 * width * size, (4 * width + wider) * size
 
     def run_in_parts(self, f, x, a, b, bytes_per_pixel):
         """f(x): whole if `memory` allows, else in parts of the batch, else a picture in tiles.
@@ -318,5 +319,5 @@ def cut_tiles(pixels, side, overlap, a, b):
 CONFIGS = {
     "sd": VAEConfig(),  # Stable Diffusion 1.x and 2.x
     "sdxl": VAEConfig(scaling_factor=0.13025),
-    "toy": VAEConfig((16, 32, 96, 128), 1, 12, groups=8, scaling_factor=1.0, size=128),
+    "toy": VAEConfig((16, 48, 128), 1, 8, groups=8, scaling_factor=1.0, size=128),
 }

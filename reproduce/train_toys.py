@@ -53,8 +53,8 @@ class ToyRecipe(train.Recipe):
 
 RECIPES = {
     "vae": ToyRecipe(steps=9000, batch=16, lr=1.5e-3, warmup=100, ema=0.998, muon=True),
-    "base": ToyRecipe(steps=6300, batch=32, lr=1e-3, warmup=300, ema=0.9995),
-    "inpainting": ToyRecipe(steps=1500, batch=16, lr=5e-4, warmup=100, ema=0.995, scenes=8000),
+    "base": ToyRecipe(steps=6300, batch=32, lr=1e-3, warmup=100, ema=0.999, muon=True),
+    "inpainting": ToyRecipe(steps=1500, batch=16, lr=5e-4, warmup=100, ema=0.995, muon=True, scenes=8000),
 }
 
 # Autoencoder
@@ -177,15 +177,17 @@ def draws(recipe, scenes, shape, step):
 
 
 def base_loss(model, schedule, z, context, t, noise, beside=None):
-    """The simple loss of DDPM, eq. 14, weighted by Min-SNR (Hang et al. 2023): w = min(SNR, gamma) / SNR on epsilon.
+    """The simple loss of DDPM, eq. 14, on the noise or on v.
 
+    On the noise it is weighted by Min-SNR (Hang et al. 2023): w = min(SNR, gamma) / SNR
     z, noise (B, C, h, w), context (B, L, D), t (B,), beside (B, 1 + C, h, w) for an inpainting model: of `known`
     """
     z_t = schedule.add_noise(z, noise, t)
     output = model(z_t if beside is None else torch.cat([z_t, beside], 1), t, context)
-    _, eps = schedule.convert_output(output, z_t, t)
-    snr = (schedule.alpha / schedule.sigma).to(z.device)[t] ** 2
-    return ((eps - noise).square().mean((1, 2, 3)) * (GAMMA / snr).clamp(max=1)).mean()
+    alpha, sigma = schedule.alpha_sigma(t, z)
+    if schedule.prediction == "v_prediction":
+        return (output - (alpha * noise - sigma * z)).square().mean()
+    return ((output - noise).square() * (GAMMA * sigma**2 / alpha**2).clamp(max=1)).mean()
 
 
 def given(path, device):
@@ -208,7 +210,8 @@ def new_base(out, scenes, device):
     text = replace(clip.CONFIGS["toy"], vocab_size=len(tokenizer.vocab), eos=tokenizer.vocab[clip.END])
     model = unet.UNet(unet.CONFIGS["toy"])
     nn.init.zeros_(model.conv_out.weight)  # the first guess is no noise: a calm start
-    return sd.StableDiffusion(model, autoencoder, clip.TextEncoder(text), diffusion.Schedule(), tokenizer, size=128)
+    schedule = diffusion.Schedule(prediction="v_prediction")  # short trainings: see mfx.MagicFixup.loss
+    return sd.StableDiffusion(model, autoencoder, clip.TextEncoder(text), schedule, tokenizer, size=128)
 
 
 def train_base(recipe, out, resume, device):

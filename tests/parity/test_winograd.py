@@ -157,9 +157,10 @@ def test_the_ways_of_stable_diffusion():
     assert sum(U.values()) < 1.5 * 2**30  # bytes
 
 
-def test_the_toy_unet_is_too_small_for_winograd():
+def test_a_map_of_16_pixels_is_too_small_for_winograd():
     torch.manual_seed(0)
-    network = unet.UNet(unet.CONFIGS["toy"]).eval().requires_grad_(False)
+    config = unet.UNetConfig(12, 12, (64, 128), layers=1, depth=(1, 1), heads=4, context=128)
+    network = unet.UNet(config).eval().requires_grad_(False)
     z, t, context = torch.randn(2, 12, 16, 16), torch.tensor([1, 500]), torch.randn(2, 5, 128)
     want = network(z, t, context)
     found = ways(quicken(network), lambda: network(z, t, context))

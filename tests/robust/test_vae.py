@@ -49,7 +49,8 @@ def test_the_estimate_of_memory(config, quick, size):
     model = randomise(VAE(config))
     if quick:
         model = quicken(model, keep=False)
-    x, z = torch.randn(1, 3, size, size), torch.randn(1, config.latent_channels, size // 8, size // 8)
+    x = torch.randn(1, 3, size, size)
+    z = torch.randn(1, config.latent_channels, size // config.factor, size // config.factor)
     encode, decode = exaggeration(model, x, z)
     assert 0.7 <= encode <= 1.5 and 0.7 <= decode <= 1.5
 
