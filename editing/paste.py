@@ -12,7 +12,7 @@ from PIL import Image
 
 from common.pictures import fit_edit
 
-FEATHER = 0.25  # up to this strength photograph and result are mixed: so few steps change little, and nothing is doubled
+FEATHER = 0.25  # up to this strength photograph and result are mixed: so weak an edit doubles nothing
 
 
 @dataclass

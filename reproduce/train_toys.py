@@ -33,8 +33,8 @@ from common.run_state import cache_tensors, digest, generator_at, prepare_folder
 from kernels.blocks import to_channels_last
 from kernels.memory import hold_memory
 from toy import world
+from toy.clips import Clip
 from toy.leaves import dead_leaves
-from toy.motion import Clip
 from toy.vocabulary import learn_bpe
 from train import draw_timesteps
 

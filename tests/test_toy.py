@@ -6,10 +6,13 @@ import math
 import pytest
 import torch
 
+import data
 import warp
 from tests.toy import scene, seeded
-from toy import motion, world
+from toy import clips, motion, world
+from toy.clips import Clip
 from toy.world import COLOURS, GROUNDS, KINDS, TIMES, captions, random_scenes, render
+from video.batches import ShardPairs
 
 # --------------------------------------------------------------------------------------------------
 # Random scenes
@@ -215,7 +218,8 @@ def test_a_house_turns_and_its_door_goes_round():
 
 
 def test_a_box_seen_aslant_is_wider_and_looks_the_same_after_a_quarter_turn():
-    front, aslant, again = (render(scene(kind=("box",), turn=turn - world.YAW)) for turn in (0, math.pi / 4, math.pi / 2))
+    turns = [turn - world.YAW for turn in (0, math.pi / 4, math.pi / 2)]
+    front, aslant, again = (render(scene(kind=("box",), turn=turn)) for turn in turns)
     assert aslant.segments[0].any(0).sum() > 1.3 * front.segments[0].any(0).sum()
     assert (front.image - again.image).abs().max() < 1e-3
 
@@ -243,10 +247,25 @@ def test_what_is_out_of_focus_has_soft_edges():
 
 
 def test_clips_depend_on_the_seed_and_everything_in_them_moves():
-    a, b = (motion.Clip(32, seeded(5)) for _ in "ab")
+    a, b = (Clip(32, seeded(5)) for _ in "ab")
     first, same, later = a(0.2), b(0.2), a(0.6)
     names = {field.name for field in dataclasses.fields(first)}
     assert all(torch.equal(getattr(first, name), getattr(same, name)) for name in names)
     fixed = {"ground", "time", "horizon", "texture", "kind", "colour", "aperture", "focus"}
     assert {name for name in names if (getattr(first, name) != getattr(later, name)).any()} == names - fixed
     assert (render(later).image != render(first).image).flatten(1).any(1).all()
+
+
+def test_clips_become_pairs_for_magic_fixup(tmp_path):
+    """Written, found, cut into pairs by data.py's own rules; and written once only."""
+    clips.main([str(tmp_path / "clips"), "--count", "3", "--size", "64"])
+    files = sorted(p.relative_to(tmp_path / "clips") for p in (tmp_path / "clips").rglob("*.png"))
+    assert len(files) == 3 * clips.FRAMES and str(files[0]) == "00000/00.png"
+    before = (tmp_path / "clips/00002/20.png").stat().st_mtime_ns
+    clips.main([str(tmp_path / "clips"), "--count", "4", "--size", "64"])
+    assert (tmp_path / "clips/00002/20.png").stat().st_mtime_ns == before
+    assert {p.name for p in tmp_path.iterdir()} == {"clips"}
+    folders = [str(tmp_path / "clips"), "--out", str(tmp_path / "pairs")]
+    data.main([*folders, "--size", "64", "--pairs", "2", "--fps", "6.67"])
+    pairs = list(ShardPairs(tmp_path / "pairs", epochs=1))
+    assert len(pairs) >= 4 and all((pair["reference"] - pair["target"]).abs().mean() > 0.01 for pair in pairs)

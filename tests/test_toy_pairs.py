@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 
 import warp
 from tests.toy import seeded
-from toy.pairs import ToyPairs, toy_motion, toy_pairs
 from toy.motion import flow_between
+from toy.pairs import ToyPairs, toy_motion, toy_pairs
 from toy.world import GROUNDS, render
 from video.motion import flow_edit
 

@@ -1,17 +1,10 @@
-"""Scenes of the toy world in motion: what moves as a rigid thing does, with its exact flow, and clips in which things
-turn, bend, bounce and open, and lens and light change, as in videos.
+"""Things of the toy world in rigid motion, with their exact optical flow. toy/clips.py has the motion of videos."""
 
-    a, b = scenes, move(scenes, velocity, camera_velocity, 1.0)
-    flow_between(a, b, render(a))                     exact optical flow
-    clip = Clip(n, generator); clip(0.5)              the n scenes half-way through their clips
-"""
-
-import math
 from dataclasses import replace
 
 import torch
 
-from toy.world import find_objects, project, random_scenes, to_object
+from toy.world import find_objects, project, to_object
 
 
 def move(scenes, velocity, camera_velocity, time):
@@ -50,51 +43,3 @@ def flow_between(a, b, frames):
         to_x[i] = torch.where(here, foot_x + u * scale, to_x[i])
         to_y[i] = torch.where(here, foot_y - v * scale, to_y[i])
     return torch.stack([to_x - x, to_y - y], 1) * size
-
-
-class Clip:
-    """n clips, as functions of the time in 0 .. 1: scenes of the toy world in which things move as in a video."""
-
-    def __init__(self, n, generator):
-        def uniform(low, high, *shape):
-            return low + (high - low) * torch.rand(*shape, generator=generator)
-
-        def some(share, *shape):
-            return (torch.rand(*shape, generator=generator) < share).float()
-
-        self.scenes = s = random_scenes(n, generator)
-        K = s.x.shape[1]
-        # Most cameras stand still, so that what moves is an object, as when a user edits.
-        moving = some(0.4, n)
-        walks = some(0.7, n, K)
-        walks[:, 0] = torch.maximum(walks[:, 0], 1 - moving)
-        z = (s.z * uniform(-0.5, 0.5, n, K).exp()).clamp(2.0, 5.2)
-        self.to = torch.stack([(uniform(-0.1, 1.1, n, K) - 0.5) * z, z], -1)  # world x, z at the end
-        self.to = torch.lerp(torch.stack([s.x, s.z], -1), self.to, walks[..., None])
-        self.camera = torch.stack([uniform(-0.5, 0.5, n), uniform(-0.3, 0.3, n)], 1) * (moving * some(0.6, n))[:, None]
-        self.zoom = uniform(-0.3, 0.3, n) * moving * some(0.4, n)
-        self.pan = uniform(-0.15, 0.15, n, 2) * torch.tensor([1.0, 0.3]) * (moving * some(0.4, n))[:, None]
-        self.sun = uniform(-0.5, 0.5, n) * some(0.2, n)
-        self.aperture, self.focus = uniform(0.02, 0.1, n) * some(0.2, n), uniform(0.2, 0.5, n)
-        self.turn = uniform(-2.5, 2.5, n, K) * some(0.5, n, K)
-        self.start = uniform(-math.pi, math.pi, n, K) * some(0.5, n, K)
-        self.grow = uniform(-0.3, 0.3, n, K) * some(0.3, n, K)
-        # What goes to and fro: how far, how often, from where in the swing
-        self.lean = uniform(0.05, 0.3, n, K) * some(0.3, n, K)
-        self.spread = uniform(0.05, 0.3, n, K) * some(0.3, n, K)
-        self.lift = uniform(0.1, 0.5, n, K) * some(0.3, n, K)
-        self.often, self.phase = uniform(0.5, 2.0, n, K), uniform(0, 2 * math.pi, n, K)
-
-    def __call__(self, time):
-        """-> the scenes (n) at this time"""
-        s = self.scenes
-        swing = (2 * math.pi * self.often * time + self.phase).sin()
-        place = torch.lerp(torch.stack([s.x, s.z], -1), self.to, time)
-        sun = s.sun + time * self.sun
-        near_side = sun.cos().sign() * sun.cos().abs().clamp(min=0.42)  # no shadow is infinitely thin
-        return replace(
-            s, x=place[..., 0], z=place[..., 1], camera=time * self.camera, zoom=time * self.zoom, pan=time * self.pan,
-            sun=torch.atan2(sun.sin(), near_side), size=s.size * (time * self.grow).exp(), aperture=self.aperture,
-            focus=self.focus, turn=self.start + time * self.turn, lean=self.lean * swing, spread=self.spread * swing,
-            lift=self.lift * swing.abs(),
-        )

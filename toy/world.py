@@ -17,7 +17,7 @@ default; toy/motion.py changes them over time.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 
