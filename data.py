@@ -75,6 +75,10 @@ TOO_FAR = 350  # the paper: at least 10 % of the picture move so far
 TOO_STILL = 50  # the release: 95 % of the picture move less
 # The release: a smaller share of the target has a pixel of the reference
 COVERED = {"flow": 0.6, "affine": 0.4}
+# Of the frames: the best of usual qualities, and colours as sharp as brightness, or edges would learn
+# to bleed.
+JPEG = (cv2.IMWRITE_JPEG_QUALITY, 95,
+        cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 ANY_NAME = "utf-8", "surrogateescape"  # a file's name need not be UTF-8
 
 # --------------------------------------------------------------------------------------------------
@@ -218,7 +222,7 @@ def make_pair(recipe, clip, index, preview=False, weights=None, device="cpu"):
         files[f"{model}.png"] = shards.encode(painted, ".png", cv2.IMWRITE_PNG_COMPRESSION, 3)
         moved[f"covered_{model}"] = round(1 - holes.mean().item(), 4)
     for key, k in (("ref.jpg", i), ("gt.jpg", j)):
-        files[key] = shards.encode(frames[k], ".jpg", cv2.IMWRITE_JPEG_QUALITY, 95)
+        files[key] = shards.encode(frames[k], ".jpg", *JPEG)
     origin = dict(source=name, pair=index, times=[round(times[k], 4) for k in (i, j)], steps=j - i)
     used = dict(segments=count, estimators=[recipe.flow, recipe.segments, recipe.depth])
     files["json"] = json.dumps(origin | dict(size=recipe.size) | moved | used).encode()

@@ -23,7 +23,7 @@ from common.cli import TOY, TOY_MFX, Parser, report_errors
 from common.devices import choose_device, choose_precision
 from common.files import atomic_write, write_json
 from kernels.memory import hold_memory
-from reproduce import cache, dd_figures, dd_tables, mfx_figures, mfx_tables, report, toy
+from reproduce import cache, dd_figures, dd_tables, fidelity, mfx_figures, mfx_tables, report, toy
 from reproduce.lab import MFX, OPEN, REGISTERED, Lab, NotHere, Outcome
 
 INPAINTING = TOY.parent / "toy-inpainting"

@@ -37,7 +37,8 @@ def take(edits, first, count):
 def edit_scenes(scenes, seed, size=128):
     """One edit of one object of each scene -> dict of (n, ...): reference, coarse, truth (3, S, S) in [0, 1], mask
     (1, S, S); changed (S, S) bool: where the truth's shadows and reflections differ from the reference's; object (S, S)
-    bool: the edited object, where it truly is afterwards. And verb, a list; after, the edited Scene."""
+    bool: the edited object, where it truly is afterwards. And verb, a list; after, the edited Scene; slot (n,), the
+    object's number in it."""
     edited, edits = random_edits(scenes, torch.Generator().manual_seed(HELD_OUT + seed), size)
     before, after = world.render(scenes, size), world.render(edited, size)
     coarse, mask = [], []
@@ -50,7 +51,7 @@ def edit_scenes(scenes, seed, size=128):
     which = torch.tensor([scenes.kind.shape[1] if e.verb == "duplicate" else e.k for e in edits])  # a copy comes last
     return dict(reference=before.image, coarse=torch.stack(coarse), truth=after.image, mask=torch.stack(mask),
                 changed=changed, object=after.segments == which[:, None, None] + 1, verb=[e.verb for e in edits],
-                after=edited)
+                after=edited, slot=which)
 
 
 def fix_up(model, edits, steps, seeds=(0,)):
