@@ -75,8 +75,7 @@ TOO_FAR = 350  # the paper: at least 10 % of the picture move so far
 TOO_STILL = 50  # the release: 95 % of the picture move less
 # The release: a smaller share of the target has a pixel of the reference
 COVERED = {"flow": 0.6, "affine": 0.4}
-# Of the frames: the best of usual qualities, and colours as sharp as brightness, or edges would learn
-# to bleed.
+# Of the frames. Colours stay as sharp as brightness, or edges would learn to bleed.
 JPEG = (cv2.IMWRITE_JPEG_QUALITY, 95,
         cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 ANY_NAME = "utf-8", "surrogateescape"  # a file's name need not be UTF-8

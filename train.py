@@ -94,6 +94,7 @@ class FixupRecipe(Recipe):
 
     data: str = "toy"  # or a folder of shards that data.py wrote
     pairs: int = 0  # encoded once, and seen often under new noise; 0 = encoded as they come
+    exact: float = 0.0  # share of the toy world's exact pairs among those encoded from shards
     motion: str = "both"  # what makes the coarse edits: 'flow', 'affine', or half of each
     cross_reference: bool = True  # False = the ablation without the detail extractor
     prediction: str | None = None  # 'epsilon' or 'v_prediction'; None = as the initial weights
@@ -232,9 +233,8 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
     # Weights stay fp32; matrices are multiplied in bf16 where that is faster, or asked for. A
     # weight is cast once in a forward pass, so a cache of the casts would only hold memory.
     bf16 = choose_precision(recipe.precision, device) == torch.bfloat16
-    autocast = functools.partial(
-        torch.autocast, device.type, torch.bfloat16, enabled=bf16, cache_enabled=False
-    )
+    half = dict(device_type=device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False)
+    autocast = functools.partial(torch.autocast, **half)
     if recipe.compile:
         compile_blocks(model, BLOCKS)
     if recipe.checkpointing:
@@ -365,6 +365,7 @@ def main(argv=None):
     p.add_argument("--out", type=Path, default=Path("runs/mfx"), help="default: runs/mfx")
     p.add_argument("--data", help="toy (default), or a folder of pairs that data.py wrote")
     p.add_argument("--pairs", type=number(int, 0, 10**9), help="to encode once; 0 = as they come")
+    p.add_argument("--exact", type=number(float, 0, 1), help="share of the toy's pairs in them")
     p.add_argument("--motion", choices=MODELS, help="what makes the coarse edits (default: both)")
     p.add_argument("--prediction", choices=["epsilon", "v_prediction"], help="what to learn")
     p.add_argument("--held-out", type=number(int, 0, 4096), help="pairs to validate on; 0 = none")

@@ -27,7 +27,7 @@ from reproduce import cache, dd_figures, dd_tables, fidelity, mfx_figures, mfx_t
 from reproduce.lab import MFX, OPEN, REGISTERED, Lab, NotHere, Outcome
 
 INPAINTING = TOY.parent / "toy-inpainting"
-MODULES = [module.__name__ for module in (dd_tables, dd_figures, mfx_tables, mfx_figures, toy)]  # as on the page
+MODULES = [m.__name__ for m in (dd_tables, dd_figures, mfx_tables, mfx_figures, toy, fidelity)]  # as on the page
 ITEMS = {item.name: item for module in MODULES for item in REGISTERED if item.run.__module__ == module}
 WEIGHTS = "weights", "mfx_weights", "ablation_weights", "inpainting_weights"
 

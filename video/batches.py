@@ -147,22 +147,21 @@ def stream_pairs(recipe, size, step, device):
 def cache_latents(recipe, path, vae, size, device):
     """recipe.pairs pairs, encoded once and kept in a file -> a dict of (N, ...) in fp16. To encode
     them again at every step would cost as much as the training. A short run gets fewer."""
-    wanted = min(recipe.pairs, recipe.steps * recipe.batch)
-    if recipe.data == "toy":
-        seeds = range(0, wanted, 32)
-        batches = (
-            toy_pairs(32, generator_at(recipe.seed + 4, i), recipe.motion, size) for i in seeds
-        )
-        source = ()
-    else:
+    wanted = math.ceil(min(recipe.pairs, recipe.steps * recipe.batch) / 32)  # batches
+    exact = wanted if recipe.data == "toy" else round(recipe.exact * wanted)
+    toys = (
+        toy_pairs(32, generator_at(recipe.seed + 4, 32 * i), recipe.motion, size)
+        for i in range(exact)
+    )
+    batches, source = toys, ()
+    if recipe.data != "toy":
         pairs = read_shards(recipe, batch=32)
-        batches = DataLoader(pairs, 32)
-        source = (recipe.data, [(path.name, count) for path, count in pairs.shards])
+        batches = itertools.chain(toys, itertools.islice(DataLoader(pairs, 32), wanted - exact))
+        source = (exact, recipe.data, [(path.name, count) for path, count in pairs.shards])
 
     def make():
-        count = math.ceil(wanted / 32)
         parts = []
-        for batch in tqdm(itertools.islice(batches, count), "pairs", count, unit="batch"):
+        for batch in tqdm(batches, "pairs", wanted, unit="batch"):
             encoded = encode_pairs(batch, vae, device)
             parts.append({name: tensor.half().cpu() for name, tensor in encoded.items()})
         return {name: torch.cat([p[name] for p in parts]).contiguous() for name in parts[0]}

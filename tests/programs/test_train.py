@@ -6,12 +6,14 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import mfx
 import train
+from tests import small
 from tests.training import arguments, equal, read_state, run_python, write_shards, write_stable
-from video.batches import ShardPairs, make_held_out
+from video.batches import ShardPairs, cache_latents, make_held_out
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,20 @@ def test_held_out_shards_are_not_trained_on(tmp_path):
     taught, held = (ShardPairs(recipe.data, held_out=held_out) for held_out in (False, True))
     assert {p for p, _ in taught.shards}.isdisjoint(p for p, _ in held.shards)
     assert (taught.pairs, held.pairs, len(make_held_out(recipe, 16)["mask"])) == (8, 4, 4)
+
+
+def test_the_toys_exact_pairs_are_mixed_in(tmp_path):
+    autoencoder, device = small.stable_diffusion().vae, torch.device("cpu")
+    recipe = replace(train.RECIPES["toy"], pairs=64, held_out=0)
+    toys = cache_latents(recipe, tmp_path / "toys.safetensors", autoencoder, 16, device)
+    recipe = replace(recipe, data=str(write_shards(tmp_path / "pairs")), exact=0.5)
+    both = cache_latents(recipe, tmp_path / "both.safetensors", autoencoder, 16, device)
+    none = cache_latents(replace(recipe, exact=0.0), tmp_path / "none.safetensors", autoencoder, 16, device)
+    for name in toys:
+        assert len(both[name]) == len(none[name]) == 64
+        assert torch.equal(both[name][:32], toys[name][:32])
+        assert torch.equal(both[name][32:], none[name][:32])
+    assert not torch.equal(toys["target"], none["target"])
 
 
 def test_without_cross_reference_there_is_no_extractor(stable, tmp_path):
