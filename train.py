@@ -103,7 +103,7 @@ class FixupRecipe(Recipe):
 
 RECIPES = {
     "toy": FixupRecipe(
-        steps=5000, batch=16, lr=8e-4, warmup=300, ema=0.9995, pairs=12_000,
+        steps=5000, batch=16, lr=1e-3, warmup=100, ema=0.999, muon=True, pairs=12_000,
         prediction="v_prediction",
     ),
     # Section 3.6, with the release's warm-up; neither of them clips or averages. The paper's Adam

@@ -4,19 +4,24 @@ The paper shows such edits and asks people. The toy world renders each edit's tr
 """
 
 import functools
+import math
+import tempfile
+from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
 import collage
+import data
 import diffdiff
 import train
 from common.run_state import list_states
 from reproduce import charts
 from reproduce.lab import HELD_OUT, MFX, TRUE, NotHere, Outcome, item, judge, percent, plus_minus, progress
 from reproduce.metrics import changed_shadows, mean_error, resample, shadow_share
-from toy import world
+from toy import clips, world
 from toy.edits import VERBS, random_edits, to_collage
-from toy.pairs import toy_pairs
+from video.batches import ShardPairs
 
 STEPS = 50  # of DDIM, as in the paper
 
@@ -236,11 +241,12 @@ def is_trained(folder, name):
 
 
 def train_ablation(folder):
-    """Train what is not there yet, one model after another; goes on where it stopped."""
+    """Train what is not there yet, one model after another, on pairs of clips; goes on where it stopped."""
+    pairs = make_shards(folder, 1000, 128, seed=0)
     for name, how in TRAINED.items():
         if not is_trained(folder, name):
             resume = ["--resume"] if list_states(folder / name, "mfx") else []
-            train.main(["--out", str(folder / name), *how, *TRAINING, *resume])
+            train.main(["--out", str(folder / name), "--data", str(pairs), *how, *TRAINING, *resume])
     print(f"{folder}: {', '.join(TRAINED)} are there. Now: python -m reproduce --ablation-weights {folder}")
 
 
@@ -256,6 +262,7 @@ def load_ablation(lab, *names):
 # Table of ablations
 
 TESTS = ("affine", "flow")
+CLIPS_HELD_OUT = 901  # their seed: a training's are at most 900
 ABLATION_STEPS = 25  # half of the paper's for a toy, to which they make no difference here: the item measures it
 CALLED = {AFFINE: "piecewise affine", FLOW: "flow", ALONE: "both, no cross-reference", FULL: "both (full method)"}
 PAPER = {  # LPIPS, each with a standard error of 0.007 (0.008 for the one without cross-reference attention on flow)
@@ -264,16 +271,25 @@ PAPER = {  # LPIPS, each with a standard error of 0.007 (0.008 for the one witho
 }
 
 
-def make_held_out_pairs(n, test, size):
-    """n pairs as in training, of scenes that no model has seen -> dict as of `edit_scenes`, in [0, 1].
+def make_shards(folder, count, size, seed):
+    """`count` clips of the moving toy world, and their pairs by data.py's rules -> the shards' folder. Made once."""
+    clips.write_clips(folder / "clips", count, size, seed)
+    data.main([str(folder / "clips"), "--out", str(folder / "pairs"), "--size", str(size), "--fps", f"{20 / 3:.4f}",
+               "--pairs", "2"])
+    return folder / "pairs"
 
-    The scenes, and what moves in them, are the same for both tests: only the coarse edits are made differently.
-    """
-    parts = [toy_pairs(min(8, n - i), torch.Generator().manual_seed(HELD_OUT + 2000 + i), test, size)
-             for i in range(0, n, 8)]
-    whole = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-    return {"reference": whole["reference"] / 2 + 0.5, "coarse": whole["coarse"] / 2 + 0.5,
-            "truth": whole["target"] / 2 + 0.5, "mask": whole["mask"]}
+
+def make_held_out_pairs(n, size):
+    """At most n pairs of frames of clips that no model has seen, warped by either motion model -> {test: dict as of
+    `edit_scenes`, in [0, 1]}. What is in them, and what moves, is the same for both."""
+    edits = {}
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = make_shards(Path(folder), math.ceil(0.6 * n), size, CLIPS_HELD_OUT)
+        for test in TESTS:
+            whole = next(iter(DataLoader(ShardPairs(pairs, test, shuffle=0, epochs=1), n)))
+            edits[test] = {"reference": whole["reference"] / 2 + 0.5, "coarse": whole["coarse"] / 2 + 0.5,
+                           "truth": whole["target"] / 2 + 0.5, "mask": whole["mask"]}
+    return edits
 
 
 def compare_warps(edits):
@@ -285,15 +301,16 @@ def ablation(lab):
     """Without cross-reference attention the result is the worst on both tests, and training on flow is the best where
     the test is on flow.
 
-    {n} held-out pairs of frames, the same for both tests, warped by flow or piecewise affinely (the two coarse edits
-    differ in {differ} of the pixels), through four models of the same training, {steps} steps of DDIM: {distance}
+    {n} pairs of frames of held-out clips, the same for both tests, warped by flow or piecewise affinely (the two coarse
+    edits differ in {differ} of the pixels), through four models of the same training, {steps} steps of DDIM: {distance}
     between output and target, and squared error in thousandths. The verdict takes the differences pair by pair. Twice
     the steps change the full method's distance by {twice the steps} on {checked} pairs.
     """
     models = load_ablation(lab, *TRAINED)
     n, k, size = lab.count(104, 8), lab.count(24, 8), models[FULL].size
     steps = ABLATION_STEPS if size == 128 else STEPS
-    edits = {test: make_held_out_pairs(n, test, size) for test in TESTS}
+    edits = make_held_out_pairs(n, size)
+    n = len(edits["flow"]["truth"])
 
     def score(x, truth):  # (k, 3, S, S) -> perceptual distance and squared error of each, (k, 2)
         distance = lab.distance(x * 2 - 1, truth * 2 - 1).mean((1, 2))

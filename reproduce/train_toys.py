@@ -53,7 +53,7 @@ class ToyRecipe(train.Recipe):
 
 RECIPES = {
     "vae": ToyRecipe(steps=9000, batch=16, lr=1.5e-3, warmup=100, ema=0.998, muon=True),
-    "base": ToyRecipe(steps=6300, batch=32, lr=1e-3, warmup=100, ema=0.999, muon=True),
+    "base": ToyRecipe(steps=6000, batch=16, lr=1e-3, warmup=100, ema=0.999, muon=True),
     "inpainting": ToyRecipe(steps=1500, batch=16, lr=5e-4, warmup=100, ema=0.995, muon=True, scenes=8000),
 }
 
