@@ -7,7 +7,7 @@
                                        by networks whose files checkpoints/published.py finds
 
 Folders are searched for videos; one that holds pictures is one clip. Start an interrupted run again
-with the same words, and it goes on.
+with the same words, and it goes on; a finished one with more clips, and it adds theirs.
 
 A pair is two frames of one video: the reference I, and later the target I_gt. I, warped towards
 I_gt, is the coarse edit. The model learns to turn the coarse edit into the target. The pair with
@@ -20,9 +20,10 @@ the number 123 in the list of work is in a WebDataset shard, `pairs-000012.tar`,
     000123.json                           where it comes from and how much moves
 
 The arguments alone decide the list of work: clip after clip, so many pairs of each, cut into
-shards. A pair is a function of its clip's name and its number, so anyone can make a shard, at any
-time. It is done when `pairs-000012.json` (kept, rejected and why) lies beside it. `manifest.json`
-holds the recipe and the digests of the networks' files; the last shard adds the totals.
+shards; clips that are added later come last, in shards of their own. A pair is a function of its
+clip's name and its number, so anyone can make a shard, at any time. It is done when
+`pairs-000012.json` (kept, rejected and why) lies beside it. `manifest.json` holds the recipe, the
+clips' names and the digests of the networks' files; the last shard adds the totals.
 video/batches.py reads the shards for training.
 """
 
@@ -45,11 +46,11 @@ from tqdm import tqdm
 import collage
 import warp
 from checkpoints import published
-from common.cli import Parser, number, report_errors
+from common.cli import Parser, file_name, number, report_errors, shorten_warnings
 from common.devices import choose_device
 from common.files import write_json
 from video import estimators, shards
-from video.clips import LONGEST, find_clips, is_cut, read_window
+from video.clips import LONGEST, STEP, find_clips, is_cut, read_window
 from video.estimators import DEPTH, FLOW, SEGMENTS
 from video.motion import affine_edit, flow_edit
 
@@ -78,7 +79,6 @@ COVERED = {"flow": 0.6, "affine": 0.4}
 # Of the frames. Colours stay as sharp as brightness, or edges would learn to bleed.
 JPEG = (cv2.IMWRITE_JPEG_QUALITY, 95,
         cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
-ANY_NAME = "utf-8", "surrogateescape"  # a file's name need not be UTF-8
 
 # --------------------------------------------------------------------------------------------------
 # From frames to a pair
@@ -114,8 +114,10 @@ def choose_frames(times, cuts, rng):
         apart = rng.uniform(SHORTEST, min(LONGEST, length))
     begin = times[a] + rng.uniform(0, max(length - apart, 0))
     i = a + int(np.abs(np.array(times[a:b]) - begin).argmin())
-    j = i + 1 + int(np.abs(np.array(times[i + 1 : b + 1]) - times[i] - apart).argmin())
-    return i, j
+    later = np.array(times[i + 1 : b + 1]) - times[i]
+    off = np.abs(later - apart)
+    off[later < SHORTEST - STEP] += LONGEST  # where frames are rare, the nearest may be too near
+    return i, i + 1 + int(off.argmin())
 
 
 def estimate_steps(estimate, frames, i, j, known):
@@ -191,7 +193,7 @@ def make_pair(recipe, clip, index, preview=False, weights=None, device="cpu"):
     flow's colours. Rejected: the clip cannot be read, or TRIES pairs are not good enough.
     """
     name, path = clip
-    seed = hashlib.sha256(f"{recipe.seed} {index} {name}".encode(*ANY_NAME)).digest()
+    seed = hashlib.sha256(f"{recipe.seed} {index} {name}".encode(*shards.ANY_NAME)).digest()
     rng = np.random.default_rng(list(seed))
     try:
         frames, times = read_window(path, recipe.size, recipe.fps, rng)
@@ -260,14 +262,9 @@ def make_shards(args):
     estimators.load_model.cache_clear()  # since an earlier run, another file may have the same path
 
     # Until here nothing is written. The manifest says what these shards are, to a later run too.
-    work = shards.list_work(len(clips) * recipe.pairs)
-    names = hashlib.sha256("\n".join(name for name, _ in clips).encode(*ANY_NAME)).hexdigest()
-    manifest = {"recipe": asdict(recipe), "clips": len(clips), "clips_sha256": names}
-    manifest["shards"] = len(work)
+    # A network's file counts, wherever it lies.
     used = {n: {"file": p.name, "sha256": published.digest(p)} for n, p in weights.items()}
-    if used:  # wherever these files lie
-        manifest["networks"] = used
-    shards.begin(args.out, manifest)
+    manifest, clips, work = shards.begin(args.out, clips, asdict(recipe), used)
 
     # This machine's part of the shards that are not done. Number k is a pair of clip k // pairs.
     part, parts = args.shard
@@ -307,7 +304,7 @@ def make_shards(args):
         print(f"{args.out}: {shards.summarize(counts)} in {seconds:.0f} s, {rate:.2f} clips/s")
     done, counts = shards.add_up(args.out, len(work))
     if done == len(work):
-        write_json(args.out / "manifest.json", manifest | {"totals": dict(sorted(counts.items()))})
+        write_json(args.out / "manifest.json", {"totals": dict(sorted(counts.items()))} | manifest)
         if not counts["kept"]:
             found = shards.summarize(counts)
             raise ValueError(f"{args.out}: {found}: there is nothing to train on")
@@ -333,8 +330,8 @@ def parse(argv):
     p = Parser(prog="data.py", description=__doc__,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("videos", nargs="+", metavar="VIDEO_OR_FOLDER")
-    add("--out", type=Path, required=True, metavar="DIR", help="where the shards go")
+    add("videos", nargs="+", type=file_name, metavar="VIDEO_OR_FOLDER")
+    add("--out", type=file_name, required=True, metavar="DIR", help="where the shards go")
     p.set_defaults(**asdict(PairRecipe()))  # of the next seven options
     add("--size", type=number(int, 32, 4096), help="side in pixels (default: 512)")
     add("--pairs", type=number(int, 1, 1000), help="per clip (default: 1, as the paper)")
@@ -349,6 +346,7 @@ def parse(argv):
     add("--workers", type=number(int, 1, 1024), default=1, help="processes, one thread each")
     add("--shard", type=read_part, metavar="I/N", help="part of the work (default: by torchrun)")
     args = p.parse_args(argv)
+    args.out = Path(args.out)
     if args.shard is None:
         try:
             rank, world = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
@@ -360,6 +358,7 @@ def parse(argv):
 
 def main(argv=None):
     parser, args = parse(argv)
+    shorten_warnings(parser)
     try:
         with report_errors(parser, "fewer --workers, or --device cpu. What is done is kept"):
             make_shards(args)

@@ -4,6 +4,7 @@ data.py's docstring says what a shard holds, and when it is done. Every file is 
 """
 
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -24,17 +25,44 @@ from PIL import Image
 from common.files import atomic_write, write_json
 from common.pictures import labelled
 
+ANY_NAME = "utf-8", "surrogateescape"  # a file's name need not be UTF-8
+MOST = 1_000_000  # pairs in a shard, whoever wrote it
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The work
 
 
-def list_work(pairs):
-    """The numbers 0 .. pairs - 1 as a list of ranges, one per shard.
+def list_work(*runs):
+    """How many pairs the first run has, and each that added clips -> a list of ranges of numbers, one per shard.
 
     A shard holds up to 256 pairs, some 150 MB; fewer, where there would be less than 64 shards for many machines.
     """
-    per_shard = min(256, max(8, pairs // 64))
-    return [range(k, min(k + per_shard, pairs)) for k in range(0, pairs, per_shard)]
+    work, first = [], 0
+    for pairs in runs:
+        per_shard = min(256, max(8, pairs // 64))
+        end = first + pairs
+        work += [range(k, min(k + per_shard, end)) for k in range(first, end, per_shard)]
+        first = end
+    return work
+
+
+def order_clips(out, clips, known):
+    """Clips [(name, path)] as they are found -> those in the order of known, names, and then the new ones.
+
+    ValueError: one that is known is missing.
+    """
+    left, old, new = Counter(known), {}, []
+    for clip in clips:
+        name, _ = clip
+        if left[name]:
+            left[name] -= 1
+            old.setdefault(name, []).append(clip)
+        else:
+            new.append(clip)
+    if left.total():
+        missing = next(left.elements())
+        raise ValueError(f"{out} was begun with other clips, as {missing}: choose another --out, or give all of them")
+    return [old[name].pop(0) for name in known] + new
 
 
 def run_in_order(make, tasks, workers):
@@ -84,21 +112,62 @@ def name_shard(out, number, ending):
     return out / f"pairs-{number:06d}.{ending}"
 
 
-def begin(out, manifest):
-    """Write the manifest of a new folder. ValueError: it has one that says otherwise, or shards and none."""
+def begin(out, clips, recipe, networks):
+    """Start the folder of shards, go on with it, or add clips to one that is finished.
+
+    clips     [(name, path)] as they are found. Those that are added come last in the order of work: finished shards
+              stay as they are
+    recipe    {name: value}; networks, {name: value}, or {}
+      -> manifest.json, the clips in the order of work, the work as `list_work`
+    ValueError: it was begun with other words, or is no such folder.
+    """
     path = out / "manifest.json"
-    if not path.exists():
-        if out.is_dir() and any(out.glob("*.tar")):
-            raise ValueError(f"{out} holds shards, but no manifest.json: choose another --out")
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise ValueError(f"--out {out}: {there} is a file, not a folder")
+    old, known, runs = {}, [], []
+    if path.exists():
+        old, known, runs = read_manifest(path, clips)
+        for key, value in (("recipe", recipe), ("networks", networks)):
+            if old.get(key, {}) != value:
+                raise ValueError(f"{out} was begun with other {key}: choose another --out")
+    elif any(out.glob("*.tar")):
+        raise ValueError(f"{out} holds shards, but no manifest.json: choose another --out")
+
+    clips = order_clips(out, clips, known)
+    added = len(clips) - len(known)
+    if added and old and "totals" not in old:
+        raise ValueError(f"{out} is not finished: first the same command again, and then with more clips")
+    if added:
+        runs.append(added)
+    work = list_work(*[n * recipe["pairs"] for n in runs])
+    names = [name for name, _ in clips]
+    manifest = {"recipe": recipe, "clips": len(clips), "clips_sha256": digest_names(names), "shards": len(work)}
+    if networks:
+        manifest["networks"] = networks
+    manifest |= {"runs": runs, "names": names}
+    if added:
         write_json(path, manifest)
-        return
+    return manifest, clips, work
+
+
+def read_manifest(path, clips):
+    """-> what it holds, the names of its clips in order, how many of these came with each run. ValueError: damaged"""
     try:
-        there = json.loads(path.read_bytes())
-        other = next((key for key, value in manifest.items() if there[key] != value), None)
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged: choose another --out") from None
-    if other:
-        raise ValueError(f"{out} was begun with other {other.replace('_sha256', '')}: choose another --out")
+        old = json.loads(path.read_bytes())
+        runs = list(old.get("runs", [old["clips"]]))
+        first = [name for name, _ in clips[: sum(runs)]]  # an older manifest has no names: its clips come first
+        known = list(old.get("names", first))
+        if digest_names(known) == old["clips_sha256"] and len(known) == sum(runs):
+            return old, known, runs
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        old = {"names": []}
+    what = f"{path} is damaged" if "names" in old else f"{path.parent} was begun with other clips"
+    raise ValueError(f"{what}: choose another --out")
+
+
+def digest_names(names):
+    return hashlib.sha256("\n".join(names).encode(*ANY_NAME)).hexdigest()
 
 
 def encode(image, extension, *options):
@@ -155,8 +224,11 @@ def read_counts(path):
     """The .json of a shard -> pairs kept, {reason: pairs rejected}"""
     try:
         found = json.loads(path.read_bytes())
-        return int(found["kept"]), dict(found.get("rejected", {}))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        kept = int(found["kept"])
+        if not 0 <= kept <= MOST:
+            raise ValueError
+        return kept, {reason: int(n) for reason, n in found.get("rejected", {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ValueError(f"{path} is damaged: delete it, and let data.py make its shard again") from None
 
 
@@ -177,17 +249,23 @@ def read_index(path):
     """A shard -> [{extension: (offset, bytes)}] of its pairs, in order. ValueError if it is damaged."""
     pairs = {}
     try:
+        end = path.stat().st_size
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 key, extension = member.name.split(".", 1)
+                if not member.isreg() or not 0 <= member.size <= end - member.offset_data:
+                    raise ValueError(f"{member.name} is no file")
                 pairs.setdefault(key, {})[extension] = (member.offset_data, member.size)
-    except (tarfile.TarError, ValueError, EOFError) as e:
+    except (tarfile.TarError, ValueError, EOFError, ArithmeticError, LookupError) as e:
         raise ValueError(f"{path} is damaged ({e}): delete its .json, and let data.py make it again") from None
     return list(pairs.values())
 
 
 def read_pictures(path, i, extensions):
-    """These pictures of pair number i in a shard -> [(3 or 4, H, W) uint8]. ValueError if it is damaged."""
+    """These pictures of pair number i in a shard -> [(3 or 4, H, W) uint8], of one size; PNGs have 4 channels.
+
+    ValueError if it is damaged.
+    """
     try:
         files = read_index(path)[i]
         pictures = []
@@ -196,8 +274,12 @@ def read_pictures(path, i, extensions):
                 offset, size = files[extension]
                 shard.seek(offset)
                 picture = cv2.imdecode(np.frombuffer(shard.read(size), np.uint8), cv2.IMREAD_UNCHANGED)
-                order = (2, 1, 0, 3)[: picture.shape[2]]  # as in `encode`
+                order = (2, 1, 0, 3)[: 4 if extension.endswith("png") else 3]  # as in `encode`
+                if picture.dtype != np.uint8 or picture.shape[2] != len(order):
+                    raise ValueError
                 pictures.append(torch.from_numpy(np.stack([picture[..., c] for c in order])))
-    except (IndexError, KeyError, AttributeError, cv2.error):
+        if len({picture.shape[1:] for picture in pictures}) > 1:
+            raise ValueError
+    except (IndexError, KeyError, AttributeError, ValueError, cv2.error):
         raise ValueError(f"{path} is damaged: pair {i} cannot be read. Delete its .json and make it again") from None
     return pictures

@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,46 @@ def test_a_full_disk_leaves_nothing_half_written(clips, tmp_path, capsys, monkey
     assert len(set(keys(tmp_path))) >= 2
 
 
+def test_clips_are_added_to_a_finished_run(clips, made, tmp_path, capsys):
+    folder, out = tmp_path / clips.name, tmp_path / "out"
+    shutil.copytree(clips, folder)
+    shutil.copytree(made, out)
+    before = contents(out)
+    film(folder / "11.mp4", seed=5)  # among the others, by its name
+    film(tmp_path / "late.mp4", seed=6)
+    for more in ([folder], [tmp_path / "late.mp4", folder]):
+        data.main([*map(str, more), "--out", str(out), *ARGUMENTS])
+    after = contents(out)
+    shards_before = [name for name in before if name != "manifest.json"]
+    assert all(after[name] == before[name] for name in shards_before)
+    manifest = json.loads(after["manifest.json"])
+    assert (manifest["clips"], manifest["shards"], manifest["runs"]) == (7, 6, [5, 1, 1])
+    assert sum(manifest["totals"].values()) == 42
+    assert [Path(name).name for name in manifest["names"][5:]] == ["11.mp4", "late.mp4"]
+    assert len(set(keys(out))) == ShardPairs(out).pairs == manifest["totals"]["kept"]
+    capsys.readouterr()
+    data.main([str(folder), str(tmp_path / "late.mp4"), "--out", str(out), *ARGUMENTS])  # nothing is left to do
+    assert contents(out) == after and "6 of 6 shards are there" in capsys.readouterr().out
+
+    # A clip is missing, the run is not finished, the manifest is damaged, or it is of before it held names.
+    line = fails(capsys, folder, "--out", out, *ARGUMENTS)
+    assert "begun with other clips, as late.mp4" in line
+    more = (clips, tmp_path / "late.mp4", "--out", out, *ARGUMENTS)
+    older = json.loads(before["manifest.json"])
+    del older["totals"]
+    (out / "manifest.json").write_text(json.dumps(older))
+    assert "is not finished" in fails(capsys, *more)
+    older["names"][0] = "another"
+    (out / "manifest.json").write_text(json.dumps(older))
+    assert "manifest.json is damaged" in fails(capsys, *more)
+    del older["names"], older["runs"]
+    older["totals"] = {}
+    (out / "manifest.json").write_text(json.dumps(older))
+    assert "begun with other clips" in fails(capsys, tmp_path / "late.mp4", clips, "--out", out, *ARGUMENTS)
+    data.main([*map(str, more), "--shard", "0/40"])
+    assert json.loads((out / "manifest.json").read_text())["runs"] == [5, 1]
+
+
 def test_what_is_wrong_is_said_in_one_line(clips, made, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     (tmp_path / "empty").mkdir()
@@ -141,7 +182,10 @@ def test_what_is_wrong_is_said_in_one_line(clips, made, tmp_path, capsys, monkey
     assert "there is no file or folder" in fails(capsys, tmp_path / "nowhere", "--out", out)
     assert not out.exists()
     (tmp_path / "file").write_text("x")
-    assert "file" in fails(capsys, clips, "--out", tmp_path / "file")
+    for path in ("file", "file/out"):
+        assert "file is a file, not a folder" in fails(capsys, clips, "--out", tmp_path / path)
+    assert "the name is empty" in fails(capsys, clips, "--out", "")
+    assert "the name is empty" in fails(capsys, "", "--out", out)
     assert "is no part" in fails(capsys, clips, "--out", out, "--shard", "2/2")
     assert "whole number in 32" in fails(capsys, clips, "--out", out, "--size", "7")
     assert "invalid choice: 'farneback'" in fails(capsys, clips, "--out", out, "--flow", "farneback")

@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.runs import film, last_line, picture
 from tests.toy import seeded
 from toy.pairs import toy_motion
 from toy.world import render
-from video import shards
+from video import clips, shards
 from video.batches import ShardPairs
 
 fails = functools.partial(last_line, program=data)
@@ -42,18 +43,123 @@ def test_a_folder_of_frames_is_read_in_natural_order(tmp_path):
     film(tmp_path / "shot")
     film(tmp_path / "shot.mp4")
     (tmp_path / "notes.txt").write_text("hello")
-    clips = data.find_clips([tmp_path])
-    assert [name for name, _ in clips] == [f"{tmp_path.name}/shot", f"{tmp_path.name}/shot.mp4"]
+    with pytest.warns(UserWarning, match="1 .txt"):
+        found = data.find_clips([tmp_path])
+    assert [name for name, _ in found] == [f"{tmp_path.name}/shot", f"{tmp_path.name}/shot.mp4"]
     rng = [np.random.default_rng(0) for _ in range(2)]
-    frames, times = data.read_window(clips[0][1], 64, 25.0, rng[0])
-    filmed, also = data.read_window(clips[1][1], 64, 1.0, rng[1])
+    frames, times = data.read_window(found[0][1], 64, 25.0, rng[0])
+    filmed, also = data.read_window(found[1][1], 64, 1.0, rng[1])
     apart = np.abs(np.array(frames)[:, None].astype(float) - np.array(filmed)[None]).mean((2, 3, 4))
     assert times == also and (apart.argmin(0) == range(len(times))).all()
     for path in (tmp_path / "shot").iterdir():
         os.truncate(path, 10)
     with pytest.raises(Rejected) as e:
-        data.make_pair(dataclasses.replace(SMALL, fps=25), clips[0], 0)
+        data.make_pair(dataclasses.replace(SMALL, fps=25), found[0], 0)
     assert e.value.reason == "broken" and "cannot be read" in e.value.message
+
+
+class Recording:
+    """Stands for a cv2.VideoCapture: grey frames that are shown at these times, whose level is their number. As
+    OpenCV's, it seeks by a number, and may go too far."""
+
+    def __init__(self, times, fps, count, key=0):
+        self.times, self.key, self.at = times, key, -1
+        self.says = {cv2.CAP_PROP_FPS: fps, cv2.CAP_PROP_FRAME_COUNT: count}
+
+    def open(self, name):
+        self.at = -1
+
+    def isOpened(self):
+        return True
+
+    def grab(self):
+        self.at += 1
+        return self.at < len(self.times)
+
+    def retrieve(self):
+        return True, np.full((8, 8, 3), self.at % 256, np.uint8)
+
+    def set(self, _, number):
+        self.at = max(int(number), self.key) - 1
+
+    def get(self, what):
+        shown = self.times[min(max(self.at, 0), len(self.times) - 1)]
+        return shown * 1000 if what == cv2.CAP_PROP_POS_MSEC else self.says.get(what, 0)
+
+
+EVERY = [i / 30 for i in range(1200)]
+VARIES = [i / 60 for i in range(120)] + [2 + i / 2 for i in range(16)]
+SLOW_FIRST = [float(i) for i in range(20)] + [20 + i / 30 for i in range(120)]
+
+
+@pytest.mark.parametrize("times, fps, count, key", [
+    (EVERY, 30, 1200, 0),
+    (EVERY, 30, 1200, 250),  # as in transport streams: the seek goes too far
+    ([5 + t for t in EVERY], 30, 1200, 0),
+    ([round(t, 3) for t in EVERY], 30, 1200, 0),  # mkv
+    (EVERY, 30, -(10**16), 0),  # without a duration
+    ([0.0] * 100, 30, -1, 0),  # without times
+    (EVERY, 60000, 10**6, 0),
+    (VARIES, len(VARIES) / 9.5, len(VARIES), 0),  # mp4: the average
+    (VARIES, 60, 571, 0),  # mkv: the duration by the rate of the first frames
+    (SLOW_FIRST, len(SLOW_FIRST) / 24, len(SLOW_FIRST), 0),
+    (SLOW_FIRST, 30, 720, 0),
+    (SLOW_FIRST, 30, -1, 0),
+])
+def test_frames_have_the_times_at_which_they_are_shown(monkeypatch, times, fps, count, key):
+    monkeypatch.setattr(cv2, "VideoCapture", lambda name: Recording(times, fps, count, key))
+    true = [i / 30 for i in range(100)] if not any(times) else [t - times[0] for t in times]
+    spans = set()
+    for seed in range(20):
+        frames, shown = clips.read_window("a.mp4", 8, 24, np.random.default_rng(seed))
+        numbers = [int(frame[0, 0, 0]) for frame in frames]
+        assert len(frames) > 5
+        for number, t in zip(numbers, shown):  # a level is a number modulo 256
+            assert min(abs(t - true[k]) for k in range(number, len(true), 256)) < 0.002
+        gaps = np.diff(shown)
+        assert (gaps > 0).all() and (gaps < 0.17 + np.diff(true).max()).all()
+        assert shown[-1] - shown[0] < 10.1
+        spans.add(round(shown[0]))
+    assert len(spans) > 3 or true[-1] < 12
+
+
+def test_a_clip_that_breaks_off_is_no_clip(monkeypatch):
+    monkeypatch.setattr(cv2, "VideoCapture", lambda name: Recording(EVERY[:50], 30, 1200))
+    for seed in range(4):
+        with pytest.raises(ValueError, match="breaks off"):
+            clips.read_window("a.mp4", 8, 24, np.random.default_rng(seed))
+
+
+def test_pairs_of_rare_frames_are_one_second_apart():
+    times = [*np.arange(0, 2, 0.15), 2.0, 2.7, 3.4, 4.1, 4.8, 9.5]
+    rng = np.random.default_rng(0)
+    chosen = [data.choose_frames(times, [False] * (len(times) - 1), rng) for _ in range(500)]
+    assert min(times[j] - times[i] for i, j in chosen) > 0.85
+
+
+def test_what_is_in_a_folder_is_found_or_named(tmp_path, recwarn):
+    film(tmp_path / "frames", frames=3)
+    film(tmp_path / "a.mp4", frames=3)
+    for name in ("b.MTS", "c.m2ts", "d.mxf", "e.vob", "f.gif", "raw.braw", "note.txt", "note", "poster.jpg",
+                 "frames/preview.gif"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / ".Trashes").mkdir()
+    for name in ("._a.mp4", "frames/._frame 1.png", ".Trashes/old.mp4"):
+        (tmp_path / name).write_bytes(b"\0\5\26\7")
+    found = [name.split("/", 1)[1] for name, _ in clips.find_clips([tmp_path])]
+    assert found == ["a.mp4", "b.MTS", "c.m2ts", "d.mxf", "e.vob", "f.gif", "frames", "frames/preview.gif"]
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == 1 and said[0].endswith("by its ending: 1 .braw, 1 .jpg, 1 .txt, 1 without ending")
+    assert len(clips.read_window(tmp_path / "frames", 32, 24, np.random.default_rng(0))[0]) == 2
+
+
+def test_a_name_with_a_colon_and_a_picture_as_a_clip(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    film(tmp_path / "2024-11-14T22:57:44.mp4", frames=6)
+    assert len(clips.read_window("2024-11-14T22:57:44.mp4", 32, 24, np.random.default_rng(0))[0]) > 1
+    film(tmp_path / "frames", frames=1)
+    with pytest.raises(ValueError, match="is a single picture"):
+        clips.read_window("frames/frame 1.png", 32, 24, np.random.default_rng(0))
 
 
 def test_cuts_are_found_and_never_crossed(tmp_path):
@@ -134,7 +240,8 @@ def test_missing_shards_and_wrong_arguments(tmp_path):
     write_done(tmp_path)
     with pytest.raises(ValueError, match="no rank 2 among 2"):
         ShardPairs(tmp_path, rank=2, world=2)
-    for text in ("{", "[]", '{"rejected": {}}'):
+    for text in ("{", "[]", '{"rejected": {}}', '{"kept": 1e999}', '{"kept": 2147483648}', '{"kept": -1}',
+                 '{"kept": 2, "rejected": {"still": {}}}', "[" * 100_000):
         write_done(tmp_path, text)
         with pytest.raises(ValueError, match="pairs-000000.json is damaged"):
             ShardPairs(tmp_path)
@@ -147,6 +254,24 @@ def test_damaged_shards_are_named(tmp_path, junk):
     shards.read_index.cache_clear()
     with pytest.raises(ValueError, match="pairs-000000.tar is damaged"):
         list(ShardPairs(tmp_path, epochs=1))
+
+
+@pytest.mark.parametrize("broken", ["size", "deep", "rgb", "grey"])
+def test_pictures_of_another_kind_are_named(tmp_path, broken):
+    picture = np.zeros((32, 32, 4), np.uint8)
+    files = {extension: shards.encode(picture[..., :3], ".jpg") for extension in ("ref.jpg", "gt.jpg")}
+    files["flow.png"] = shards.encode(picture, ".png")
+    shards.write_shard(tmp_path, 0, [(0, files)], [], {})
+    assert len(list(ShardPairs(tmp_path, "flow", epochs=1))) == 1
+    if broken == "size":
+        files["gt.jpg"] = shards.encode(picture[:16, :, :3], ".jpg")
+    else:
+        wrong = {"deep": picture.astype(np.uint16), "rgb": picture[..., :3], "grey": picture[..., 0]}[broken]
+        files["flow.png"] = cv2.imencode(".png", wrong)[1].tobytes()
+    shards.write_shard(tmp_path, 0, [(0, files)], [], {})
+    shards.read_index.cache_clear()
+    with pytest.raises(ValueError, match="pair 0 cannot be read"):
+        list(ShardPairs(tmp_path, "flow", epochs=1))
 
 
 def test_torn_shards_are_named(tmp_path):
