@@ -15,6 +15,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from common.pictures import KINDS
+
 WEIGHTS = Path(__file__).parent.parent / "weights"
 TOY, TOY_MFX = WEIGHTS / "toy", WEIGHTS / "toy-mfx"  # the shipped models
 
@@ -30,6 +32,8 @@ def report_errors(parser, memory):
 
     memory  what to do where there is too little of it
     """
+    with contextlib.suppress(AttributeError):  # a name that cannot be shown is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as e:
@@ -103,11 +107,11 @@ def check_needs(args, needs):
 
 
 def check_outputs(outputs, inputs):
-    """ValueError for a PNG that cannot be written, or would replace an input or another."""
+    """ValueError for a picture that cannot be written, or would replace an input or another."""
     taken = [Path(path).resolve() for path in inputs if path]
     for path in [Path(path) for path in outputs if path]:
-        if path.suffix.lower() != ".png":
-            raise ValueError(f"{path}: pictures are saved as .png")
+        if path.suffix.lower() not in KINDS:
+            raise ValueError(f"{path}: pictures are saved as {', '.join(KINDS)}")
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise ValueError(
                 f"{path} cannot be written: is {path.parent} a folder that exists and is yours?"

@@ -1,17 +1,46 @@
-"""Pictures in and out: any file that Pillow reads -> tensors that fit a model; tensors -> PNG.
+"""Pictures in and out: any file that Pillow reads -> tensors that fit a model; tensors -> files.
 
 A change map, a mask or a coarse edit is drawn over a whole picture. It is cut and resampled as
 that picture is, so that what lies over each other in the files does so in the tensors.
+
+A picture of RGB keeps its file's own numbers and, in .info, its colour profile, for as long as it
+is large. What a model or a network sees of it is sRGB. A map's greys are numbers, not colours.
 """
 
 import contextlib
 import json
+import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
+from common.colours import colour_transform, to_srgb
 from common.files import atomic_write
+
+# What people have is opened: scans and phones of 200 megapixels, a PNG whose text is a workflow.
+# What would not fit into a computer's memory is not: an edit takes up to 16 bytes a pixel, 4 GiB.
+PIXELS = 2**28
+Image.MAX_IMAGE_PIXELS = PIXELS // 2  # Pillow refuses what has twice as many, and warns before
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes, unpacked; of colour profiles as well
+PngImagePlugin.MAX_TEXT_MEMORY = 2**28
+STRIP = 1024  # rows: what is made of a whole picture is made in strips, for the memory between
+
+# What is saved, by a file's ending: Pillow's name, pixels on a side at most, how well
+KINDS = {
+    ".png": ("PNG", 2**31 - 1, {}),
+    ".jpg": ("JPEG", 65500, {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", 65500, {"quality": 95, "subsampling": 0}),
+    ".webp": ("WEBP", 16383, {"quality": 95}),
+}
+
+# Looked for in turn where Pillow's own font, of ASCII, lacks a letter: Linux, Windows, macOS
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "wqy-microhei.ttc",
+         "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "unifont.otf", "arial.ttf", "msyh.ttc",
+         "YuGothM.ttc", "msgothic.ttc", "malgun.ttf", "simsun.ttc", "Arial Unicode.ttf",
+         "Hiragino Sans GB.ttc", "PingFang.ttc", "AppleSDGothicNeo.ttc")
 
 # -------------------------------------------------------------------------------------------------
 # Files to pictures
@@ -21,21 +50,69 @@ def open_picture(path):
     """Any file that Pillow reads, turned upright. ValueError, one line, for anything else."""
     try:
         with Image.open(path) as file:
-            file.load()
-            return ImageOps.exif_transpose(file)
+            ImageOps.exif_transpose(file, in_place=True)
+            return file
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None
+    except Image.DecompressionBombError:
+        most = f"more than {PIXELS // 10**6} megapixels, for which memory may not suffice"
+        raise ValueError(f"{path} has {most}: save it smaller") from None
     except Exception as e:  # a damaged file can fail in any way
         raise ValueError(f"{path} is not a picture that can be read ({e})") from None
 
 
-def to_rgb(picture):
-    """RGB; what is transparent shows white."""
+def to_rgb(picture, beneath="white"):
+    """RGB; what is transparent shows what is beneath. A profile of RGB stays in .info, with the
+    file's own numbers. Those of grey and of CMYK are followed, to sRGB."""
+    if picture.mode == "RGB" and not picture.has_transparency_data:
+        return picture
+    return in_strips(lambda strip: lay_on(read_colours(strip), beneath), picture, "RGB")
+
+
+def to_rgba(picture):
+    """RGBA, otherwise as to_rgb."""
+    return in_strips(lambda strip: read_colours(strip).convert("RGBA"), picture, "RGBA")
+
+
+def map_to_grey(picture, white_is_change=False):
+    """L; what is transparent in a map is kept. The greys are numbers: no profile is followed."""
+    kept = "black" if white_is_change else "white"
+    return in_strips(lambda strip: lay_on(deep_to_8_bit(strip), kept).convert("L"), picture, "L")
+
+
+def in_strips(convert, picture, mode):
+    """convert(strip), of that mode, for strip after strip of a picture -> the whole"""
+    whole = Image.new(mode, picture.size)
+    for top in range(0, picture.height, STRIP):
+        box = (0, top, picture.width, min(top + STRIP, picture.height))
+        whole.paste(convert(picture.crop(box)), box)
+    profile = picture.info.get("icc_profile") or b""
+    if profile[16:20] == b"RGB " and picture.mode != "CMYK":
+        whole.info["icc_profile"] = profile
+    return whole
+
+
+def read_colours(picture):
+    """-> RGBA where something may be transparent, RGB otherwise"""
+    profile = picture.info.get("icc_profile")
     picture = deep_to_8_bit(picture)
+    made = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    plain = picture.convert("L") if picture.mode in ("1", "LA") else picture
+    if plain.mode in ("L", "CMYK"):
+        transform = colour_transform(profile, plain.mode)
+        if transform:
+            colours = ImageCms.applyTransform(plain, transform)
+            if made.mode == "RGBA":
+                colours.putalpha(made.getchannel("A"))
+            made = colours
+    return made
+
+
+def lay_on(picture, beneath):
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
+        background = Image.new("RGBA", picture.size, beneath)
+        picture = Image.alpha_composite(background, picture)
     return picture.convert("RGB")
 
 
@@ -70,8 +147,9 @@ def fitted_size(picture, size, factor):
 
 
 def picture_to_tensor(picture, size):
-    """-> (1, 3, H, W) in [-1, 1] that covers `size` (width, height), cut in the middle."""
-    x = np.asarray(ImageOps.fit(to_rgb(picture), size, Image.Resampling.LANCZOS), np.float32)
+    """-> (1, 3, H, W) in [-1, 1], sRGB, that covers `size` (width, height), cut in the middle."""
+    picture = to_srgb(ImageOps.fit(to_rgb(picture), size, Image.Resampling.LANCZOS))
+    x = np.asarray(picture, np.float32)
     return torch.from_numpy(x / 127.5 - 1).permute(2, 0, 1)[None]
 
 
@@ -85,13 +163,15 @@ def check_aspect(picture, original, what):
 def map_over(picture, original, white_is_change=False):
     """A map or mask, drawn over `original` -> (H, W) in [0, 1], 0 = change: one value per pixel."""
     check_aspect(picture, original, "map")
-    over = to_rgb(picture).convert("L").resize(original.size, Image.Resampling.BOX)
-    grey = torch.from_numpy(np.asarray(over, np.float32) / 255)
-    return 1 - grey if white_is_change else grey
+    grey = map_to_grey(picture, white_is_change).resize(original.size, Image.Resampling.BOX)
+    mu = torch.from_numpy(np.array(grey, np.float32)).div_(255)
+    return mu.neg_().add_(1) if white_is_change else mu
 
 
 def map_to_tensor(mu, size):
     """A map (H, W) over a picture's pixels -> (1, 1, h, w) at `size` (width, height)."""
+    if (mu.shape[1], mu.shape[0]) == tuple(size):
+        return mu[None, None]
     fitted = ImageOps.fit(Image.fromarray(mu.numpy()), size, Image.Resampling.BOX)
     return torch.from_numpy(np.array(fitted))[None, None]
 
@@ -102,7 +182,7 @@ def fit_edit(picture, original, size):
     ValueError if it is transparent everywhere, or has another aspect ratio.
     """
     check_aspect(picture, original, "edit")
-    over = deep_to_8_bit(picture).convert("RGBA")
+    over = to_rgba(picture)
     if over.size != original.size:
         over = over.resize(original.size, Image.Resampling.LANCZOS)
     # Pillow weights the colours of RGBA by alpha when it resamples: a hole's colour does not bleed
@@ -128,17 +208,34 @@ def labelled(pictures, labels, gap=2):
     """Pictures side by side, under a bar with a label over each."""
     width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
     bar = max(14, pictures[0].height // 12)
-    font = ImageFont.load_default(bar * 0.7)
     sheet = Image.new("RGB", (width, bar + max(p.height for p in pictures)), "white")
     draw, x = ImageDraw.Draw(sheet), 0
     for picture, label in zip(pictures, labels):
         sheet.paste(picture, (x, bar))
         label = " ".join(label.split())  # in one line
+        font = find_font(label, bar * 0.7)
+        if font is None:
+            warnings.warn(f"no font here has all letters of {label!r}: that label is left out",
+                          stacklevel=2)
+            label, font = "", find_font("", bar * 0.7)
         while draw.textlength(label, font) > picture.width and len(label) > 4:
             label = label[:-4] + "..."
         draw.text((x + picture.width / 2, bar / 2), label, "black", font, anchor="mm")
         x += picture.width + gap
     return sheet
+
+
+def find_font(text, size):
+    """The first font that draws all of the text; None if no font here does."""
+    for name in (None, *FONTS):
+        try:
+            font = ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
+        except OSError:
+            continue
+        unknown = bytes(font.getmask("\U0010ffff"))  # the box, or nothing, that stands for it
+        if all(bytes(font.getmask(letter)) != unknown for letter in set(text) - {" "}):
+            return font
+    return None
 
 
 def labelled_columns(picture, labels):
@@ -157,7 +254,7 @@ def on_checkerboard(picture):
 
 
 def save_picture(picture, path, parameters):
-    """Whole or not at all, with the parameters in a text chunk."""
+    """Whole or not at all, with the parameters in it: PNG, JPEG or WebP by the name's ending."""
     save_pictures([(picture, path, parameters)])
 
 
@@ -165,6 +262,16 @@ def save_pictures(pictures):
     """(picture, path, parameters) of each. They get their names once all of them are written."""
     with contextlib.ExitStack() as written:
         for picture, path, parameters in pictures:
-            note = PngImagePlugin.PngInfo()
-            note.add_text("parameters", json.dumps(parameters))
-            picture.save(written.enter_context(atomic_write(path)), "PNG", pnginfo=note)
+            kind, side, options = KINDS[Path(path).suffix.lower()]
+            if max(picture.size) > side:  # a sheet of very many
+                picture = ImageOps.contain(picture, (side, side))
+            note = json.dumps(parameters)
+            if kind == "PNG":
+                options = {"pnginfo": PngImagePlugin.PngInfo()}
+                options["pnginfo"].add_text("parameters", note)
+            else:
+                exif = Image.Exif()  # in a JPEG it has 64 kB
+                comment = b"ASCII\0\0\0" + note[:60000].encode()
+                exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+                options = options | {"exif": exif, "icc_profile": picture.info.get("icc_profile")}
+            picture.save(written.enter_context(atomic_write(path)), kind, **options)

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from collage import Collage
+from common.colours import to_srgb
 from common.pictures import open_picture, to_rgb
 from editing.click import segment_at
 
@@ -42,14 +43,17 @@ def read_edits(path, segmenter=None):
     where = ""  # the place in the file, for the message
     try:
         check_keys(edits, "the file", {"image", "segments"}, needed={"image", "segments"})
-        collage = Collage(read_picture(path.parent, edits["image"]))
+        picture = read_picture(path.parent, edits["image"])
+        collage = Collage(np.array(picture))
+        collage.info = picture.info  # its colour profile
+        seen = np.array(to_srgb(picture))
         if not isinstance(edits["segments"], list) or not edits["segments"]:
             raise ValueError('"segments" is a list of one segment or more')
         for n, spec in enumerate(edits["segments"], 1):
             where = f"segment {n}: "
             check_keys(spec, "a segment", CUTS | {"edits", "z"})
             cut = only_one_of(CUTS, spec, "a segment")
-            mask = read_mask(collage.image, path.parent, cut, spec[cut], segmenter or segment_at)
+            mask = read_mask(seen, path.parent, cut, spec[cut], segmenter or segment_at)
             segment = collage.segment(mask, check_number(spec.get("z", 0), "z"))
             if not isinstance(spec.get("edits", []), list):
                 raise ValueError('"edits" is a list')
@@ -148,7 +152,7 @@ def fill_polygon(size, points):
 
 
 def read_picture(folder, name, mask=False):
-    """A picture, turned upright -> (H, W, 3) uint8, on white; or with mask=True (H, W) bool."""
+    """A picture, turned upright -> RGB, on white; or with mask=True (H, W) bool."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"a picture is named by its path, not {shorten(name)}")
     path = folder / name
@@ -156,7 +160,7 @@ def read_picture(folder, name, mask=False):
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"{path} has mode {picture.mode}: save it with 8 bits per channel")
     if not mask:
-        return np.array(to_rgb(picture))
+        return to_rgb(picture)
     # A cut-out is opaque where the segment is, and any other mask is white there.
     rgba = picture.convert("RGBA")
     alpha = np.asarray(rgba)[..., 3]

@@ -1,7 +1,9 @@
 """What the options of sample.py name -> pictures, coarse edits and maps, as models take them."""
 
 import warnings
+from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -9,9 +11,12 @@ from PIL import Image
 import collage
 import diffdiff
 from checkpoints import published
+from common.colours import to_srgb
 from common.pictures import (
+    KINDS,
     fit_edit,
     map_over,
+    map_to_grey,
     map_to_tensor,
     on_checkerboard,
     open_picture,
@@ -21,6 +26,8 @@ from common.pictures import (
 from editing import change_maps
 from editing.edits_json import read_edits
 from networks import sam
+
+ALPHA = "alpha"  # as a map or mask: the picture's own
 
 
 def read(args, dtype, device):
@@ -41,7 +48,8 @@ def read(args, dtype, device):
     networks = {kind: published.load(kind, files[kind], dtype, device) for kind in files}
     segment_at = sam.segmenter(networks["sam"]) if "sam" in networks else None
 
-    original = to_rgb(open_picture(args.image)) if args.image else None
+    photo = open_picture(args.image) if args.image else None
+    original = to_rgb(photo) if photo else None
     coarse = mu = None
     if args.edit:
         coarse = open_picture(args.edit)
@@ -51,23 +59,63 @@ def read(args, dtype, device):
             warnings.warn(f"{no_holes}: all of it counts as kept", stacklevel=2)
     elif args.collage:
         made = read_edits(args.collage, segment_at if args.segments == "sam" else None)
-        original = original or Image.fromarray(made.image)
+        if not original:
+            original = Image.fromarray(made.image)
+            original.info = made.info
         sizes = "x".join(map(str, original.size)), "{1}x{0}".format(*made.image.shape)
         if sizes[0] != sizes[1]:
             both = f"{args.image} is {sizes[0]} and the picture in {args.collage} {sizes[1]}"
             raise ValueError(f"{both}: its points are in pixels, so both must be of one size")
         made.image = np.array(original)
         coarse = Image.fromarray(made.coarse())
+        coarse.info = original.info
         fit_edit(coarse, original, original.size)  # raises if nothing is left
+
+    _, longest, _ = KINDS[Path(args.out).suffix.lower()]
+    if args.paste_back and max(original.size) > longest:
+        size = "{} x {} pixels".format(*original.size)
+        raise ValueError(f"{args.out}: this format does not hold {size}, say .png")
 
     drawn = args.change_map or args.mask
     if spec:
         network = networks[spec.network]
-        image = np.asarray(original)
+        image = np.asarray(to_srgb(original))
         mu = change_maps.compute_map(spec, image, network, args.white_is_change, segment_at)
     elif drawn:
-        mu = map_over(open_picture(drawn), original, args.white_is_change)
+        grey = alpha_of(photo, args.image) if drawn == ALPHA else open_picture(drawn)
+        grey = map_to_grey(grey, args.white_is_change)
+        mu = map_over(grey, original, args.white_is_change)
+        warn_of_greys(grey, drawn, bool(args.mask), args.white_is_change)
     return original, coarse, mu
+
+
+def alpha_of(photo, name):
+    """The picture's own alpha as a map: what is transparent changes."""
+    if photo is None:
+        raise ValueError(f"{ALPHA} is that of --image: say which")
+    if not photo.has_transparency_data:
+        raise ValueError(f"{name} has no alpha: nothing in it is transparent")
+    return photo.convert("RGBA").getchannel("A")
+
+
+def warn_of_greys(grey, name, mask, white_is_change):
+    """A word where a map's or a mask's greys, L, hardly mean what they do."""
+    low, high = grey.getextrema()
+    steps = np.asarray(grey)
+    steps = cv2.erode(cv2.inRange(steps, 26, 229), np.ones((3, 3)))  # not at the rim of a shape
+    if 0 < high < 26:
+        word = (f"nothing in {name} is lighter than {high} of 255, so all of it counts as about "
+                "black: if its values are 0 and 1, or labels, spread them over 0 .. 255")
+    elif low == high == (0 if white_is_change else 255):
+        word = f"{name} keeps all of the picture: nothing changes"
+    elif mask and low < high and (low > 127 or high < 128):
+        word = (f"{name} has values of {low} to {high}, and a mask is cut at 127: all of it counts "
+                f"as {'white' if low > 127 else 'black'}")
+    elif mask and steps.any():
+        word = f"--mask cuts the greys of {name} to black and white: --change-map keeps them"
+    else:
+        return
+    warnings.warn(word, stacklevel=2)
 
 
 def fit_map(args, mu, original, size):
@@ -91,7 +139,7 @@ def fit_coarse_edit(coarse, original, size):
 
     (1, 3, H, W) in [-1, 1], its holes filled; the mask (1, 1, H, W), 1 = kept; RGB
     """
-    coarse = fit_edit(coarse, original, size)
+    coarse = to_srgb(fit_edit(coarse, original, size))
     kept = np.asarray(coarse.getchannel("A")) > 0
     filled = Image.fromarray(collage.fill_holes(np.asarray(coarse)[..., :3], ~kept))
     mask = torch.from_numpy(kept).float()[None, None]

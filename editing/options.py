@@ -32,8 +32,9 @@ def parse(argv, description):
     add("--negative", help="what they should not show")
     add_map = p.add_mutually_exclusive_group().add_argument
     add_map("--change-map", type=file_name, help="grey picture: black = change fully, white = "
-            f"keep. Or {RIGHT['depth']}. Or {RIGHT['sam']}")
-    add_map("--mask", type=file_name, help="black = repaint, white = keep; blurred by --softness")
+            f"keep. Or {RIGHT['depth']}. Or {RIGHT['sam']}. Or alpha: the picture's own")
+    add_map("--mask", type=file_name, help="black = repaint, white = keep; blurred by "
+            "--softness. Or alpha: the picture's own, repainted where it is transparent")
     add_map("--strength-fan", type=read_strengths, help="N columns, or a list: 0.2,0.5,0.8")
     add_map("--strength", type=number(float, 0, 1), help="0 = keep all, 1 = keep nothing")
     add("--softness", type=number(float, 0, 1000), help="in pixels of --image (default: 40)")
@@ -56,9 +57,10 @@ def parse(argv, description):
     add("--vae-memory", type=number(float, 0.01, 1000), help="GiB, above which the autoencoder "
         f"works in tiles (default: {vae.MEMORY // 2**30})")
     add("--compile", action="store_true", help="compile first: minutes, for many or large edits")
-    add("--out", type=file_name, default="out.png", help="several samples are out-SEED.png")
-    add("--sheet", type=file_name, help="a PNG as well: input, edit, map and output in a row")
-    add("--steps-strip", type=file_name, help="a PNG as well: what the model believed on the way")
+    add("--out", type=file_name, default="out.png", help="PNG, JPEG or WebP, by its ending; several "
+        "samples are out-SEED.png")
+    add("--sheet", type=file_name, help="as well: input, edit, map and output in a row")
+    add("--steps-strip", type=file_name, help="as well: what the model believed on the way")
     return p, p.parse_args(argv)
 
 

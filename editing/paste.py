@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
+from common.colours import colour_transform, from_srgb, to_srgb
 from common.pictures import fit_edit
 
 FEATHER = 0.25  # up to this strength photograph and result are mixed: so weak an edit doubles nothing
@@ -19,15 +20,15 @@ FEATHER = 0.25  # up to this strength photograph and result are mixed: so weak a
 class Paste:
     """What a result is laid over, and where."""
 
-    photo: Image.Image  # RGB, at its own size
+    photo: Image.Image  # RGB, at its own size, in the colours of the profile in its .info
     weight: Image.Image  # L, of the same size: 0 = the photograph, 255 = the result
 
     def __call__(self, result):
-        """result, RGB, at the model's size -> RGB, at the photograph's, with its colour profile"""
+        """result, sRGB, at the model's size -> RGB, at the photograph's, with its colour profile"""
+        result = from_srgb(result, self.photo.info.get("icc_profile"))
         large = result.resize(self.photo.size, Image.Resampling.LANCZOS)
         pasted = Image.composite(large, self.photo, self.weight)
-        profile = self.photo.info.get("icc_profile", b"")
-        pasted.info = {"icc_profile": profile} if profile[16:20] == b"RGB " else {}  # CMYK's or grey's fits no more
+        pasted.info = result.info
         return pasted
 
 
@@ -40,14 +41,20 @@ def prepare(original, coarse, change_map, size):
       ->        original, coarse, change map (1, 1, h, w), Paste
     """
     mu = change_map[0, 0].numpy()
-    weight = np.round((1 - mu) / FEATHER * 255).clip(0, 255).astype(np.uint8)
+    weight = 1 - mu
+    weight /= FEATHER  # in place: the photograph may be large
+    weight *= 255
+    weight = weight.round(out=weight).clip(0, 255, out=weight).astype(np.uint8)
     photo = original
     if coarse:
         coarse = fit_edit(coarse, original, original.size)
         weight[np.asarray(coarse.getchannel("A")) == 0] = 255  # a hole has nothing to keep
-        photo = coarse.convert("RGB")
-        photo.info = original.info
+        photo = coarse.convert("RGB")  # with the edit's own profile
         coarse = coarse.resize(size, Image.Resampling.LANCZOS)
+    try:
+        colour_transform(photo.info.get("icc_profile"), "RGB", back=True)
+    except ImageCms.PyCMSError:  # some lead to sRGB, and not from there
+        photo = to_srgb(photo)
     small = original.resize(size, Image.Resampling.LANCZOS)
     mu = Image.fromarray(mu).resize(size, Image.Resampling.BOX)
     return small, coarse, torch.from_numpy(np.array(mu))[None, None], Paste(photo, Image.fromarray(weight))

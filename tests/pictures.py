@@ -1,6 +1,10 @@
 """Pictures and masks that several tests share."""
 
+import functools
+import struct
+
 import numpy as np
+from PIL import ImageCms
 
 
 def noise(H=40, W=48, seed=0):
@@ -20,3 +24,17 @@ def box(H, W, x0, y0, x1, y1):
 
 def disc(H, W, x, y, r):
     return np.hypot(*np.ogrid[0.5 - y : H - y, 0.5 - x : W - x]) < r
+
+
+@functools.cache  # a profile has the time in it
+def swapped_profile():
+    """A profile of RGB whose first number is green and whose second is red"""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"xXYZ").replace(b"gXYZ", b"rXYZ").replace(b"xXYZ", b"gXYZ")
+
+
+def grey_profile(gamma=2.4):
+    """A profile of grey, sRGB's own curve but for the exponent"""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exponent, other = (struct.pack(">i", round(g * 65536)) for g in (2.4, gamma))
+    return profile.replace(b"RGB ", b"GRAY", 1).replace(b"rTRC", b"kTRC").replace(exponent, other)

@@ -5,8 +5,10 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from common.pictures import picture_to_tensor
 from editing import paste
-from tests.runs import last_line, run
+from tests.pictures import swapped_profile
+from tests.runs import fails, last_line, run
 
 SIZE = 160, 104  # as the toy sees 3:2
 
@@ -64,6 +66,59 @@ def test_a_colour_profile_goes_along_if_it_is_one_of_rgb(kind):
     assert over_photo(Image.new("RGB", (24, 16))).info.get("icc_profile") == (profile if kind == "rgb" else None)
 
 
+def test_the_result_is_taken_into_the_photographs_colours():
+    """Its own numbers are kept; beside them the same colour has the same numbers. The model sees sRGB."""
+    photo = Image.new("RGB", (30, 20), (200, 100, 30))
+    photo.info["icc_profile"] = swapped_profile()
+    small, *_, over_photo = paste.prepare(photo, None, ramp_map(30, 20), (24, 16))
+    seen = ((picture_to_tensor(small, (24, 16))[0] + 1) * 127.5).mean((1, 2))
+    np.testing.assert_allclose(seen, (100, 200, 30), atol=1)
+    x = np.asarray(over_photo(Image.new("RGB", (24, 16), (100, 200, 30))), int)
+    assert np.abs(x - (200, 100, 30)).max() <= 1 and (x[:, 20:] == (200, 100, 30)).all()
+
+
+def test_an_edit_is_kept_with_its_own_profile():
+    photo, edit = Image.new("RGB", (30, 20), (9, 9, 9)), Image.new("RGBA", (30, 20), (200, 100, 30, 255))
+    edit.info["icc_profile"] = swapped_profile()
+    *_, over_photo = paste.prepare(photo, edit, torch.ones(1, 1, 20, 30), (24, 16))
+    pasted = over_photo(Image.new("RGB", (24, 16)))
+    assert pasted.getpixel((5, 5)) == (200, 100, 30) and pasted.info["icc_profile"] == swapped_profile()
+
+
+def test_a_profile_without_a_way_back_ends_in_srgb(monkeypatch):
+    """As of some scanners: it leads to sRGB and not from there."""
+    build = ImageCms.buildTransform
+
+    def one_way(source, target, *args, **more):
+        if isinstance(target, ImageCms.ImageCmsProfile):
+            raise ImageCms.PyCMSError("cannot build transform")
+        return build(source, target, *args, **more)
+
+    monkeypatch.setattr(ImageCms, "buildTransform", one_way)
+    monkeypatch.setattr(paste, "colour_transform", paste.colour_transform.__wrapped__)
+    photo = Image.new("RGB", (30, 20), (200, 100, 30))
+    photo.info["icc_profile"] = swapped_profile()
+    *_, over_photo = paste.prepare(photo, None, torch.ones(1, 1, 20, 30), (24, 16))
+    pasted = over_photo(Image.new("RGB", (24, 16)))
+    assert "icc_profile" not in pasted.info
+    np.testing.assert_allclose(pasted.getpixel((5, 5)), (100, 200, 30), atol=1)
+
+
+@pytest.mark.parametrize("kind", ["image", "collage"])
+def test_a_photograph_in_other_colours_on_the_command_line(tmp_path, kind):
+    photo, mask = random_photo(300, 200), np.full((200, 300), 255, np.uint8)
+    photo.save(tmp_path / "photo.png", icc_profile=swapped_profile())
+    mask[50:150, 50:150] = 0
+    Image.fromarray(mask).save(tmp_path / "map.png")
+    words = ["--image", tmp_path / "photo.png", "--prompt", "a red ball"]
+    if kind == "collage":
+        words = ["--collage", tmp_path / "edits.json"]
+        (tmp_path / "edits.json").write_text('{"image": "photo.png", "segments": [{"box": [60, 60, 90, 90]}]}')
+    x = run(tmp_path, *words, "--change-map", tmp_path / "map.png", "--paste-back", steps=10)
+    assert (x[mask == 255] == np.asarray(photo)[mask == 255]).all()
+    assert Image.open(tmp_path / "out.png").info["icc_profile"] == swapped_profile()
+
+
 @pytest.mark.parametrize("edit", ["mask", "edit"])
 def test_a_photograph_lying_on_its_side_comes_back_upright_at_its_own_size(edit, tmp_path):
     photo, mask = random_photo(300, 420), np.full((300, 420), 255, np.uint8)
@@ -80,6 +135,13 @@ def test_a_photograph_lying_on_its_side_comes_back_upright_at_its_own_size(edit,
     own = np.asarray(photo.transpose(Image.Transpose.ROTATE_270))
     assert x.shape == (300, 420, 3) and (x[mask == 255] == own[mask == 255]).all()
     assert (x[mask == 0] != own[mask == 0]).any(1).mean() > 0.9
+
+
+def test_a_photograph_that_the_format_cannot_hold(capsys, tmp_path):
+    """Before the edit: nothing is computed in vain."""
+    Image.new("L", (17_000, 20)).save(tmp_path / "photo.png")
+    words = "--image", tmp_path / "photo.png", "--strength", 0.5, "--paste-back", "--out", tmp_path / "out.webp"
+    assert "does not hold 17000 x 20 pixels, say .png" in fails(capsys, *words)
 
 
 def test_it_needs_something_to_keep(capsys, tmp_path):

@@ -1,13 +1,15 @@
 """common/pictures.py: whatever the file, the picture that a person sees; maps and edits lie where it has them."""
 
 import json
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageFont, PngImagePlugin
 
 from common import pictures
+from tests.pictures import noise
 from tests.runs import MEADOW
 
 
@@ -77,5 +79,96 @@ def test_labels_stand_over_their_columns(tmp_path):
     columns = pictures.labelled_columns(Image.open(MEADOW).convert("RGB"), ["0.5", "1"])
     assert columns.size == (128, 142)
     assert np.array_equal(np.asarray(columns)[14:], np.asarray(Image.open(MEADOW).convert("RGB")))
-    pictures.save_picture(columns, tmp_path / "x.png", {"seed": 3})
-    assert json.loads(Image.open(tmp_path / "x.png").text["parameters"]) == {"seed": 3}
+
+
+def test_parts_of_a_map_that_were_not_drawn_are_kept():
+    """Whatever colour lies beneath, and whichever way the map is read."""
+    layer = Image.fromarray(np.dstack([noise(), np.zeros((40, 48), np.uint8)]))
+    layer.paste((255, 255, 255, 255), (0, 0, 10, 40))
+    layer.paste((0, 0, 0, 255), (10, 0, 20, 40))
+    layer.paste((255, 255, 255, 51), (20, 0, 30, 40))  # a fifth white
+    layer.paste((0, 0, 0, 51), (30, 0, 40, 40))  # a fifth black
+    for white_is_change, want in ((False, [1, 0, 1, 0.8, 1]), (True, [0, 1, 0.8, 1, 1])):
+        mu = pictures.map_over(layer, Image.new("RGB", (48, 40)), white_is_change)
+        assert mu[0, [5, 15, 25, 35, 45]].tolist() == pytest.approx(want, abs=0.01)
+    indexed = Image.new("P", (48, 40))
+    indexed.putpalette([0, 0, 0, 255, 255, 255])
+    indexed.info["transparency"] = 0
+    assert pictures.map_over(indexed, indexed, white_is_change=True).min() == 1
+
+
+def test_a_map_is_read_by_strips_as_at_once(monkeypatch):
+    rgba = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 4), np.uint8))
+    whole = [np.asarray(f(rgba)) for f in (pictures.to_rgb, pictures.to_rgba, pictures.map_to_grey)]
+    monkeypatch.setattr(pictures, "STRIP", 7)
+    for was, f in zip(whole, (pictures.to_rgb, pictures.to_rgba, pictures.map_to_grey)):
+        assert np.array_equal(was, np.asarray(f(rgba)))
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "tEXt", "profile"])
+def test_much_text_in_a_png(tmp_path, kind):
+    """As ComfyUI's workflows, and what editors keep of a picture's history."""
+    note, more = PngImagePlugin.PngInfo(), {}
+    if kind == "profile":
+        more["icc_profile"] = zlib.compress(b"", 0) * 300_000
+    elif kind == "iTXt":
+        note.add_itxt("XML:com.adobe.xmp", "x{}" * 700_000, zip=True)
+    else:
+        note.add_text("workflow", "x{}" * 700_000, zip=kind == "zTXt")
+    Image.fromarray(noise()).save(tmp_path / "in.png", pnginfo=note, **more)
+    assert np.array_equal(np.asarray(pictures.to_rgb(pictures.open_picture(tmp_path / "in.png"))), noise())
+
+
+@pytest.mark.slow
+def test_a_photograph_of_182_megapixels(tmp_path, recwarn):
+    Image.new("L", (14000, 13000), 200).save(tmp_path / "in.png", compress_level=1)
+    picture = pictures.to_rgb(pictures.open_picture(tmp_path / "in.png"))
+    assert picture.size == (14000, 13000) and not recwarn.list
+    assert pictures.picture_to_tensor(picture, (64, 64)).mean() == pytest.approx(200 / 127.5 - 1)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "JPEG", "webp"])
+def test_saved_by_the_names_ending_with_parameters_and_profile(tmp_path, ending):
+    picture = Image.open(MEADOW).convert("RGB")
+    picture.info = {"icc_profile": b"a profile"}
+    path = tmp_path / f"x.{ending}"
+    pictures.save_picture(picture, path, {"prompt": "雪 at night", "long": "long " * 20_000})
+    saved = Image.open(path)
+    assert saved.format == {"png": "PNG", "webp": "WEBP"}.get(ending, "JPEG")
+    assert saved.info["icc_profile"] == b"a profile"
+    assert np.abs(np.asarray(saved, int) - np.asarray(picture, int)).mean() < 4
+    if ending == "png":
+        assert json.loads(saved.text["parameters"])["prompt"] == "雪 at night"
+    else:
+        note = saved.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+        assert note.startswith(b'ASCII\0\0\0{"prompt": "\\u96ea at night", "long": "long ')
+
+
+def test_a_sheet_too_long_for_its_format_is_made_smaller(tmp_path):
+    pictures.save_picture(Image.new("RGB", (20_000, 10)), tmp_path / "x.webp", {})
+    assert Image.open(tmp_path / "x.webp").size == (16383, 8)
+
+
+def test_a_label_is_drawn_by_a_font_that_has_it_or_left_out(monkeypatch):
+    """Pillow's own font has ASCII alone, and others are those of the machine: here one is made of it."""
+    own, tried, truetype = ImageFont.load_default(), [], ImageFont.truetype
+
+    class Font:
+        def getmask(self, letter):
+            return b"box" if letter == "\U0010ffff" or letter not in "雪 at" else letter.encode()
+
+    def made_here(name, *args, **more):
+        if not isinstance(name, str):  # Pillow's own
+            return truetype(name, *args, **more)
+        tried.append(name)
+        if name == "none.ttf":
+            raise OSError("cannot open resource")
+        return Font()
+
+    monkeypatch.setattr(ImageFont, "truetype", made_here)
+    assert isinstance(pictures.find_font("雪 at", 12), Font)
+    assert isinstance(pictures.find_font("snow", 12), type(own)) and len(tried) == 1
+    monkeypatch.setattr(pictures, "FONTS", ("none.ttf",))
+    with pytest.warns(UserWarning, match="no font here has all letters of '雪'"):
+        sheet = pictures.labelled([Image.new("RGB", (90, 40), "red")], ["雪"])
+    assert np.asarray(sheet)[:14].min() == 255

@@ -1,6 +1,7 @@
 """sample.py as a command: edits with a prompt, on the shipped toy weights."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -88,6 +89,36 @@ def test_white_map_is_the_round_trip_and_costs_no_step(tmp_path, round_trip, dec
     image = run(tmp_path, "--image", MEADOW, "--change-map", tmp_path / "white.png", "--prompt", "snow at night")
     assert len(decoded) == len(encoded) == 1 and torch.equal(decoded[0], encoded[0])  # in the same run
     assert same_picture(image, round_trip)
+
+
+@pytest.mark.parametrize("option", ["--mask", "--change-map"])
+def test_a_pictures_own_alpha(tmp_path, option):
+    """What is transparent changes, as in a mask of the same."""
+    mask = np.tile(np.where(np.arange(128) < 64, 0, 255).astype(np.uint8), (128, 1))
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    picture = Image.open(MEADOW).convert("RGB")
+    picture.putalpha(Image.fromarray(mask))
+    picture.save(tmp_path / "holes.png")
+    argv = ["--image", tmp_path / "holes.png", "--prompt", "snow at night", option]
+    a = run(tmp_path, *argv, "alpha")
+    assert same_picture(a, run(tmp_path, *argv, tmp_path / "mask.png"))
+    assert not same_picture(a, run(tmp_path, *argv, "alpha", "--white-is-change"))
+
+
+def test_a_jpeg(tmp_path):
+    argv = ["--image", MEADOW, "--strength", "0.5", "--prompt", "snow at night"]
+    run(tmp_path, *argv, "--sheet", tmp_path / "sheet.webp", out="out.jpg")
+    x = np.asarray(Image.open(tmp_path / "out.jpg"), int)
+    assert np.abs(x - run(tmp_path, *argv)).mean() < 4 and Image.open(tmp_path / "sheet.webp").format == "WEBP"
+
+
+def test_a_name_that_the_output_cannot_show(tmp_path, monkeypatch):
+    """As Windows has it for > log.txt: what is saved is no failure."""
+    log = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", log)
+    run(tmp_path, "--prompt", "snow", out="雪.png", steps=10)
+    log.flush()
+    assert (tmp_path / "雪.png").exists() and b"\\u96ea.png: 128x128" in log.buffer.getvalue()
 
 
 def test_strength_is_a_grey_map(tmp_path):

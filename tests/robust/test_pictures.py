@@ -27,6 +27,15 @@ def test_no_picture_at_all(tmp_path):
             pictures.open_picture(tmp_path / name)
 
 
+def test_a_picture_for_which_no_memory_suffices(tmp_path):
+    """By its header alone, before anything is unpacked."""
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "in.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + bytes(4) + b"IDAT")
+    with pytest.raises(ValueError, match="in.png has more than 268 megapixels"):
+        pictures.open_picture(tmp_path / "in.png")
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.5, np.nan])
 def test_grey_out_of_its_range(value):
     with pytest.raises(ValueError, match="values in 0 .. 1, not"):

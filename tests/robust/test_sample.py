@@ -1,5 +1,6 @@
 """sample.py with wrong options, files and weights: each is one line, and nothing is written."""
 
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -11,6 +12,7 @@ from PIL import Image
 import mfx
 import sample
 import sd
+from editing import inputs, options
 from tests import small
 from tests.released import PlainMagicFixup, released_tensors
 from tests.runs import GRADIENT, MEADOW, ROOT, fails, last_line, run, save, save_edit, save_random_fixup
@@ -46,7 +48,7 @@ def test_wrong_options_and_files(tmp_path, capsys):
     assert "--strength needs --image" in fails(capsys, "--strength", 0.5, "--prompt", "snow")
     assert "how much" in fails(capsys, *edit)
     assert "what to draw" in fails(capsys)
-    assert ".png" in fails(capsys, *edit, "--strength", 0.5, "--out", tmp_path / "out.jpg")
+    assert ".png" in fails(capsys, *edit, "--strength", 0.5, "--out", tmp_path / "out.gif")
     assert "folder" in fails(capsys, *edit, "--strength", 0.5, "--out", tmp_path / "none" / "out.png")
     for device in ("abacus", "meta"):
         assert "--device" in fails(capsys, *edit, "--strength", 0.5, "--device", device)
@@ -64,6 +66,47 @@ def test_wrong_options_and_files(tmp_path, capsys):
     torch.save({"state_dict": RunsCode()}, tmp_path / "evil.ckpt")
     assert "could run code" in fails(capsys, *edit, "--strength", 0.5, "--weights", tmp_path / "evil.ckpt")
     assert not (tmp_path / "out.png").exists() and not list(tmp_path.glob(".*")) and not Path("evil was here").exists()
+
+
+@pytest.mark.parametrize("values, option, said", [
+    ([0, 1], "--mask", "lighter than 1 of 255, so all of it counts as about black"),
+    ([0, 1], "--change-map", "if its values are 0 and 1, or labels, spread them"),
+    ([1, 1], "--mask", "lighter than 1 of 255"),
+    ([3, 9], "--change-map", "lighter than 9 of 255"),
+    ([0, 100], "--mask", "values of 0 to 100, and a mask is cut at 127: all of it counts as black"),
+    ([150, 255], "--mask", "counts as white"),
+    ([255, 255], "--change-map", "keeps all of the picture"),
+    ([0, 60, 120, 180, 255], "--mask", "--change-map keeps them"),
+    ([0, 255], "--mask", None),
+    ([0, 0], "--mask", None),
+    ([90, 90], "--change-map", None),
+    ([0, 60, 120, 180, 255], "--change-map", None),
+])  # fmt: skip
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_word_about_maps_that_hardly_mean_what_they_say(tmp_path, values, option, said, deep):
+    columns = np.repeat(values, 128 // len(values) + 1)[:128].astype(np.uint8)
+    path = save(tmp_path / "map.tif", np.tile(columns.astype(np.int32) * 257 if deep else columns, (128, 1)))
+    softness = ["--softness", "0"] if option == "--mask" else []
+    _, args = options.parse(["--image", MEADOW, option, str(path), "--prompt", "snow", *softness], "")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        inputs.read(args, torch.float32, torch.device("cpu"))
+    assert len(found) == (said is not None) and (said or "") in "".join(str(w.message) for w in found)
+
+
+def test_an_integer_mask_of_0_to_255_in_a_file_of_65535(tmp_path, capsys):
+    columns = np.repeat([0, 255], 64).astype(np.int32)
+    path = save(tmp_path / "map.tif", np.tile(columns, (128, 1)))
+    run(tmp_path, "--image", MEADOW, "--mask", path, "--prompt", "snow", steps=10)
+    assert "lighter than 1 of 255" in capsys.readouterr().err
+
+
+def test_an_alpha_that_is_not_there(tmp_path, capsys):
+    edit = ["--prompt", "snow", "--out", tmp_path / "out.png", "--mask", "alpha"]
+    assert "has no alpha" in fails(capsys, "--image", MEADOW, *edit)
+    assert "needs --image" in fails(capsys, *edit)
+    collage = "--collage", ROOT / "examples/edits.json", "--change-map", "alpha", "--out", tmp_path / "out.png"
+    assert "alpha is that of --image" in fails(capsys, *collage)
 
 
 def test_other_trouble_in_one_line(tmp_path, capsys, monkeypatch):
