@@ -57,11 +57,16 @@ def composite(image, pieces):
             layer, where = found
             canvas[where] = layer + canvas[where] * (1 - layer[..., 3:] / 255)
 
-    # Divide by coverage again. Less than half a pixel is a hole.
-    cover = canvas[..., 3:]
-    kept = cover >= 127.5
-    colour = np.where(kept, canvas[..., :3] * 255 / np.maximum(cover, 1), 0)
-    return np.concatenate([colour.round().clip(0, 255), 255 * kept], 2).astype(np.uint8)
+    # Divide by coverage again. Less than half a pixel is a hole. In strips, for
+    # the memory that a large photo takes.
+    coarse = np.empty((H, W, 4), np.uint8)
+    for y in range(0, H, 512):
+        strip = canvas[y : y + 512]
+        cover = strip[..., 3:]
+        kept = cover >= 127.5
+        colour = np.where(kept, strip[..., :3] * 255 / np.maximum(cover, 1), 0)
+        coarse[y : y + 512] = np.concatenate([colour.round().clip(0, 255), 255 * kept], 2)
+    return coarse
 
 
 def lay(image, mask, matrix):

@@ -20,7 +20,7 @@ from common.colours import colour_transform, to_srgb
 from common.files import atomic_write
 
 # What people have is opened: scans and phones of 200 megapixels, a PNG whose text is a workflow.
-# What would not fit into a computer's memory is not: an edit takes up to 16 bytes a pixel, 4 GiB.
+# What would not fit into a computer's memory is not: an edit takes up to 18 bytes a pixel, 5 GB.
 PIXELS = 2**28
 Image.MAX_IMAGE_PIXELS = PIXELS // 2  # Pillow refuses what has twice as many, and warns before
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)

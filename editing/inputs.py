@@ -1,5 +1,6 @@
 """What the options of sample.py name -> pictures, coarse edits and maps, as models take them."""
 
+import math
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from checkpoints import published
 from common.colours import to_srgb
 from common.pictures import (
     KINDS,
+    STRIP,
     fit_edit,
     map_over,
     map_to_grey,
@@ -130,8 +132,19 @@ def fit_map(args, mu, original, size):
     if args.mask:
         softness = 40 if args.softness is None else args.softness  # in pixels of the original
         scale = (width * height / (original.width * original.height)) ** 0.5
-        change_map = diffdiff.soft_inpainting_map(change_map.round(), softness * scale)
+        change_map = soften(change_map.round(), softness * scale)
     return change_map
+
+
+def soften(mask, softness):
+    """diffdiff.soft_inpainting_map, in strips: pasted back, a mask has the size of the photograph."""
+    strips = []
+    beside = math.ceil(3 * softness)  # rows that a strip's own look at
+    for top in range(0, mask.shape[-2], STRIP):
+        first = max(0, top - beside)
+        soft = diffdiff.soft_inpainting_map(mask[..., first : top + STRIP + beside, :], softness)
+        strips.append(soft[..., top - first : top - first + STRIP, :])
+    return torch.cat(strips, -2)
 
 
 def fit_coarse_edit(coarse, original, size):
