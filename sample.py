@@ -29,7 +29,7 @@ import mfx
 import samplers
 import sd
 from checkpoints.magicfixup import looks_like_magic_fixup
-from common.cli import TOY, TOY_MFX, report_errors, shorten_warnings
+from common.cli import TOY, TOY_MFX, report_errors, shorten_warnings, tell
 from common.devices import choose_device, choose_precision, compile_unets, make_fast
 from common.pictures import (
     fitted_size,
@@ -242,7 +242,7 @@ def run(args):
     save_pictures(files)
     for output, path, seed in zip(outputs, paths, seeds):
         what = f"{output.width}x{output.height}, seed {seed}, {args.sampler} in {args.steps} steps"
-        print(f"{path}: {what}, {device.type} in {parameters['precision']}")
+        tell(f"{path}: {what}, {device.type} in {parameters['precision']}")
 
 
 def main(argv=None):

@@ -32,7 +32,7 @@ def report_errors(parser, memory):
 
     memory  what to do where there is too little of it
     """
-    with contextlib.suppress(AttributeError):  # a name that cannot be shown is no failure
+    with contextlib.suppress(AttributeError):  # a letter that cannot be shown is no failure
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
@@ -44,6 +44,14 @@ def report_errors(parser, memory):
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise
         parser.error(f"out of memory: {memory}")
+
+
+def tell(line):
+    """A line on what is done, which stays done where no more can be told: a full log, a closed pipe."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = None
 
 
 def shorten_warnings(parser):

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,6 +120,15 @@ def test_a_name_that_the_output_cannot_show(tmp_path, monkeypatch):
     run(tmp_path, "--prompt", "snow", out="雪.png", steps=10)
     log.flush()
     assert (tmp_path / "雪.png").exists() and b"\\u96ea.png: 128x128" in log.buffer.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_log_is_no_failure(tmp_path):
+    argv = [sys.executable, ROOT / "sample.py", "--prompt", "snow", "--steps", "10", "--out", tmp_path / "out.png"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(argv, stdout=full, stderr=subprocess.DEVNULL).returncode == 0
+    assert (tmp_path / "out.png").exists()
 
 
 def test_strength_is_a_grey_map(tmp_path):
