@@ -22,13 +22,14 @@ VIDEOS = {
     ".m2ts", ".m2t", ".m2v", ".mxf", ".vob", ".gif", ".asf", ".dv", ".divx", ".f4v", ".3g2", ".mpe", ".ogm", ".qt",
     ".rm", ".rmvb", ".y4m",
 }
+SHARDS = re.compile(r"pairs-\d+\.(tar|json|png)|manifest\.json")  # a preview is no frame of a clip
 
 
 def find_clips(paths):
     """[(name, path)] of every clip under the paths, in a fixed order. The name does not depend on where it is mounted.
 
     FileNotFoundError where there is nothing, ValueError where there are no videos. What is left out is named in a
-    warning, but for hidden files: a Mac leaves ._0000.jpg beside 0000.jpg.
+    warning, but for hidden files, as a Mac leaves ._0000.jpg beside 0000.jpg, and for what data.py writes.
     """
     clips = []
     for path in map(Path, paths):
@@ -39,7 +40,9 @@ def find_clips(paths):
             continue
         inside = {}  # {ending: files}
         for p in sorted(path.rglob("*")):
-            if p.is_file() and not is_hidden(p.relative_to(path)):
+            hidden = any(part.startswith(".") for part in p.relative_to(path).parts)
+            written = SHARDS.fullmatch(p.name) and (p.parent / "manifest.json").exists()
+            if p.is_file() and not hidden and not written:
                 inside.setdefault(p.suffix.lower(), []).append(p)
         videos = [p for ending in VIDEOS & inside.keys() for p in inside.pop(ending)]
         mixed = {p.parent for p in videos if p.suffix.lower() != ".gif"}  # pictures among videos are no clip
@@ -55,11 +58,6 @@ def find_clips(paths):
         found = [*videos, *folders]
         clips += sorted((f"{path.resolve().name}/{p.relative_to(path).as_posix()}", p) for p in found)
     return clips
-
-
-def is_hidden(path):
-    """Whether a file in a folder, or a folder on the way to it, is hidden"""
-    return any(part.startswith(".") for part in path.parts)
 
 
 def fit_square(frame, size):
@@ -183,7 +181,7 @@ def read_frames(video, name, size, count, fps, start, numbers):
     while wanted and time is not None:
         place = (time - first) * fps
         places.append(place)
-        if place > numbers.stop - 0.5:
+        if place >= numbers.stop:
             break
         if place >= wanted[0] - 0.5:
             frame = video.retrieve()[1]
@@ -192,7 +190,7 @@ def read_frames(video, name, size, count, fps, start, numbers):
             frames.append(cv2.cvtColor(fit_square(frame, size), cv2.COLOR_BGR2RGB))
             # Some containers round to milliseconds.
             constant = round(place) / fps
-            times.append(constant if abs(time - first - constant) < 0.002 else time - first)
+            times.append(constant if abs(time - first - constant) < 0.0011 else time - first)
             wanted = [i for i in wanted if i > place + 0.5]
         time = grab_frame(video, time, 1 / fps)
 

@@ -137,7 +137,7 @@ def begin(out, clips, recipe, networks):
     clips = order_clips(out, clips, known)
     added = len(clips) - len(known)
     if added and old and "totals" not in old:
-        raise ValueError(f"{out} is not finished: first the same command again, and then with more clips")
+        raise ValueError(f"{out} is not finished, and {clips[-1][0]} is a new clip: finish it first without new ones")
     if added:
         runs.append(added)
     work = list_work(*[n * recipe["pairs"] for n in runs])
@@ -147,7 +147,15 @@ def begin(out, clips, recipe, networks):
         manifest["networks"] = networks
     manifest |= {"runs": runs, "names": names}
     if added:
-        write_json(path, manifest)
+        new = not out.exists()
+        try:
+            write_json(path, manifest)
+        except OSError:
+            if new and out.exists():
+                out.rmdir()
+            raise
+        if old:
+            print(f"{out}: {added} clips are added to the {len(known)} that are there")
     return manifest, clips, work
 
 

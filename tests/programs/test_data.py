@@ -144,6 +144,7 @@ def test_clips_are_added_to_a_finished_run(clips, made, tmp_path, capsys):
     film(tmp_path / "late.mp4", seed=6)
     for more in ([folder], [tmp_path / "late.mp4", folder]):
         data.main([*map(str, more), "--out", str(out), *ARGUMENTS])
+        assert "1 clips are added to the" in capsys.readouterr().out
     after = contents(out)
     shards_before = [name for name in before if name != "manifest.json"]
     assert all(after[name] == before[name] for name in shards_before)
@@ -173,6 +174,25 @@ def test_clips_are_added_to_a_finished_run(clips, made, tmp_path, capsys):
     assert "begun with other clips" in fails(capsys, tmp_path / "late.mp4", clips, "--out", out, *ARGUMENTS)
     data.main([*map(str, more), "--shard", "0/40"])
     assert json.loads((out / "manifest.json").read_text())["runs"] == [5, 1]
+
+
+def test_shards_beside_the_clips_are_no_clips(tmp_path, capsys):
+    film(tmp_path / "a.mp4", seed=1)
+    for _ in range(2):
+        data.main([str(tmp_path), "--out", str(tmp_path / "pairs"), "--size", "64", "--pairs", "3", "--preview"])
+    assert (tmp_path / "pairs" / "pairs-000000.png").exists()
+    assert json.loads((tmp_path / "pairs" / "manifest.json").read_text())["clips"] == 1
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_failed_start_leaves_no_empty_folder(clips, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", fail)
+        assert "No space left" in fails(capsys, clips, "--out", tmp_path / "out", *ARGUMENTS)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_wrong_is_said_in_one_line(clips, made, tmp_path, capsys, monkeypatch):
