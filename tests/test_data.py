@@ -140,6 +140,28 @@ def test_depth_orders_what_moves_and_what_is_low():
 
 
 # --------------------------------------------------------------------------------------------------
+# The work
+
+
+def test_what_is_added_leaves_the_work_before_it():
+    first = shards.list_work(1000)
+    assert [k for numbers in first for k in numbers] == list(range(1000))
+    more = shards.list_work(1000, 30_000, 3)
+    assert more[: len(first)] == first and [k for numbers in more for k in numbers] == list(range(31_003))
+    assert max(map(len, more)) == 256
+
+
+def test_clips_keep_their_order_and_new_ones_come_last(tmp_path):
+    found = [("b", 1), ("a", 2), ("b", 3), ("c", 4)]  # files of one name in two folders
+    assert shards.order_clips(tmp_path, found, []) == found
+    more = [("0", 0), ("a", 2), ("b", 1), ("aa", 5), ("b", 3), ("c", 4), ("b", 6)]
+    assert shards.order_clips(tmp_path, more, [name for name, _ in found]) == [
+        *found, ("0", 0), ("aa", 5), ("b", 6)]
+    with pytest.raises(ValueError, match="as b: choose"):
+        shards.order_clips(tmp_path, found[1:], [name for name, _ in found])
+
+
+# --------------------------------------------------------------------------------------------------
 # Reading
 
 
