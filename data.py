@@ -27,6 +27,11 @@ clips' names and the digests of the networks' files; the last shard adds the tot
 video/batches.py reads the shards for training.
 """
 
+if __name__ == "__main__":
+    from common import interrupts
+
+    interrupts.watch("data.py")
+
 import argparse
 import hashlib
 import json
@@ -327,8 +332,7 @@ def read_part(text):
 
 
 def parse(argv):
-    p = Parser(prog="data.py", description=__doc__,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="data.py", description=__doc__)
     add = p.add_argument
     add("videos", nargs="+", type=file_name, metavar="VIDEO_OR_FOLDER")
     add("--out", type=file_name, required=True, metavar="DIR", help="where the shards go")
@@ -360,13 +364,12 @@ def main(argv=None):
     parser, args = parse(argv)
     shorten_warnings(parser)
     try:
-        with report_errors(parser, "fewer --workers, or --device cpu. What is done is kept"):
+        memory = "fewer --workers, or --device cpu. What is done is kept"
+        with report_errors(parser, memory, "what is done is kept; the same command goes on"):
             make_shards(args)
     except BrokenProcessPool:
         parser.error("a worker died: too little memory, or a video that crashes the decoder. "
                      "What is done is kept")
-    except KeyboardInterrupt:
-        parser.exit(130, "data.py: interrupted; the same command goes on from here\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,11 @@ takes any Stable Diffusion 1.x or 2.x (a folder, .safetensors or .ckpt), or for 
 --collage a Magic Fixup (a folder, or the released file).
 """
 
+if __name__ == "__main__":
+    from common import interrupts
+
+    interrupts.watch("sample.py")
+
 import functools
 import warnings
 
@@ -248,7 +253,8 @@ def run(args):
 def main(argv=None):
     parser, args = options.parse(argv, __doc__)
     shorten_warnings(parser)
-    with report_errors(parser, "try a smaller --size, or half precision"):
+    kept = "pictures appear whole or not at all; the same command makes them anew"
+    with report_errors(parser, "try a smaller --size, or half precision", kept):
         options.check(args)
         run(args)
 

@@ -13,13 +13,17 @@ Every batch is a function of (seed, step) alone. So a resumed run sees the same 
 one that never stopped; --micro-batch and the number of processes change no more than rounding.
 """
 
+if __name__ == "__main__":
+    from common import interrupts
+
+    interrupts.watch("train.py")
+
 import argparse
 import contextlib
 import copy
 import functools
 import math
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,26 +34,27 @@ import diffusion
 import mfx
 import sd
 import unet
-from common.cli import TOY, Parser, number, report_errors
+from common.cli import TOY, Parser, file_name, folder_name, number, report_errors
 from common.devices import choose_device, choose_precision
+from common.interrupts import came, finish_steps
 from common.processes import (
     average_over_processes,
     join_processes,
-    leave_processes,
+    largest_over_processes,
     process_count,
     process_rank,
     share_loss,
     slice_batch,
-    smallest_over_processes,
 )
 from common.run_state import (
-    draw_curve,
+    change_recipe,
+    check_folder,
     draw_sheet,
     generator_at,
-    prepare_folder,
-    read_recipe,
     restore_state,
+    resume_recipe,
     save_state,
+    say_kept,
     trained_parameters,
 )
 from kernels.blocks import checkpoint_blocks, compile_blocks, to_channels_last
@@ -142,8 +147,8 @@ def train_mfx(recipe, out, resume, device):
     """Both UNets together, from a Stable Diffusion, on pairs of frames -> OUT/model, in fp16"""
     slice_batch(recipe.batch, recipe.micro_batch)  # an error before the weights are read
     stable = sd.load(recipe.init or TOY)
-    prediction = recipe.prediction or stable.schedule.prediction
-    schedule = diffusion.Schedule(stable.schedule.name, prediction)
+    recipe.prediction = recipe.prediction or stable.schedule.prediction
+    schedule = diffusion.Schedule(stable.schedule.name, recipe.prediction)
     model = mfx.from_stable_diffusion(stable, recipe.cross_reference, schedule)
     model = model.float().to(device, memory_format=torch.channels_last)
     model.unfreeze()
@@ -212,6 +217,7 @@ EVERY = 50  # steps between two looks at a GPU's losses: each look waits for all
 BLOCKS = unet.ResnetBlock, unet.Attention, unet.FeedForward  # to be checkpointed or compiled
 
 
+@finish_steps()  # after Ctrl-C the step that runs is finished, and its state saved
 def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
     """Adam on `loss` for recipe.steps steps -> the average of the weights; without one, the model
 
@@ -264,7 +270,9 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
 
         # On a CPU the losses are read before the weights change, so that a bad one changes nothing.
         pending.append(torch.stack([total, norm]))
-        save_now = (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps
+        stop = largest_over_processes(came())
+        planned = (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps
+        save_now = planned or stop
         if save_now or device.type != "cuda" or (step + 1) % EVERY == 0:
             losses += read_losses(pending, len(losses))
             pending.clear()
@@ -292,13 +300,14 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
                                          "resume with a lower --lr")
             if process_rank() == 0:
                 with torch.no_grad(), autocast():
-                    if validate:
+                    if validate and planned:
                         validation.append([step + 1, float(validate(average))])
-                    pictures = sheet(average) if sheet else None
+                    pictures = sheet(average) if sheet and planned else None
                 save_state(out, stage, model, average, optimizers, losses, validation, recipe)
-                draw_curve(losses, validation, out / f"{stage}-loss.png")
-                if sheet:
+                if pictures is not None:
                     draw_sheet(pictures, out / f"{stage}-samples.png")
+        if stop:
+            raise KeyboardInterrupt(stop)
     return average
 
 
@@ -342,7 +351,7 @@ def draw_timesteps(batch, generator):
 
 def add_loop_options(parser):
     """The options that the toys' stages have as well."""
-    parser.add_argument("--init", help="weights to start from")
+    parser.add_argument("--init", type=file_name, help="weights to start from")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     for name in ("steps", "batch", "save-every", "warmup"):
         parser.add_argument(f"--{name}", type=number(int, 1, 9_999_999))
@@ -352,18 +361,11 @@ def add_loop_options(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
 
 
-def change_recipe(recipe, args):
-    """The recipe with the fields that the command line names."""
-    given = {name: getattr(args, name, None) for name in asdict(recipe)}
-    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
-
-
 def main(argv=None):
-    p = Parser(prog="train.py", description=__doc__,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="train.py", description=__doc__)
     add_loop_options(p)
-    p.add_argument("--out", type=Path, default=Path("runs/mfx"), help="default: runs/mfx")
-    p.add_argument("--data", help="toy (default), or a folder of pairs that data.py wrote")
+    p.add_argument("--out", type=folder_name, default="runs/mfx", help="default: runs/mfx")
+    p.add_argument("--data", type=file_name, help="toy (default), or a folder that data.py wrote")
     p.add_argument("--pairs", type=number(int, 0, 10**9), help="to encode once; 0 = as they come")
     p.add_argument("--exact", type=number(float, 0, 1), help="share of the toy's pairs in them")
     p.add_argument("--motion", choices=MODELS, help="what makes the coarse edits (default: both)")
@@ -377,22 +379,20 @@ def main(argv=None):
     ):
         p.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=what)
     args = p.parse_args(argv)
-    try:
-        with report_errors(p, "try a smaller --micro-batch or --batch, or --checkpointing"):
-            if args.resume:
-                recipe = change_recipe(read_recipe(args.out, "mfx", FixupRecipe), args)
-            else:
-                recipe = change_recipe(choose_recipe(args.init), args)
-            device = join_processes(choose_device(args.device))
-            if recipe.micro_batch == 0:
-                share = max(1, recipe.batch // process_count())
-                most = fit_micro_batch(share, device) if recipe.checkpointing else 1
-                recipe.micro_batch = smallest_over_processes(most, device)
-            prepare_folder(args.out, "mfx", args.resume)
-            torch.manual_seed(recipe.seed)
-            train_mfx(recipe, args.out, args.resume, device)
-    finally:
-        leave_processes()
+    kept = functools.partial(say_kept, "python train.py", args.out, "mfx")
+    with report_errors(p, "try a smaller --micro-batch or --batch, or --checkpointing", kept):
+        check_folder(args.out, "mfx", args.resume, args.out / "model")
+        if args.resume:
+            recipe = resume_recipe(args.out, "mfx", FixupRecipe, args)
+        else:
+            recipe = change_recipe(choose_recipe(args.init), args)
+        device = join_processes(choose_device(args.device))
+        if recipe.micro_batch == 0:
+            share = max(1, recipe.batch // process_count())
+            most = fit_micro_batch(share, device) if recipe.checkpointing else 1
+            recipe.micro_batch = -largest_over_processes(-most)
+        torch.manual_seed(recipe.seed)
+        train_mfx(recipe, args.out, args.resume, device)
 
 
 if __name__ == "__main__":

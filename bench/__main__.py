@@ -12,7 +12,11 @@ best. Where a peer is not installed our time stands alone. Weights that are not 
 downloaded. `load` writes 6 GB of them into the system's folder for temporary files (TMPDIR).
 """
 
-import argparse
+if __name__ == "__main__":
+    from common import interrupts
+
+    interrupts.watch("python -m bench")
+
 import datetime
 import importlib.metadata
 import importlib.util
@@ -29,7 +33,7 @@ import torch
 
 from bench import edits, models, networks, training, warp
 from bench.clock import HEADER, format_row
-from common.cli import Parser, number
+from common.cli import Parser, number, report_errors
 from common.devices import choose_device
 
 # {name: function of the options that yields Rows; its docstring says what is measured}
@@ -44,7 +48,7 @@ def read_numbers(text):
 
 
 def parse(argv):
-    parser = Parser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m bench", description=__doc__)
     parser.add_argument("topics", nargs="*", metavar="NAME", help=", ".join(TOPICS))
     parser.add_argument("--rounds", type=number(int, 1, 1000), help="timed calls of each (default: 5, fewer if slow)")
     parser.add_argument("--model", choices=["toy", "full"], help="one alone: the toy, or Stable Diffusion 1.4's size")
@@ -84,10 +88,13 @@ def main(argv=None):
         for name, topic in TOPICS.items():
             print(f"{name:9} {inspect.getdoc(topic).splitlines()[0]}")
         return
-    try:
-        device = choose_device(args.device)
-    except ValueError as e:
-        parser.error(e)
+    with report_errors(parser, "fewer topics, or --model toy", "nothing is kept but the rows above"):
+        measure(args)
+
+
+def measure(args):
+    """Print the rows of each topic that is asked for."""
+    device = choose_device(args.device)
     if device.type == "mps":
         device = torch.device("cpu")
     print(describe_machine(device))

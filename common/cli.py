@@ -3,7 +3,7 @@
     parser = Parser(prog="sample.py")
     parser.add_argument("--image", type=file_name)
     parser.add_argument("--steps", type=number(int, 1, 1000))
-    with report_errors(parser, "try a smaller --size"):
+    with report_errors(parser, "try a smaller --size", "no picture is saved"):
         check_needs(args, NEEDS)
         check_outputs([args.out], [args.image])
 """
@@ -11,10 +11,12 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
 
+from common import interrupts
 from common.pictures import KINDS
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -22,20 +24,30 @@ TOY, TOY_MFX = WEIGHTS / "toy", WEIGHTS / "toy-mfx"  # the shipped models
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):  # the docstrings' own lines are kept
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 @contextlib.contextmanager
-def report_errors(parser, memory):
-    """with report_errors(parser, "try a smaller --size"): one line for what a person can put right.
+def report_errors(parser, memory, kept="start again"):
+    """with report_errors(parser, "try a smaller --size", "..."): one line for what a person can put right, or has
+    interrupted.
 
     memory  what to do where there is too little of it
+    kept    after an interrupt: what is kept, and how to go on; a text, or a function that returns one
     """
     with contextlib.suppress(AttributeError):  # a letter that cannot be shown is no failure
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        yield
+        with interrupts.interruptible():
+            yield
+    except KeyboardInterrupt as e:
+        number = e.args[0] if e.args else signal.SIGINT
+        said = f"{parser.prog}: interrupted: {kept if isinstance(kept, str) else kept()}\n"
+        parser.exit(128 + number, said if os.environ.get("RANK", "0") == "0" else None)  # torchrun starts many
     except (ValueError, OSError, FloatingPointError) as e:
         lines = str(e).strip().splitlines() or [type(e).__name__]
         parser.error(lines[-1])  # the error of a worker process begins with its traceback
@@ -86,6 +98,10 @@ def file_name(text):
     if not text:
         raise argparse.ArgumentTypeError("the name is empty: give one, or leave the option out")
     return text
+
+
+def folder_name(text):
+    return Path(file_name(text))
 
 
 def picture_size(text):

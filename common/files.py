@@ -1,9 +1,17 @@
 """Files that are there whole or not at all, and JSON."""
 
 import contextlib
+import fnmatch
+import glob
 import json
 import os
+import platform
+import re
+import sys
+import zlib
 from pathlib import Path
+
+HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # processes of many machines may write to one folder
 
 
 def read_json(path, default=None):
@@ -27,10 +35,11 @@ def read_json(path, default=None):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A name to write to, which becomes `path` if nothing goes wrong."""
+    """A name to write to, which becomes `path` if nothing goes wrong. What a killed process left of it is deleted."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    remove_leftovers(path.parent, glob.escape(path.name))
+    temporary = path.with_name(f".{path.name}.{HOST}.{os.getpid()}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -38,6 +47,27 @@ def atomic_write(path):
         os.replace(temporary, path)  # where the old file is mapped, the map keeps the old contents
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder, pattern):
+    """Delete the temporaries of `atomic_write`, for names like this, of processes of this machine that have ended."""
+    for path in folder.glob(f".{pattern}.*"):
+        name, owner = path.name.rsplit(".", 1)
+        ours = fnmatch.fnmatchcase(name.removesuffix(f".{HOST}"), f".{pattern}")  # earlier versions wrote no HOST
+        if ours and re.fullmatch("[0-9]{1,9}", owner) and not is_running(int(owner)):
+            path.unlink(missing_ok=True)
+
+
+def is_running(process):
+    if sys.platform == "win32":  # where os.kill would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def write_json(path, content):

@@ -1,5 +1,6 @@
 """Training in many processes, as torchrun starts them: each has a share of every batch, and the first alone writes."""
 
+import atexit
 import os
 import warnings
 from datetime import timedelta
@@ -19,14 +20,10 @@ def join_processes(device):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # The first process may take hours to encode pairs, while the others wait.
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=6))
+        atexit.register(dist.destroy_process_group)
     return device
-
-
-def leave_processes():
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def process_rank():
@@ -76,12 +73,12 @@ def share_loss(model, loss):
     return DistributedDataParallel(Loss(model, loss), gradient_as_bucket_view=True)
 
 
-def smallest_over_processes(number, device):
-    """The smallest of all processes' whole numbers: so that they agree on one"""
+def largest_over_processes(number):
+    """The largest of all processes' whole numbers: so that they agree on one"""
     if process_count() == 1:
         return number
-    value = torch.tensor(number, device=device)
-    dist.all_reduce(value, dist.ReduceOp.MIN)
+    value = torch.tensor(number)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
     return int(value)
 
 

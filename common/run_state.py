@@ -9,9 +9,13 @@
 import hashlib
 import json
 import math
+import os
+import shlex
 import struct
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import get_args
 
 import cv2
 import numpy as np
@@ -20,9 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from common.files import atomic_write
+from common.files import atomic_write, remove_leftovers
 from common.processes import process_rank, wait_for_all
 
+# What --resume may change: how long, how fast and in what memory, but not what the weights and the batches mean
+FREE = ("steps", "lr", "warmup", "save_every", "precision", "micro_batch", "checkpointing", "compile", "held_out")
 KEPT = 3  # states: the newest to go on from, the others in case a disk or a learning rate spoils it
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -35,7 +41,7 @@ def trained_parameters(model):
 
 
 def save_state(out, stage, model, average, optimizers, losses, validation, recipe):
-    """Write the state after len(losses) steps, and delete all but the last KEPT.
+    """Write the state after len(losses) steps, delete all but the last KEPT, and draw the curve of the losses.
 
     average     the model that follows the weights, or the model itself where there is none
     losses      [loss of each step];  validation  [[steps done, loss]]
@@ -70,7 +76,8 @@ def save_state(out, stage, model, average, optimizers, losses, validation, recip
     # Later states can only be damaged ones, which the run went back before.
     kept = [p for p in list_states(out, stage) if p.name <= path.name][-KEPT:]
     for old in set(list_states(out, stage)) - set(kept):
-        old.unlink()
+        old.unlink(missing_ok=True)
+    draw_curve(losses, validation, out / f"{stage}-loss.png")
 
 
 def list_states(out, stage):
@@ -78,11 +85,26 @@ def list_states(out, stage):
     return sorted(out.glob(f"{stage}-state-{'[0-9]' * 7}.safetensors"))
 
 
-def prepare_folder(out, stage, resume):
-    """Make the folder. ValueError if a run's states are in it and this one does not go on with them."""
+def check_folder(out, stage, resume, model):
+    """ValueError if `out` cannot be written, or holds a run's states, or its `model`, and this one does not go on.
+    Nothing is made yet: a start that fails later leaves no empty folder."""
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{out} cannot be written: is {there} a folder, and yours? Choose another --out")
     if not resume and list_states(out, stage):
         raise ValueError(f"{out} holds the states of a run: --resume goes on with it, another --out starts anew")
-    out.mkdir(parents=True, exist_ok=True)
+    if not resume and model.exists():
+        raise ValueError(f"{model} is there already, and would be written over: choose another --out")
+    remove_leftovers(out, f"{stage}-state-*.safetensors")
+
+
+def say_kept(program, out, stage):
+    """-> after an interrupt: what is kept of the training, and how to go on"""
+    states = list_states(out, stage)
+    if not states:
+        return "no step is saved yet; start again"
+    steps = int(states[-1].stem.rsplit("-", 1)[1])
+    return f"the state after step {steps} is saved; {program} --out {shlex.quote(str(out))} --resume goes on"
 
 
 def read_newest_state(out, stage):
@@ -95,23 +117,89 @@ def read_newest_state(out, stage):
         try:
             with safe_open(path, "pt") as file:
                 notes = {name: json.loads(note) for name, note in file.metadata().items()}
-            if {"losses", "validation", "recipe"} <= notes.keys():
+            if are_curves(notes["losses"], notes["validation"], int(path.stem[-7:])) and "recipe" in notes:
                 return path, notes
-        except (SafetensorError, AttributeError, ValueError):
+        except (SafetensorError, AttributeError, KeyError, ValueError, RecursionError):
             pass
         if path != paths[0]:
             tqdm.write(f"{path} is damaged: going on from the state before it", file=sys.stderr)
     raise ValueError(f"{paths[-1]} is damaged, or no training state")
 
 
+def are_curves(losses, validation, steps):
+    """Whether they are what `save_state` writes: [loss of each step], [[steps done, loss]]"""
+    pairs = isinstance(validation, list) and all(isinstance(p, list) and len(p) == 2 for p in validation)
+    if not pairs or not isinstance(losses, list) or len(losses) != steps:
+        return False
+    values = losses + [value for _, value in validation]
+    return all(type(n) is int and 0 < n <= steps for n, _ in validation) and all(type(v) is float for v in values)
+
+
 def read_recipe(out, stage, kind):
     """The recipe, of dataclass `kind`, of the run that left its state in `out`: what --resume goes on with."""
     path, notes = read_newest_state(out, stage)
     try:
-        return kind(**notes["recipe"])
+        recipe = kind(**notes["recipe"])
     except TypeError:
         raise ValueError(f"{path} is the state of another version of this program: start anew, "
                          "with another --out") from None
+    for field in fields(kind):
+        value = getattr(recipe, field.name)
+        if field.type is tuple and isinstance(value, list):  # JSON has no tuples
+            value = tuple(value)
+            setattr(recipe, field.name, value)
+        if not is_value(value, field):
+            raise ValueError(f"{path} is damaged: its recipe has {field.name} = {str(value)[:40]!r}. Delete it, and "
+                             "--resume goes on from the state before it")
+    return recipe
+
+
+def is_value(value, field):
+    """Whether a field of a recipe can have this value: its type, and the widest bounds of any option"""
+    kinds = get_args(field.type) or (field.type,)
+    if type(value) in (int, float):
+        low = 1 if field.name in ("steps", "batch", "warmup", "save_every", "latent", "scenes") else 0
+        return (type(value) in kinds or float in kinds) and low <= value <= 10**9
+    if isinstance(value, tuple):
+        return tuple in kinds and all(type(n) is int and 0 < n <= 10**9 for n in value)
+    return type(value) in kinds and (field.name != "precision" or value in ("auto", "fp32", "bf16"))
+
+
+def change_recipe(recipe, args):
+    """The recipe with the fields that the command line names."""
+    given = {field.name: getattr(args, field.name, None) for field in fields(recipe)}
+    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+
+
+def resume_recipe(out, stage, kind, args):
+    """`read_recipe`, with what the command line changes. ValueError if that would change what the weights mean."""
+    recipe = read_recipe(out, stage, kind)
+    changed = change_recipe(recipe, args)
+    for field in fields(kind):
+        old, new = (getattr(r, field.name) for r in (recipe, changed))
+        # With pictures from a folder, those held out are not trained on.
+        free = field.name in FREE and not (field.name == "held_out" and recipe.data != "toy" and bool(old) != bool(new))
+        if not (free or old == new or is_moved(field.name, old, new)):
+            raise ValueError(f"--resume cannot change {write_option(field.name, new)}: the run in {out} was begun with "
+                             f"{write_option(field.name, old)}. Leave it out, or start anew with another --out")
+    return changed
+
+
+def is_moved(name, old, new):
+    """Whether a path names the same as before, or what has gone from where it was."""
+    if old is None or name not in ("init", "data") or name == "data" and "toy" in (old, new):
+        return False
+    return Path(old).resolve() == Path(new).resolve() or not Path(old).exists()
+
+
+def write_option(name, value):
+    """A field of a recipe, as on the command line"""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    return f"no --{option}" if value is None else f"--{option} {value}"
 
 
 def restore_state(out, stage, model, average, optimizers):
@@ -122,16 +210,23 @@ def restore_state(out, stage, model, average, optimizers):
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     try:
         with safe_open(path, "pt") as file, torch.no_grad():
+            def fill(tensor, name):
+                """From the tensor of that name, which must be of the same kind: copy_ would also widen and convert."""
+                found = file.get_tensor(name)
+                if found.shape != tensor.shape or found.dtype != torch.float32:
+                    raise RuntimeError(f"{name} is {found.dtype} {list(found.shape)}, not {list(tensor.shape)}")
+                return tensor.copy_(found)
+
             for name, p in trained_parameters(model).items():
-                p.copy_(file.get_tensor(f"model.{name}"))
+                fill(p, f"model.{name}")
                 if average is not model:
-                    followers[name].copy_(file.get_tensor(f"average.{name}"))
+                    fill(followers[name], f"average.{name}")
                 # The moments get the parameters' memory format, as they have in a run that never stopped. Fused Adam
                 # keeps its count of steps on the parameter's device.
                 state = owner[p].state[p]
-                state["exp_avg"] = torch.empty_like(p).copy_(file.get_tensor(f"m.{name}"))
+                state["exp_avg"] = fill(torch.empty_like(p), f"m.{name}")
                 if isinstance(owner[p], torch.optim.AdamW):
-                    state["exp_avg_sq"] = torch.empty_like(p).copy_(file.get_tensor(f"v.{name}"))
+                    state["exp_avg_sq"] = fill(torch.empty_like(p), f"v.{name}")
                     state["step"] = torch.tensor(float(len(losses)), device=p.device)
     except (SafetensorError, RuntimeError) as e:
         raise ValueError(f"{path} is the state of another model ({str(e).splitlines()[0]})") from None

@@ -1,6 +1,5 @@
 """What can be said on the command line of sample.py, and what cannot be said together."""
 
-import argparse
 from pathlib import Path
 
 import samplers
@@ -21,8 +20,7 @@ NEEDS = {  # an option, and others of which at least one must stand beside it
 
 def parse(argv, description):
     """-> the parser, the options; None for what is left out and has its default in sample.py"""
-    p = Parser(prog="sample.py", description=description,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="sample.py", description=description)
     add = p.add_argument
     add("--image", type=file_name, help="the picture to edit")
     add_coarse = p.add_mutually_exclusive_group().add_argument

@@ -11,7 +11,11 @@ unless the code, its options or the weights have changed since, or --again says 
 in results.json, what a clock measured in timings.json; both and the page have every item that is finished.
 """
 
-import argparse
+if __name__ == "__main__":
+    from common import interrupts
+
+    interrupts.watch("python -m reproduce")
+
 import json
 import time
 from pathlib import Path
@@ -112,8 +116,7 @@ def run(args):
 
 def main(argv=None):
     listed = "".join(f"\n  {n:16} {f'{MFX}, ' if i.chapter == MFX else ''}{i.where}" for n, i in ITEMS.items())
-    parser = Parser(prog="python -m reproduce", description=__doc__, epilog="items:" + listed,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m reproduce", description=__doc__, epilog="items:" + listed)
     parser.add_argument("--only", nargs="+", choices=list(ITEMS), metavar="NAME", help="these items")
     parser.add_argument("--quick", action="store_true", help="fewer samples and steps")
     parser.add_argument("--again", action="store_true", help="run finished items again")
@@ -133,7 +136,8 @@ def main(argv=None):
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="default: reproduced, or with --quick reproduced/quick")
     args = parser.parse_args(argv)
-    with report_errors(parser, "a smaller --weights, or --device cpu. What is finished is kept"):
+    memory = "a smaller --weights, or --device cpu. What is finished is kept"
+    with report_errors(parser, memory, "what is finished is kept; the same command goes on"):
         run(args)
 
 

@@ -8,7 +8,12 @@
 Magic Fixup is train.py's, which has the loop as well; --resume goes on exactly where a run stopped.
 """
 
-import argparse
+if __name__ == "__main__":
+    from common import interrupts
+
+    interrupts.watch("python -m reproduce.train_toys")
+
+import functools
 import math
 import os
 from dataclasses import dataclass, replace
@@ -27,9 +32,17 @@ import train
 import unet
 import vae
 from checkpoints.parts import build_part, load_part, save_part
-from common.cli import TOY, Parser, number, report_errors
+from common.cli import TOY, Parser, folder_name, number, report_errors
 from common.devices import choose_device
-from common.run_state import cache_tensors, digest, generator_at, prepare_folder, read_recipe
+from common.run_state import (
+    cache_tensors,
+    change_recipe,
+    check_folder,
+    digest,
+    generator_at,
+    resume_recipe,
+    say_kept,
+)
 from kernels.blocks import to_channels_last
 from kernels.memory import hold_memory
 from toy import world
@@ -339,11 +352,10 @@ def read_widths(text):
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m reproduce.train_toys", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m reproduce.train_toys", description=__doc__)
     parser.add_argument("stage", choices=list(STAGES))
     train.add_loop_options(parser)
-    parser.add_argument("--out", type=Path, help="default: runs/toy; of inpainting, runs/toy-inpainting")
+    parser.add_argument("--out", type=folder_name, help="default: runs/toy; of inpainting, runs/toy-inpainting")
     parser.add_argument("--widths", type=read_widths, help="of the autoencoder's levels, e.g. 24,64,128")
     parser.add_argument("--latent", type=number(int, 1, 64), help="its latent channels")
     parser.add_argument("--scenes", type=number(int, 1, 10**9), help="to learn from")
@@ -351,14 +363,17 @@ def main(argv=None):
     args = parser.parse_args(argv)
     # A folder of its own for inpainting: it would write its model over the one that it is made of.
     out = args.out or Path("runs/toy-inpainting" if args.stage == "inpainting" else "runs/toy")
-    with report_errors(parser, "try a smaller --batch"):
+    kept = functools.partial(say_kept, f"python -m reproduce.train_toys {args.stage}", out, args.stage)
+    with report_errors(parser, "try a smaller --batch", kept):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("the toys are trained in one process: only train.py can be shared by many")
         if args.stage == "vae" and not (args.scenes is None and args.offset is None):
             raise ValueError("--scenes and --offset are for base and inpainting: vae draws new scenes at every step")
-        recipe = read_recipe(out, args.stage, ToyRecipe) if args.resume else RECIPES[args.stage]
-        recipe = train.change_recipe(recipe, args)
-        prepare_folder(out, args.stage, args.resume)
+        check_folder(out, args.stage, args.resume, out / "model" / ("vae" if args.stage == "vae" else "unet"))
+        if args.resume:
+            recipe = resume_recipe(out, args.stage, ToyRecipe, args)
+        else:
+            recipe = change_recipe(RECIPES[args.stage], args)
         torch.manual_seed(recipe.seed)
         STAGES[args.stage](recipe, out, args.resume, choose_device(args.device))
 

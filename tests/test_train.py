@@ -1,6 +1,7 @@
 """train.py: the loop on a tiny autoencoder, the recipes, Magic Fixup's gradients and memory."""
 
 import math
+import signal
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import mfx
 import train
 import unet
 import vae
+from common.interrupts import interrupt
 from common.run_state import list_states
 from kernels.blocks import checkpoint_blocks
 from kernels.muon import Muon
@@ -73,6 +75,40 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(muon, tmp_path):
     assert equal(dict(average.named_parameters()), dict(resumed.named_parameters()))
     whole, pieces = (load_file(tmp_path / d / "tiny-state-0000012.safetensors") for d in "ab")
     assert equal(whole, pieces)
+
+
+@pytest.mark.parametrize("step", [0, 5, 7, 11])
+def test_an_interrupt_saves_the_step_that_runs(step, tmp_path):
+    """Within any step: then nothing is lost, and the resumed run ends where an unbroken one does, bit for bit."""
+    a, b, c = (tiny(seed) for seed in (0, 0, 1))
+    seen = []
+
+    def interrupted(network, at):
+        loss = loss_of(network)
+
+        def call(step, part):
+            if step == at:
+                interrupt(signal.SIGTERM, None)
+            return loss(step, part)
+
+        return call
+
+    def fit(model, out, loss=None, resume=False):
+        out.mkdir(exist_ok=True)
+        validate = lambda average: seen.append(1) or average.decoder.conv_out.weight.sum()  # noqa: E731
+        sheet = lambda average: torch.zeros(1, 8, 3, 8, 8)  # noqa: E731
+        return train.fit("tiny", model, loss or loss_of(model), sheet, RECIPE, out, resume, validate)
+
+    fit(a, tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt) as stop:
+        fit(b, tmp_path / "b", interrupted(b, step))
+    assert stop.value.args == (signal.SIGTERM,)
+    saved = list_states(tmp_path / "b", "tiny")[-1]
+    assert saved.name == f"tiny-state-{step + 1:07d}.safetensors"
+    fit(c, tmp_path / "b", resume=True)
+    (whole, *curves), (pieces, *others) = (read_state(tmp_path / d, "tiny") for d in "ab")
+    assert equal(whole, pieces) and curves == others
+    assert [n for n, _ in curves[1]] == [4, 8, 12] and len(seen) == 6  # validated as often as planned
 
 
 def test_a_muon_step_is_as_large_in_every_direction():

@@ -7,7 +7,11 @@ and camera, lens, focus and light move.
 A clip is a function of the seed and its number. The same command goes on where it was interrupted.
 """
 
-import argparse
+if __name__ == "__main__":
+    from common import interrupts
+
+    interrupts.watch("python -m toy.clips")
+
 import math
 import shutil
 from dataclasses import replace
@@ -95,14 +99,13 @@ def write_clips(out, count, size, seed):
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m toy.clips", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m toy.clips", description=__doc__)
     parser.add_argument("out", type=Path, metavar="DIR")
     parser.add_argument("--count", type=number(int, 1, 99_999), default=1500, help="clips (default: 1500)")
     parser.add_argument("--size", type=number(int, 32, 1024), default=128, help="of a frame (default: 128)")
     parser.add_argument("--seed", type=number(int, 0, 900), default=0)
     args = parser.parse_args(argv)
-    with report_errors(parser, "a smaller --size"):
+    with report_errors(parser, "a smaller --size", "clips that are done are kept; the same command goes on"):
         write_clips(args.out, args.count, args.size, args.seed)
 
 

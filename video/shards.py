@@ -9,7 +9,6 @@ import io
 import itertools
 import json
 import os
-import signal
 import tarfile
 import threading
 from collections import Counter, deque
@@ -23,6 +22,7 @@ import torch
 from PIL import Image
 
 from common.files import atomic_write, write_json
+from common.interrupts import kept_from_children
 from common.pictures import labelled
 
 ANY_NAME = "utf-8", "surrogateescape"  # a file's name need not be UTF-8
@@ -75,11 +75,14 @@ def run_in_order(make, tasks, workers):
         finally:
             torch.set_num_threads(threads)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
+    with kept_from_children():  # multiprocessing's own helper
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker)
+    with pool:
         try:
             ahead = deque()
             for task in tasks:
-                ahead.append(pool.submit(make, *task))
+                with kept_from_children():  # submitting starts a worker, which imports for seconds
+                    ahead.append(pool.submit(make, *task))
                 if len(ahead) > 4 * workers:
                     yield ahead.popleft().result()
             while ahead:
@@ -91,7 +94,6 @@ def run_in_order(make, tasks, workers):
 def start_worker():
     """In a process of its own: one thread, and gone when the parent is, even by kill -9."""
     quieten()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends its workers
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
@@ -187,11 +189,8 @@ def encode(image, extension, *options):
 def write_shard(out, number, pairs, rows, rejected):
     """A shard of pairs [(number, {extension: bytes})], its preview of rows of pictures, and last its .json: how many
     are kept, and how many rejected, a Counter of reasons. Byte for byte the same for the same pairs."""
-    path = name_shard(out, number, "tar")
-    for leftover in out.glob(f".{path.name}.*"):  # of a run that was killed: nobody else works on this shard
-        leftover.unlink(missing_ok=True)
     if pairs:
-        with atomic_write(path) as temporary, tarfile.open(temporary, "w") as tar:
+        with atomic_write(name_shard(out, number, "tar")) as temporary, tarfile.open(temporary, "w") as tar:
             for k, files in pairs:
                 for extension, data in files.items():
                     member = tarfile.TarInfo(f"{k:06d}.{extension}")

@@ -103,7 +103,9 @@ def test_kill_and_resume(clips, made, tmp_path):
 
 def leave_halves(out):
     """What a kill leaves: in the middle of writing, and between a shard and its .json with the disk's worst."""
-    (out / ".pairs-000002.tar.1").write_bytes(b"half")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (out / f".pairs-000002.tar.{dead.pid}").write_bytes(b"half")
     (out / "pairs-000001.tar").write_bytes(b"torn")
     (out / "pairs-000001.json").unlink(missing_ok=True)
     (out / "pairs-000002.json").unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import diffusion
 import sample
 import sd
-from common.run_state import generator_at, read_recipe
+from common.run_state import generator_at, list_states, read_recipe
 from reproduce import train_toys
 from reproduce.lab import Lab
 from tests import small
@@ -163,9 +163,13 @@ def test_inpainting_resumes_to_the_same_weights_and_leaves_the_rest_alone(plain,
             raise KeyboardInterrupt
         return generator_at(seed, step)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    capsys.readouterr()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(train_toys, "generator_at", stops)
         train_toys.main(broken)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == ("python -m reproduce.train_toys: interrupted: the state after step 1 is saved; "
+                    f"python -m reproduce.train_toys inpainting --out {tmp_path / 'b'} --resume goes on")
     train_toys.main(["inpainting", "--out", str(tmp_path / "b"), "--resume", "--device", "cpu"])
     a, b = (load_file(tmp_path / name / "inpainting-state-0000002.safetensors") for name in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -183,6 +187,18 @@ def test_inpainting_resumes_to_the_same_weights_and_leaves_the_rest_alone(plain,
     masked = load_file(tmp_path / "a/masked.safetensors")
     assert masked["z"].shape == (40, 4, 8, 8) and masked["known"].shape == (40, 5, 8, 8)
     assert set(masked["known"][:, 0].unique().tolist()) == {0, 1} and masked["known"].isfinite().all()
+
+    for words_, what in (
+        (["--seed", 1], "--seed"), (["--batch", 3], "--batch"), (["--scenes", 41], "--scenes 41"),
+        (["--offset", 0], "--offset"), (["--widths", "8,16"], "--widths 8,16"), (["--latent", 3], "--latent"),
+        (["--init", tmp_path / "a/model"], "--init"),
+    ):
+        said = fails(train_toys.main, ["inpainting", "--out", tmp_path / "b", "--resume", *words_], capsys)
+        assert f"--resume cannot change {what}" in said
+    for state in list_states(tmp_path / "b", "inpainting"):
+        state.unlink()
+    again = fails(train_toys.main, words(plain, tmp_path / "b"), capsys)
+    assert "model/unet is there already, and would be written over" in again
 
     already = tmp_path / "a/model"
     for stage in ("inpainting", "base"):

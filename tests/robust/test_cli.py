@@ -1,11 +1,59 @@
 """common/cli.py and common/devices.py: wrong numbers, names, options and devices."""
 
 import argparse
+import signal
 from types import SimpleNamespace
 
 import pytest
 
 from common import cli, devices
+from common.interrupts import came, finish_steps
+
+
+@pytest.mark.parametrize("interrupt, status", [
+    (lambda: signal.raise_signal(signal.SIGTERM), 143), (lambda: signal.raise_signal(signal.SIGHUP), 129),
+    (lambda: signal.raise_signal(signal.SIGINT), 130), (lambda: signal.default_int_handler(2, None), 130),
+])  # fmt: skip
+def test_an_interrupt_is_one_line(capsys, interrupt, status):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop, cli.report_errors(cli.Parser(prog="it"), "buy more", lambda: "all is kept"):
+        interrupt()
+    assert stop.value.code == status and capsys.readouterr().err == "it: interrupted: all is kept\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_interrupt_that_becomes_another_error_is_still_one(capsys):
+    """As inside torch.tensor."""
+    with pytest.raises(SystemExit) as stop, cli.report_errors(cli.Parser(prog="it"), "buy more"):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+    assert stop.value.code == 143 and capsys.readouterr().err == "it: interrupted: start again\n"
+    with pytest.raises(SystemExit) as stop, cli.report_errors(cli.Parser(prog="it"), "buy more"):
+        raise ValueError("the next one is an error again")
+    assert stop.value.code == 2
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli.report_errors(cli.Parser(prog="it"), "buy more"):
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_first_interrupt_waits_for_the_step_and_the_second_does_not(capsys):
+    done = []
+    for times in (1, 2):
+        with pytest.raises(SystemExit) as stop, cli.report_errors(cli.Parser(prog="it"), "buy more"):
+            with finish_steps():
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGTERM)
+                done.append(times)
+        assert stop.value.code == 143
+    assert done == [1] and not came()
 
 
 @pytest.mark.parametrize("text", ["0", "11", "2.5", "x", "nan"])

@@ -1,20 +1,23 @@
 """Training that cannot start, cannot go on, or is killed: one line, and whole files."""
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import mfx
 import train
 import vae
-from common.run_state import cache_tensors, list_states, read_recipe
+from common.files import HOST, atomic_write
+from common.run_state import cache_tensors, check_folder, list_states, read_newest_state, read_recipe
 from tests.training import arguments, fails, random_fixup, write_shards, write_stable
 
 RECIPE = train.Recipe(steps=10, batch=2, lr=5e-3, warmup=3, ema=0.9, save_every=2)
@@ -101,7 +104,127 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(stable, tmp_path, ca
     assert not list_states(tmp_path, "mfx")
 
 
+def test_what_resuming_may_change_and_what_not(stable, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs, out = write_shards(tmp_path / "pairs"), tmp_path / "out"
+    other = write_stable(tmp_path / "other")
+    begun = arguments(stable, out, "--steps", 1, "--data", "pairs", "--motion", "flow")
+    train.main(begun)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    for words, what in (
+        (["--prediction", "epsilon"], "--prediction epsilon"), (["--no-cross-reference"], "--no-cross-reference"),
+        (["--init", other], f"--init {other}"), (["--data", "toy"], "--data toy"), (["--data", other], "--data"),
+        (["--motion", "affine"], "--motion affine"), (["--seed", 5], "--seed 5"), (["--batch", 2], "--batch 2"),
+        (["--pairs", 0], "--pairs 0"), (["--held-out", 0], "--held-out 0"), (["--exact", 0.5], "--exact 0.5"),
+    ):
+        line = fails(train.main, ["--out", out, "--resume", *words], capsys)
+        assert f"--resume cannot change {what}" in line and "start anew with another --out" in line
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+    # The same said again, otherwise spelled, or moved, and what changes no meaning
+    train.main([*begun, "--resume", "--cross-reference", "--prediction", "v_prediction", "--data", str(pairs)])
+    pairs.rename(tmp_path / "moved")
+    train.main(["--out", str(out), "--resume", "--data", "moved", "--steps", "2", "--lr", "1e-4", "--warmup", "2",
+                "--save-every", "1", "--held-out", "1", "--micro-batch", "2", "--checkpointing", "--device", "cpu"])
+    assert read_recipe(out, "mfx", train.FixupRecipe).data == "moved"
+
+
+def test_the_initial_weights_prediction_is_not_changed_either(stable, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(train.RECIPES, "toy", replace(train.RECIPES["toy"], prediction=None))  # as the paper's
+    train.main(arguments(stable, tmp_path, "--steps", 1, "--held-out", 0))
+    line = fails(train.main, ["--out", tmp_path, "--resume", "--prediction", "v_prediction"], capsys)
+    assert "the run in" in line and "was begun with --prediction epsilon" in line
+    train.main(["--out", str(tmp_path), "--resume", "--prediction", "epsilon", "--device", "cpu"])
+
+
+def write_notes(path, **changed):
+    """The state again with other notes."""
+    with safe_open(path, "pt") as file:
+        notes = file.metadata() | {name: json.dumps(note) for name, note in changed.items()}
+    save_file(load_file(path), path, notes)
+
+
+@pytest.mark.parametrize("changed", [
+    dict(losses=7), dict(losses=[None] * 10), dict(losses=[0.1] * 9), dict(losses=["x"] * 10), dict(losses={"a": 1}),
+    dict(losses=[[1, 2]] * 10), dict(validation=3), dict(validation={"a": 1}), dict(validation=[[1]]),
+    dict(validation=[["1", 0.5]]), dict(validation=[[99, 0.5]]), dict(validation=[1, 2]),
+])  # fmt: skip
+def test_a_state_with_senseless_curves_is_passed_over(changed, tmp_path, capsys):
+    fit(tmp_path)
+    write_notes(list_states(tmp_path, "tiny")[-1], **changed)
+    path, notes = read_newest_state(tmp_path, "tiny")
+    assert path.name.endswith("8.safetensors") and len(notes["losses"]) == 8
+    assert "0000010.safetensors is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, value", [
+    ("steps", 0), ("steps", "9"), ("steps", 2.5), ("steps", True), ("batch", [4]), ("batch", 10**30), ("warmup", 0),
+    ("save_every", ".."), ("save_every", 0), ("lr", None), ("lr", float("nan")), ("ema", "0.9"), ("ema", -1),
+    ("micro_batch", [1e9]), ("clip", {"a": 1}), ("seed", {"a": {}}), ("init", 3), ("precision", "fp64"),
+    ("checkpointing", 1), ("muon", None),
+])  # fmt: skip
+def test_a_state_with_a_senseless_recipe_is_told(name, value, tmp_path):
+    fit(tmp_path)
+    path = list_states(tmp_path, "tiny")[-1]
+    write_notes(path, recipe=asdict(RECIPE) | {name: value})
+    with pytest.raises(ValueError, match=f"is damaged: its recipe has {name} = "):
+        read_recipe(tmp_path, "tiny", train.Recipe)
+    for recipe in ([], None, "x", {"steps": 1}, asdict(RECIPE) | {"more": 1}):
+        write_notes(path, recipe=recipe)
+        with pytest.raises(ValueError, match="another version"):
+            read_recipe(tmp_path, "tiny", train.Recipe)
+
+
+def test_a_state_with_other_tensors_is_told(tmp_path):
+    """Those that PyTorch would widen or convert without a word, too."""
+    fit(tmp_path)
+    path = list_states(tmp_path, "tiny")[-1]
+    with safe_open(path, "pt") as file:
+        notes = file.metadata()
+    tensors = load_file(path)
+    for prefix in ("model", "average", "m", "v"):
+        name = f"{prefix}.encoder.conv_in.bias"
+        for other in (tensors[name][:1], tensors[name].int(), tensors[name].half(), None):
+            changed = {key: t for key, t in (tensors | {name: other}).items() if t is not None}
+            save_file(changed, path, notes)
+            with pytest.raises(ValueError, match="is the state of another model"):
+                fit(tmp_path, resume=True)
+
+
+def test_deeply_nested_notes_are_told(tmp_path):
+    fit(tmp_path, recipe=replace(RECIPE, steps=2))
+    path = list_states(tmp_path, "tiny")[-1]
+    with safe_open(path, "pt") as file:
+        notes = file.metadata()
+    save_file(load_file(path), path, notes | {"recipe": "[" * 100_000 + "]" * 100_000})
+    with pytest.raises(ValueError, match="damaged"):
+        read_newest_state(tmp_path, "tiny")
+
+
+def test_what_dead_processes_left_is_deleted_and_what_living_ones_write_is_not(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    living = os.getppid()
+    names = ["a[1].png", "mfx-state-0000500.safetensors", "a[1].png.more"]
+    for name in names:
+        for process in (dead.pid, living):
+            (tmp_path / f".{name}.{HOST}.{process}").touch()
+    (tmp_path / f".a[1].png.{dead.pid}").touch()  # an earlier version's
+    foreign = [f".a[1].png.00000000.{dead.pid}", f".a[1].png.{HOST}.txt", ".a[1].png.swp", f".mfx.{HOST}.{dead.pid}"]
+    for name in foreign:  # of another machine, and of other programs
+        (tmp_path / name).touch()
+    with atomic_write(tmp_path / "a[1].png") as temporary:
+        temporary.touch()
+        assert not (tmp_path / f".a[1].png.{HOST}.{dead.pid}").exists()
+    check_folder(tmp_path, "mfx", False, tmp_path / "model")
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"a[1].png", *foreign, *[f".{name}.{HOST}.{living}" for name in names],
+                    f".a[1].png.more.{HOST}.{dead.pid}"}
+
+
 @pytest.mark.parametrize(("argv", "what"), [
+    (["--out", ""], "--out: the name is empty"), (["--init", ""], "--init: the name is empty"),
+    (["--data", ""], "--data: the name is empty"),
     (["--steps", "0"], "--steps"), (["--lr", "x"], "--lr"), (["--init", "nowhere"], "nowhere"),
 ])
 def test_options_out_of_range(tmp_path, argv, what, capsys):
@@ -115,7 +238,14 @@ def test_mistakes_get_one_line(stable, tmp_path, capsys):
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/mfx-state-0000500.safetensors").write_bytes(b"precious")
     out = tmp_path / "out"
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "done/model").mkdir(parents=True)
     for argv, what in (
+        (arguments(stable, tmp_path / "file"), "file cannot be written: is"),
+        (arguments(stable, tmp_path / "file/more"), "more cannot be written: is"),
+        (arguments(stable, tmp_path / "file", "--resume"), "file cannot be written: is"),
+        (arguments(stable, tmp_path / "done"), "model is there already, and would be written over"),
+        (arguments(stable, out, "--batch", 3, "--micro-batch", 2), "micro-batches of 2"),
         (arguments(stable, out, "--data", tmp_path / "nowhere"), "no finished shards"),
         (arguments(stable, out, "--data", tmp_path / "empty"), "no finished shards"),
         (arguments(stable, out, "--data", tmp_path / "single"), "--held-out 0"),
@@ -127,3 +257,4 @@ def test_mistakes_get_one_line(stable, tmp_path, capsys):
     ):
         assert what in fails(train.main, argv, capsys)
     assert (tmp_path / "begun/mfx-state-0000500.safetensors").read_bytes() == b"precious"
+    assert (tmp_path / "file").read_text() == "mine" and not out.exists()  # a start that failed leaves nothing
