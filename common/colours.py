@@ -13,7 +13,8 @@ def colour_transform(profile, mode, back=False):
     """Pillow's transform from a file's profile, bytes, and a picture's mode to sRGB; or back.
 
     None where there is no profile of such colours, where it is sRGB to one level of 255, and, with
-    a warning, where it cannot be followed. ImageCms.PyCMSError if there is no way back.
+    a warning, where it cannot be followed. Back: ImageCms.PyCMSError or OSError where it
+    cannot be followed that way.
     """
     spaces = {"RGB": b"RGB ", "RGBA": b"RGB ", "L": b"GRAY", "CMYK": b"CMYK"}
     if not profile or profile[16:20] != spaces[mode]:

@@ -84,10 +84,10 @@ def read(args, dtype, device):
         image = np.asarray(to_srgb(original))
         mu = change_maps.compute_map(spec, image, network, args.white_is_change, segment_at)
     elif drawn:
-        grey = alpha_of(photo, args.image) if drawn == ALPHA else open_picture(drawn)
-        grey = map_to_grey(grey, args.white_is_change)
+        picture = alpha_of(photo, args.image) if drawn == ALPHA else open_picture(drawn)
+        grey = map_to_grey(picture, args.white_is_change)
         mu = map_over(grey, original, args.white_is_change)
-        warn_of_greys(grey, drawn, bool(args.mask), args.white_is_change)
+        warn_of_greys(picture, grey, drawn, bool(args.mask), args.white_is_change)
     return original, coarse, mu
 
 
@@ -100,13 +100,14 @@ def alpha_of(photo, name):
     return photo.convert("RGBA").getchannel("A")
 
 
-def warn_of_greys(grey, name, mask, white_is_change):
-    """A word where a map's or a mask's greys, L, hardly mean what they do."""
+def warn_of_greys(picture, grey, name, mask, white_is_change):
+    """A word where the greys, L, of a map or mask, as it was opened, hardly mean what they do."""
     low, high = grey.getextrema()
+    deep = picture.mode[0] in "IF" and picture.getextrema()[1] > 0  # its 1 of 65535 is 0 of 255
     steps = np.asarray(grey)
     steps = cv2.erode(cv2.inRange(steps, 26, 229), np.ones((3, 3)))  # not at the rim of a shape
-    if 0 < high < 26:
-        word = (f"nothing in {name} is lighter than {high} of 255, so all of it counts as about "
+    if high < 26 and (high or deep):
+        word = (f"nothing in {name} is lighter than {high or 1} of 255, so all of it counts as about "
                 "black: if its values are 0 and 1, or labels, spread them over 0 .. 255")
     elif low == high == (0 if white_is_change else 255):
         word = f"{name} keeps all of the picture: nothing changes"

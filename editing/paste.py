@@ -53,7 +53,7 @@ def prepare(original, coarse, change_map, size):
         coarse = coarse.resize(size, Image.Resampling.LANCZOS)
     try:
         colour_transform(photo.info.get("icc_profile"), "RGB", back=True)
-    except ImageCms.PyCMSError:  # some lead to sRGB, and not from there
+    except (ImageCms.PyCMSError, OSError):  # some lead to sRGB, and not from there; some are damaged
         photo = to_srgb(photo)
     small = original.resize(size, Image.Resampling.LANCZOS)
     mu = Image.fromarray(mu).resize(size, Image.Resampling.BOX)

@@ -105,6 +105,15 @@ def test_a_profile_without_a_way_back_ends_in_srgb(monkeypatch):
     np.testing.assert_allclose(pasted.getpixel((5, 5)), (100, 200, 30), atol=1)
 
 
+@pytest.mark.parametrize("profile", [swapped_profile()[:200], b"RGB".rjust(19) + b" ", b"none"])
+def test_a_damaged_profile_is_no_reason_to_refuse(profile):
+    photo = random_photo(30, 20)
+    photo.info["icc_profile"] = profile
+    *_, over_photo = paste.prepare(photo, None, torch.ones(1, 1, 20, 30), (24, 16))
+    pasted = over_photo(Image.new("RGB", (24, 16)))
+    assert np.array_equal(np.asarray(pasted), np.asarray(photo)) and not pasted.info
+
+
 @pytest.mark.parametrize("kind", ["image", "collage"])
 def test_a_photograph_in_other_colours_on_the_command_line(tmp_path, kind):
     photo, mask = random_photo(300, 200), np.full((200, 300), 255, np.uint8)

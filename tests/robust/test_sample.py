@@ -94,8 +94,9 @@ def test_a_word_about_maps_that_hardly_mean_what_they_say(tmp_path, values, opti
     assert len(found) == (said is not None) and (said or "") in "".join(str(w.message) for w in found)
 
 
-def test_an_integer_mask_of_0_to_255_in_a_file_of_65535(tmp_path, capsys):
-    columns = np.repeat([0, 255], 64).astype(np.int32)
+@pytest.mark.parametrize("white, kind", [(255, np.int32), (1, np.int32), (1, np.uint16), (0.001, np.float32)])
+def test_a_deep_mask_that_is_nearly_black(tmp_path, capsys, white, kind):
+    columns = np.repeat([0, white], 64).astype(kind)
     path = save(tmp_path / "map.tif", np.tile(columns, (128, 1)))
     run(tmp_path, "--image", MEADOW, "--mask", path, "--prompt", "snow", steps=10)
     assert "lighter than 1 of 255" in capsys.readouterr().err
