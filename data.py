@@ -41,7 +41,6 @@ import time
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -51,7 +50,7 @@ from tqdm import tqdm
 import collage
 import warp
 from checkpoints import published
-from common.cli import Parser, file_name, number, report_errors, shorten_warnings
+from common.cli import Parser, file_name, folder_name, number, report_errors, shorten_warnings
 from common.devices import choose_device
 from common.files import write_json
 from video import estimators, shards
@@ -335,7 +334,7 @@ def parse(argv):
     p = Parser(prog="data.py", description=__doc__)
     add = p.add_argument
     add("videos", nargs="+", type=file_name, metavar="VIDEO_OR_FOLDER")
-    add("--out", type=file_name, required=True, metavar="DIR", help="where the shards go")
+    add("--out", type=folder_name, required=True, metavar="DIR", help="where the shards go")
     p.set_defaults(**asdict(PairRecipe()))  # of the next seven options
     add("--size", type=number(int, 32, 4096), help="side in pixels (default: 512)")
     add("--pairs", type=number(int, 1, 1000), help="per clip (default: 1, as the paper)")
@@ -344,13 +343,12 @@ def parse(argv):
     add("--flow", choices=FLOW)
     add("--segments", choices=SEGMENTS)
     add("--depth", choices=DEPTH)
-    add("--networks", type=Path, metavar="DIR", help="folder of their files (default: weights)")
+    add("--networks", type=folder_name, metavar="DIR", help="where they lie (default: weights)")
     add("--device", help="of raft, sam, midas: auto, cpu, cuda, mps (default: auto)")
     add("--preview", action="store_true", help="also a sheet per shard, pairs-000012.png")
     add("--workers", type=number(int, 1, 1024), default=1, help="processes, one thread each")
     add("--shard", type=read_part, metavar="I/N", help="part of the work (default: by torchrun)")
     args = p.parse_args(argv)
-    args.out = Path(args.out)
     if args.shard is None:
         try:
             rank, world = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)

@@ -33,6 +33,13 @@ def read_json(path, default=None):
     return found
 
 
+def check_writable(out):
+    """ValueError if `out` is no folder that is there, or can be made, for files to be written to."""
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{out} cannot be written: is {there} a folder, and yours? Choose another --out")
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """A name to write to, which becomes `path` if nothing goes wrong. What a killed process left of it is deleted."""

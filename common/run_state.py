@@ -9,7 +9,6 @@
 import hashlib
 import json
 import math
-import os
 import shlex
 import struct
 import sys
@@ -24,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from common.files import atomic_write, remove_leftovers
+from common.files import atomic_write, check_writable, remove_leftovers
 from common.processes import process_rank, wait_for_all
 
 # What --resume may change: how long, how fast and in what memory, but not what the weights and the batches mean
@@ -88,9 +87,7 @@ def list_states(out, stage):
 def check_folder(out, stage, resume, model):
     """ValueError if `out` cannot be written, or holds a run's states, or its `model`, and this one does not go on.
     Nothing is made yet: a start that fails later leaves no empty folder."""
-    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{out} cannot be written: is {there} a folder, and yours? Choose another --out")
+    check_writable(out)
     if not resume and list_states(out, stage):
         raise ValueError(f"{out} holds the states of a run: --resume goes on with it, another --out starts anew")
     if not resume and model.exists():

@@ -15,13 +15,13 @@ if __name__ == "__main__":
 import math
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.cli import Parser, number, report_errors
+from common.cli import Parser, folder_name, number, report_errors
+from common.files import check_writable
 from common.run_state import generator_at
 from toy.world import random_scenes, render
 
@@ -100,12 +100,13 @@ def write_clips(out, count, size, seed):
 
 def main(argv=None):
     parser = Parser(prog="python -m toy.clips", description=__doc__)
-    parser.add_argument("out", type=Path, metavar="DIR")
+    parser.add_argument("out", type=folder_name, metavar="DIR")
     parser.add_argument("--count", type=number(int, 1, 99_999), default=1500, help="clips (default: 1500)")
     parser.add_argument("--size", type=number(int, 32, 1024), default=128, help="of a frame (default: 128)")
     parser.add_argument("--seed", type=number(int, 0, 900), default=0)
     args = parser.parse_args(argv)
     with report_errors(parser, "a smaller --size", "clips that are done are kept; the same command goes on"):
+        check_writable(args.out)
         write_clips(args.out, args.count, args.size, args.seed)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.files import atomic_write, write_json
+from common.files import atomic_write, check_writable, write_json
 from common.interrupts import kept_from_children
 from common.pictures import labelled
 
@@ -123,10 +123,8 @@ def begin(out, clips, recipe, networks):
       -> manifest.json, the clips in the order of work, the work as `list_work`
     ValueError: it was begun with other words, or is no such folder.
     """
+    check_writable(out)
     path = out / "manifest.json"
-    there = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise ValueError(f"--out {out}: {there} is a file, not a folder")
     old, known, runs = {}, [], []
     if path.exists():
         old, known, runs = read_manifest(path, clips)

@@ -205,7 +205,7 @@ def test_what_is_wrong_is_said_in_one_line(clips, made, tmp_path, capsys, monkey
     assert not out.exists()
     (tmp_path / "file").write_text("x")
     for path in ("file", "file/out"):
-        assert "file is a file, not a folder" in fails(capsys, clips, "--out", tmp_path / path)
+        assert "file a folder, and yours?" in fails(capsys, clips, "--out", tmp_path / path)
     assert "the name is empty" in fails(capsys, clips, "--out", "")
     assert "the name is empty" in fails(capsys, "", "--out", out)
     assert "is no part" in fails(capsys, clips, "--out", out, "--shard", "2/2")
