@@ -73,10 +73,11 @@ def test_one_command_trains_what_is_not_there_yet(tmp_path, monkeypatch, capsys)
     (tmp_path / ALONE / "mfx-state-0000500.safetensors").touch()
     ran = []
     monkeypatch.setattr(mfx_tables.train, "main", ran.append)
+    monkeypatch.setattr(mfx_tables, "make_shards", lambda folder, *_, **__: folder / "pairs")
     program.main(["--train-ablation", "--ablation-weights", str(tmp_path)])
     others = [str(tmp_path / name) for name in TRAINED if name != FLOW]
-    assert [run[:2] for run in ran] == [["--out", out] for out in others]
-    affine, alone, full = (run[2:] for run in ran)
+    assert [run[:4] for run in ran] == [["--out", out, "--data", str(tmp_path / "pairs")] for out in others]
+    affine, alone, full = (run[4:] for run in ran)
     assert affine == ["--motion", "affine", *TRAINING] and full == [*TRAINING]
     assert alone == ["--no-cross-reference", *TRAINING, "--resume"]
     assert f"--ablation-weights {tmp_path}" in capsys.readouterr().out
