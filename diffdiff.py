@@ -15,6 +15,7 @@ Line numbers in comments are Algorithm 1's. Algorithm 2 puts `L = ...` in before
 """
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +41,31 @@ def down_sample(mu, size):
     return F.interpolate(mu, size=tuple(size), mode="area") if mu.shape[-2:] != tuple(size) else mu
 
 
+def check_shape(change_map, z_init):
+    """ValueError for anything but a grey map, one for all pictures or one for each."""
+    if z_init.ndim != 4:
+        raise ValueError(f"z_init is (B, C, h, w), not {tuple(z_init.shape)}")
+    shape, B = tuple(change_map.shape), len(z_init)
+    if len(shape) < 2 or 0 in shape or shape[:-2] not in ((), (1,), (B,), (1, 1), (B, 1)):
+        raise ValueError(
+            f"change_map is {shape}: it is grey, (H, W) or, for the {B} of z_init, ({B}, 1, H, W). "
+            "Of an RGB map take the mean over its channels"
+        )
+
+
 def steps_to_run(mu_s, k):
-    """L of section 3.3.1. All results of the steps before are replaced: they have no effect."""
-    return math.floor((1 - mu_s.double().min().item()) * k + 1e-4)
+    """L of section 3.3.1, for each picture: (B or 1, 1, 1, 1) of whole numbers.
+
+    All results of the steps before are replaced: they have no effect.
+    """
+    return torch.floor((1 - mu_s.double().amin((1, 2, 3), keepdim=True)) * k + 1e-4).long()
+
+
+def warn_of_no_step(strength, k):
+    """A weak edit in few steps is none at all. A strength of 0, or nearly, asks for that."""
+    if strength > 1e-4:
+        warnings.warn(f"a strength of {strength:.2g} in {k} steps is less than one step: the "
+                      "picture stays as it is. Take more steps, or more strength", stacklevel=3)
 
 
 def last_override(mu_s, k):
@@ -68,7 +91,8 @@ def differential_diffusion(
 
     denoise     (z, t) -> the network's output, t (B,) long. Guidance and prompt are its business
     z_init      (B, C, h, w), the encoded original
-    change_map  (H, W) or (B, 1, H, W), in pixels or in latents: 0 = change, 1 = keep
+    change_map  (H, W) or (B, 1, H, W), in pixels or in latents: 0 = change, 1 = keep. Each picture
+                comes out as if it were alone
     sampler     of samplers.make_sampler. None: DDIM, 100 steps, Stable Diffusion's schedule
     noise       (B, C, h, w): one draw for all noise levels, as in the release. Or a function
                 i -> (B, C, h, w), for a new draw at each level. None: drawn with seed 0
@@ -77,7 +101,8 @@ def differential_diffusion(
     step_noise  i -> (B, C, h, w), which a stochastic sampler needs: samplers.make_step_noise
     callback    called as callback(i, z) with the result of step i
       ->        z_0 (B, C, h, w). White pixels of a nested run are z_init's own, bit for bit
-    ValueError for a map outside 0 .. 1, or a stochastic sampler without step_noise.
+    ValueError for a map outside 0 .. 1 or of another shape, or a stochastic sampler without
+    step_noise. A warning for a picture of which no step is run, though its map is not white.
     """
     # What the caller left out.
     sampler = sampler or samplers.make_sampler("ddim", diffusion.Schedule(), 100)
@@ -86,10 +111,18 @@ def differential_diffusion(
 
     # The map in latents, and how many steps there are to run.
     k = sampler.k
-    mu_s = down_sample(change_map.cpu(), z_init.shape[-2:])  # line 3
-    L = steps_to_run(mu_s, k) if skip else k  # Algorithm 2, line 4
-    first = k - L
-    last = last_override(mu_s, k).to(z_init.device)  # (B or 1, 1, h, w)
+    change_map = torch.as_tensor(change_map).cpu()
+    check_shape(change_map, z_init)
+    mu_s = down_sample(change_map, z_init.shape[-2:])  # line 3
+    L = steps_to_run(mu_s, k)  # Algorithm 2, line 4
+    if not skip:
+        L = torch.full_like(L, k)
+    start = k - L  # of each picture: one that starts later than another waits, all of it replaced
+    for strength in (1 - mu_s.amin((1, 2, 3))[L.flatten() == 0]).tolist():
+        warn_of_no_step(strength, k)
+    first = start.min().item()
+    last = last_override(mu_s, k).maximum(start).to(z_init.device)  # (B or 1, 1, h, w)
+    start = start.to(z_init.device)
     starts = set(last.unique().tolist())  # the steps at which the own chain of some pixel starts
 
     # Section 6 makes all z'_t ahead. At 64x64 they hold 6.5 MB, twice the paper's limit for the
@@ -102,7 +135,7 @@ def differential_diffusion(
     restarted = None  # (B or 1, 1, h, w) bool: the pixels whose past it must forget
     for i in range(first, k):  # t = k - i
         if i > first:
-            mask = last < i if nested else last != i  # line 8: mu_s < (k - t) / k
+            mask = last < i if nested else (last != i) & (start < i)  # line 8: mu_s < (k - t) / k
             z = torch.where(mask, z, z_prime(i))  # line 9: z_mix
             # A pixel whose own chain starts here has no past to extrapolate from. Where no chain
             # starts, what was replaced will be replaced again, and its past does not matter.
@@ -154,5 +187,7 @@ def strength_fan_map(strengths, height, width):
 def sdedit(denoise, z_init, strength, sampler, noise, step_noise=None, callback=None):
     """SDEdit (Meng et al. 2022): one strength in 0 .. 1 for all pixels, as a constant map gives."""
     start = sampler.k - math.floor(strength * sampler.k + 1e-4)
+    if start == sampler.k:
+        warn_of_no_step(strength, sampler.k)
     z = sampler.noise_to(start, z_init, noise) if start < sampler.k else z_init
     return samplers.run_sampler(denoise, z, sampler, start, step_noise, callback)

@@ -1,5 +1,7 @@
 """Algorithms 1 and 2 on an analytic denoiser whose chains never coincide by accident."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -60,7 +62,7 @@ def test_grey_map_is_sdedit_at_that_strength(name, grey, skip):
 @every_sampler
 def test_skipping_changes_nothing_where_k_min_mu_is_whole(name):
     mu = 0.3 + 0.7 * MU
-    mu[0, 0, 0, 0] = 0.3
+    mu[:, 0, 0, 0] = 0.3  # of each picture
     assert torch.equal(run(mu, name, skip=False), run(mu, name))
 
 
@@ -76,6 +78,49 @@ def test_pndm_warms_up_only_where_a_chain_starts():
     seen = []
     run(torch.tensor([0.0, 1]).repeat_interleave(4).expand(8, 8), "pndm", watch(seen), k=20)
     assert len(seen) == 21
+
+
+@pytest.mark.filterwarnings("ignore:a strength of 0.05")
+@pytest.mark.parametrize("skip, nested", [(True, True), (False, True), (True, False)])
+@every_sampler
+def test_each_of_several_pictures_is_as_if_alone(name, skip, nested):
+    """Whatever the other's map: black, light grey of which no step is run, white, or a start between two steps."""
+    alone = lambda z, t: torch.cat([denoise(one, t[:1]) for one in z.split(1)])  # noqa: E731, bit-equal in any batch
+    maps = [torch.zeros(1, 8, 8), torch.full((1, 8, 8), 0.35), torch.ones(1, 8, 8), torch.full((1, 8, 8), 0.95),
+            0.26 + 0.7 * MU[0], 0.3 + 0.7 * MU[1], torch.linspace(0.47, 1, 8).expand(1, 8, 8)]  # fmt: skip
+    n = len(maps)
+    z, noise = torch.randn(2, n, *SHAPE[1:], generator=torch.Generator().manual_seed(5))
+    step_noise = samplers.make_step_noise(SHAPE[1:], range(n))
+    together = diffdiff.differential_diffusion(
+        alone, z, torch.stack(maps), make(name), noise, skip=skip, nested=nested, step_noise=step_noise)
+    for j in range(n):
+        one = slice(j, j + 1)
+        want = diffdiff.differential_diffusion(alone, z[one], maps[j], make(name), noise[one], skip=skip, nested=nested,
+                                               step_noise=lambda i, one=one: step_noise(i)[one])
+        assert torch.equal(together[one], want)
+
+
+def test_maps_of_any_shape_that_says_what_is_meant():
+    mu = MU[0, 0]
+    for same in (mu[None], mu[None, None], mu.expand(2, 8, 8), mu.expand(2, 1, 8, 8), mu.numpy()):
+        assert torch.equal(run(same), run(mu))
+    assert torch.equal(run(MU[:, 0]), run(MU))
+    for other in ((3, 8, 8), (8, 8, 3), (1, 3, 8, 8), (2, 3, 8, 8), (3, 1, 8, 8), (8,), (), (0, 8), (1, 1, 1, 8, 8)):
+        with pytest.raises(ValueError, match="^change_map is .*grey, .* mean over its channels"):
+            run(torch.zeros(other))
+    with pytest.raises(ValueError, match="^z_init is"):
+        diffdiff.differential_diffusion(denoise, Z_INIT[0], mu)
+
+
+@pytest.mark.parametrize("strength, k, said", [(0.05, 10, True), (0.09, 10, True), (0, 10, False), (0.1, 10, False),
+                                               (0.05, 20, False), (1 / 255, 100, True)])  # fmt: skip
+def test_less_than_a_step_is_said(strength, k, said):
+    for edit in (lambda: run(torch.full((8, 8), 1 - strength), k=k),
+                 lambda: diffdiff.sdedit(denoise, Z_INIT, strength, make(k=k), NOISE)):  # fmt: skip
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert torch.equal(edit(), Z_INIT) == (said or not strength)
+        assert ["less than one step" in str(w.message) for w in caught] == [True] * said
 
 
 def test_a_stochastic_sampler_says_what_it_needs():
