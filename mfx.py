@@ -328,10 +328,8 @@ INDEX = "mfx.json"  # {"vae": where it is, seen from this folder}; without the f
 def load(path, dtype=None, device="cpu"):
     """Read a Magic Fixup, of any width, as a frozen model in eval mode.
 
-    path   a folder written by `save`, or the released weights: a pickled state dict, which is read
-           without running anything in it
-    dtype  None: as stored, the weights stay in the file, mapped. Otherwise cast
-
+    path   a folder written by `save`, or the released weights: a pickled state dict, never run
+    dtype  as for `sd.load`
     FileNotFoundError or ValueError, of one line, for a path that is not there, damaged, refused, or
     no Magic Fixup.
     """
@@ -357,6 +355,7 @@ def load_folder(path, dtype, device):
     vae = load_part(vae, "vae", dtype, device)
     extractor = None
     if synthesizer.config.context != 0:
+        dtype = synthesizer.conv_in.weight.dtype  # one reads what the other writes
         extractor = load_part(path / "extractor", "unet", dtype, device)
     schedule = schedule_from_json(read_json(path / "scheduler" / "scheduler_config.json"))
     size = read_latent_side(path / "synthesizer") * vae.config.factor
@@ -368,10 +367,11 @@ def load_released(path, dtype, device):
     parts = split_released(path, tensors)
     extractor = build_part("unet", parts["extractor"], path, None, dtype, device)
     config = replace(extractor.config, context=None)
-    synthesizer = build_part("unet", parts["synthesizer"], path, config, dtype, device)
     vae = build_part("vae", parts["vae"], path, None, dtype, device)
-    schedule = released_schedule(path, tensors)
-    return MagicFixup(synthesizer, extractor, vae, schedule, size=64 * vae.config.factor)
+    dtype = extractor.conv_in.weight.dtype
+    synthesizer = build_part("unet", parts["synthesizer"], path, config, dtype, device)
+    return MagicFixup(synthesizer, extractor, vae, released_schedule(path, tensors),
+                      size=64 * vae.config.factor)
 
 
 def save(model, folder, dtype=None, vae=None):

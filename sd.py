@@ -112,7 +112,8 @@ def load(path, dtype=None, device="cpu", prediction=None):
     """Read a Stable Diffusion 1 or 2 checkpoint, of any width, in any layout.
 
     path        a Hugging Face folder, or a .safetensors, .ckpt or .pt in the original layout
-    dtype       None: as stored, and the weights stay in the file, mapped. Otherwise cast
+    dtype       None: as stored, and the weights stay in the file, mapped, if that is a precision in
+                which the device computes well (common/devices.py: choose_stored). Otherwise cast
     prediction  what the UNet predicts, 'epsilon' or 'v_prediction'. None: a folder says it. A file
                 does not: then it is v for an SD 2 with 768 in its file name, as published
                 (v2-1_768-ema-pruned.safetensors), and epsilon for any other
@@ -141,7 +142,10 @@ def load_folder(path, dtype, device, prediction):
         if not (path / part).is_dir():
             raise FileNotFoundError(f"{path} is not a Stable Diffusion: there is no folder {part}/ "
                                     "in it")
-    unet, vae, text = [load_part(path / part, part, dtype, device) for part in PARTS]
+    unet = load_part(path / "unet", "unet", dtype, device)
+    vae = load_part(path / "vae", "vae", dtype, device)
+    # The UNet's precision: it reads what the text encoder writes.
+    text = load_part(path / "text_encoder", "text_encoder", unet.conv_in.weight.dtype, device)
 
     # Without a scheduler's file it is Stable Diffusion's own.
     file = path / "scheduler/scheduler_config.json"
@@ -165,8 +169,8 @@ def load_file(path, dtype, device, prediction):
     vae = build_part("vae", parts["vae"], path, None, dtype, device)
     # The activation is not in the tensors: OpenCLIP has always had GELU, and OpenAI its own.
     activation = "gelu" if openclip else "quick_gelu"
-    text = build_part("text_encoder", parts["text_encoder"], path, None, dtype, device,
-                      activation=activation)
+    text = build_part("text_encoder", parts["text_encoder"], path, None, unet.conv_in.weight.dtype,
+                      device, activation=activation)
 
     # SD 2 with velocity prediction was trained at 768 pixels, everything else at 512.
     prediction = prediction or ("v_prediction" if openclip and "768" in path.name else "epsilon")

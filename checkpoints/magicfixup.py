@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.names import IGNORED, translate
+from checkpoints.names import IGNORED, translate, warn_of_unknown
 from checkpoints.read import read_tensors
 from diffusion import BETAS, Schedule, T
 
@@ -23,7 +23,7 @@ UNUSED = re.compile(
 def split_released(path, tensors):
     """{name: tensor} of the released file -> {"synthesizer", "extractor", "vae": {Hugging Face name: tensor}}
 
-    `path` is for the errors. ValueError if a part is missing, or if something is in the file that no part needs.
+    `path` is for the errors. ValueError if a part is missing, a warning if something is in the file that no part needs.
     """
     names = [name for name in tensors if not (UNUSED.fullmatch(name) or IGNORED.fullmatch(name))]
     parts = {}
@@ -35,9 +35,7 @@ def split_released(path, tensors):
         # The attention to the reference is their third, and our second.
         found = {name.replace(".attn3.", ".attn2."): tensor for name, tensor in found.items()}
         parts[part] = translate("vae" if part == "vae" else "unet", found)
-    unknown = [name for name in names if not name.startswith(tuple(PREFIX.values()))]
-    if unknown:
-        raise ValueError(f"{path}: {len(unknown)} unexpected tensors, e.g. {', '.join(unknown[:3])}")
+    warn_of_unknown(path, names, PREFIX)
     return parts
 
 

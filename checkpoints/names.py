@@ -6,6 +6,7 @@ here is about {name: tensor}; checkpoints/parts.py makes networks of them.
 """
 
 import re
+import warnings
 
 # Each row says what stands for what, from left to right within a name, wherever a component of the
 # name begins. N is a number. The original UNet counts its blocks straight through, the step to the
@@ -89,11 +90,12 @@ NAMES = {
 }
 
 # What checkpoints hold besides, and nobody needs here: moving averages (the plain weights are there
-# as well), the noise schedule as buffers, the autoencoder's training loss, and what CLIP compares
-# pictures with.
+# as well), the noise schedule as buffers, signs of it (sd.py looks at them), the autoencoder's
+# training loss, and what CLIP sees and compares pictures with.
 IGNORED = re.compile(
     r"model_ema\..*|first_stage_model\.loss\..*|(\w+_)?alphas_cumprod(_prev)?|betas|posterior_\w+"
-    r"|lvlb_weights|logvar|(.*\.)?(position_ids|logit_scale)"
+    r"|lvlb_weights|logvar|(.*\.)?(position_ids|logit_scale)|v_pred|ztsnr"
+    r"|(.*\.)?(vision_model|visual_projection)\..*"
     r"|cond_stage_model\..*\.text_projection(\.weight)?"
 )
 
@@ -139,11 +141,20 @@ def find_numbers(pattern, names):
     return [int(match[1]) for match in matches if match]
 
 
+def warn_of_unknown(path, names, prefixes):
+    """A warning of tensors that are in no part."""
+    unknown = [name for name in names if not name.startswith(tuple(prefixes.values()))]
+    if unknown:
+        warnings.warn(f"{path}: {len(unknown)} tensors are of no part of the model and left out, e.g. "
+                      f"{', '.join(unknown[:3]):.200}", stacklevel=2)
+
+
 def split_parts(path, tensors):
     """The tensors of a file in the original layout
       -> {part: {Hugging Face name: tensor}}, and whether its text encoder is OpenCLIP
 
-    path is for the errors: ValueError if this is not Stable Diffusion 1 or 2, or holds more.
+    path is for the errors: ValueError if this is not Stable Diffusion 1 or 2. A warning if it holds
+    more, as training programs leave it: what is outside of the parts, no part can need.
     """
     if any(name.startswith("conditioner.") for name in tensors):
         raise ValueError(f"{path} is a Stable Diffusion XL checkpoint, whose two text encoders "
@@ -158,10 +169,7 @@ def split_parts(path, tensors):
     if absent:
         raise ValueError(f"{path} is not a whole Stable Diffusion checkpoint: it has no tensors "
                          f"{' or '.join(absent)}; its first is {next(iter(tensors))}")
-    unknown = [name for name in names if not name.startswith(tuple(PREFIX.values()))]
-    if unknown:
-        raise ValueError(f"{path}: {len(unknown)} unexpected tensors, e.g. "
-                         f"{', '.join(unknown[:3])}")
+    warn_of_unknown(path, names, PREFIX)
 
     # SD 2 reads OpenCLIP's penultimate layer. Hugging Face's folder stores one layer less, and so
     # do we.

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from checkpoints import configs
 from checkpoints.names import IGNORED, translate
-from checkpoints.read import describe_misfits, read_folder
+from checkpoints.read import copy_tensor, describe_misfits, read_folder
 from clip import TextEncoder
+from common.devices import choose_stored
 from common.files import atomic_write, read_json, write_json
 from unet import UNet
 from vae import VAE
@@ -67,11 +68,13 @@ def build_part(part, tensors, where, config=None, dtype=None, device="cpu", **kn
     except (LookupError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as e:
         reason = str(e).splitlines()[0]
         raise ValueError(f"{where}: its config.json does not make a {part} ({reason})") from None
-    if problems := describe_misfits(model, shapes):
+    if problems := describe_misfits(model, tensors):
         raise ValueError(f"{where}, the {part}: {problems}")
-    # `to` is the tensor itself where nothing changes, so the weights stay in the file.
-    tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-    model.load_state_dict(tensors, assign=True)
+    dtype = dtype or choose_stored({tensor.dtype for tensor in tensors.values()}, device)
+    there = {}
+    for name, tensor in tensors.items():
+        there[name] = copy_tensor(where, name, tensor, device, dtype)
+    model.load_state_dict(there, assign=True)
     return model.requires_grad_(False).eval()
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.read import describe_misfits, read_tensors
+from checkpoints.read import copy_tensor, describe_misfits, read_tensors
+from common.devices import choose_stored
 from networks import lpips, midas, raft, sam
 
 FOLDER = Path(__file__).parent.parent / "weights"
@@ -80,7 +81,8 @@ def load(kind, path, dtype=None, device="cpu"):
 
     kind   'raft', 'sam' or 'midas'
     path   .pth, .pt or .safetensors; RAFT in torchvision's or in its authors' layout
-    dtype  None: as stored, and on the CPU the weights stay in the file, mapped: processes share its pages
+    dtype  None: as stored where the device computes well in that (see `choose_stored`), and on the CPU the weights stay
+           in the file, mapped: processes share its pages
 
     FileNotFoundError or ValueError, of one line, for a file that is not there, damaged, refused (see `read_tensors`),
     not whole, or another network's.
@@ -95,7 +97,7 @@ def load(kind, path, dtype=None, device="cpu"):
     try:
         with torch.device("meta"):
             model = build(read_shapes(tensors))
-        problems = describe_misfits(model, read_shapes(tensors))
+        problems = describe_misfits(model, tensors)
     except KeyError as name:
         problems = f"there is no tensor {name.args[0]}; the first is {next(iter(stored))}"
     except (LookupError, ValueError, RuntimeError, ZeroDivisionError) as e:
@@ -103,10 +105,11 @@ def load(kind, path, dtype=None, device="cpu"):
     if problems:
         raise ValueError(f"{path}: {expected}, and {recognise(stored, kind) or problems}")
 
+    dtype = dtype or choose_stored({t.dtype for t in tensors.values() if t.is_floating_point()}, device)
     # The frequencies of SAM's positional encoding keep their digits: with 8 bits it would confuse distant places.
     for name, tensor in tensors.items():
         rounded = tensor.is_floating_point() and not name.endswith("gaussian_matrix")
-        tensors[name] = tensor.to(device, dtype if rounded else None)
+        tensors[name] = copy_tensor(path, name, tensor, device, dtype if rounded else tensor.dtype)
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False).eval()
 
@@ -127,15 +130,15 @@ def load_lpips(backbone, heads):
         models = {name: lpips.LPIPS(name) for name in lpips.NETWORKS}
     wanted = {name: read_shapes(model.state_dict()) for name, model in models.items()}
     name = min(models, key=lambda n: len(set(read_shapes(features).items()) ^ set(wanted[n].items())))
-    rest = {k: shape for k, shape in wanted[name].items() if not k.startswith("features.")}
-    if problems := describe_misfits(models[name], rest | read_shapes(features)):
+    rest = {k: t for k, t in models[name].state_dict().items() if not k.startswith("features.")}
+    if problems := describe_misfits(models[name], rest | features):
         raise ValueError(f"{backbone}: {expected}, and "
                          f"{recognise(stored, 'backbone') or f'it is closest to {name}, but for {problems}'}")
 
     # Its heads.
     expected = f"expected the heads of {name} ({LPIPS[name][1]}), as {backbone} is one"
     found = read_contents(heads, expected)
-    if problems := describe_misfits(models[name], read_shapes(features) | read_shapes(found)):
+    if problems := describe_misfits(models[name], features | found):
         raise ValueError(f"{heads}: {expected}, and {recognise(found, 'heads') or problems}")
     models[name].load_state_dict(features | found, assign=True)
     return models[name].requires_grad_(False).eval()

@@ -45,6 +45,17 @@ def choose_precision(name, device):
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
+def choose_stored(stored, device):
+    """The precision for weights in these dtypes if nobody says one: as stored, where they have one
+    in which the device computes well. Half precision on a CPU may take 14 times as long."""
+    device = torch.device(device)
+    half = choose_precision("auto", device)
+    well = {torch.float32, half} | ({torch.float16} if device.type == "cuda" else set())
+    if len(stored) == 1 and stored <= well:
+        return next(iter(stored))
+    return torch.float32 if device.type == "cpu" else half
+
+
 # -------------------------------------------------------------------------------------------------
 # Fast models: a StableDiffusion or a MagicFixup, changed in place
 

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 import clip
 import sd
 from checkpoints import read
-from checkpoints.parts import load_part
+from checkpoints.parts import load_part, save_part
+from common import devices
 from tests import small
 
 
@@ -75,10 +76,42 @@ def test_save_and_load(tmp_path, kind):
     assert got.size == 16 and got.tokenizer.vocab == small.VOCAB and got.tokenizer.pad == model.tokenizer.pad
     sd.save(got, tmp_path, dtype=torch.float16)  # over the very files that `got` is a mapping of
     assert small.same_model(got, model)
-    assert sd.load(tmp_path).unet.conv_in.weight.dtype == torch.float16
+    assert sd.load(tmp_path, torch.float16).unet.conv_in.weight.dtype == torch.float16
     assert not [f for f in tmp_path.rglob(".*")]
     part = load_part(tmp_path / "vae", "vae", dtype=torch.float32)
     assert small.relative_error(part.decode(torch.ones(1, 4, 4, 4)), model.vae.decode(torch.ones(1, 4, 4, 4))) < 1e-2
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, "mixed"])
+def test_the_precision_of_a_cpu_unless_said(tmp_path, stored):
+    """Half precision is slow there and fp8 is no arithmetic; tensors, or parts, of several do not compute at all."""
+    model = small.stable_diffusion()
+    tensors = small.to_original(model)
+    for i, (name, tensor) in enumerate(tensors.items()):
+        if tensor.is_floating_point():
+            tensors[name] = tensor.to((torch.float16, torch.float32)[i % 2] if stored == "mixed" else stored)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    small.write_tokenizer(tmp_path)
+    got = sd.load(tmp_path / "model.safetensors")
+    assert {p.dtype for part in (got.unet, got.vae, got.text) for p in part.parameters()} == {torch.float32}
+    assert all(x.isfinite().all() for x in small.compute(got))
+    sd.save(model, tmp_path / "folder", torch.float16)
+    save_part(model.text, tmp_path / "folder" / "text_encoder")  # fp32 beside fp16
+    for dtype in (None, torch.bfloat16):
+        got = sd.load(tmp_path / "folder", dtype)
+        assert got.text.text_model.final_layer_norm.weight.dtype == got.unet.conv_in.weight.dtype
+        got.denoiser(["a blue circle"])(torch.zeros(1, 4, 8, 8), torch.tensor([500]))
+    assert torch.equal(sd.load(tmp_path / "folder").unet.conv_in.weight, model.unet.conv_in.weight.half().float())
+
+
+@pytest.mark.parametrize("device, stored, computed", [
+    ("cuda", {torch.float16}, torch.float16), ("cuda", {torch.float32}, torch.float32),
+    ("cuda", {torch.float16, torch.float32}, torch.bfloat16), ("cuda", {torch.float8_e5m2}, torch.bfloat16),
+    ("mps", {torch.bfloat16}, torch.float16), ("cpu", {torch.float16}, torch.float32),
+])
+def test_the_precision_of_other_devices(monkeypatch, device, stored, computed):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert devices.choose_stored(stored, device) == computed
 
 
 def test_the_posterior(tmp_path):

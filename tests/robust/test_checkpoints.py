@@ -35,7 +35,10 @@ def test_files_that_are_no_checkpoint(tmp_path):
     for suffix, says in ((".safetensors", "not a whole safetensors file"), (".ckpt", "is damaged")):
         whole = (tmp_path / f"model{suffix}").read_bytes()
         cut = tmp_path / f"cut{suffix}"
-        for content, words in ((b"", "empty"), (whole[: len(whole) // 2], says), (b"<html>hello</html>" * 9, says)):
+        for content, words in ((b"", "empty"), (whole[: len(whole) // 2], says), (b"<html>hi</html>" * 9, "web page"),
+                               (b"\n<!DOCTYPE html>\n", "web page"), (b"version https://git-lfs.github.com/spec/v1\n",
+                               "Git LFS"), (b'{"error": "denied"}', "not a checkpoint"), (b"\x80\x02", "damaged"),
+                               (b"PK\x03\x04", "damaged")):
             cut.write_bytes(content)
             assert_refused(cut, cut.name, words)
     torch.save([1, 2], tmp_path / "list.pt")
@@ -66,13 +69,40 @@ def test_tensors_that_do_not_fit(tmp_path):
     assert_refused(write({name: torch.ones(2, 3)}), "1 misshapen tensors", "(2, 3) instead of (64, 64, 3, 3)")
     assert_refused(write({f"model.diffusion_model.control_{i}.weight": torch.ones(1) for i in range(9)}),
             "9 unexpected", "control_0")
-    assert_refused(write({"something.else": torch.ones(1)}), "1 unexpected", "something.else")
+    with pytest.warns(UserWarning, match=r"2 tensors are of no part of the model .* denoiser\.sigmas"):
+        sd.load(write({"denoiser.sigmas": torch.ones(9), "embedding_manager.weight": torch.ones(3, 3)}))
     assert_refused(write({"model.diffusion_model.conv_in.weight": None, "model.diffusion_model.input_blocks.0.0.weight":
                    None}), "unet", "conv_in.weight")
     narrow = {k: v for k, v in tensors.items() if "cond_stage_model" not in k}
     narrow |= small.to_original(replace_text(small.stable_diffusion(), replace(small.TEXT, width=128, heads=2)))
     save_file(narrow, file)
     assert_refused(file, "do not fit", "128")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool])
+def test_numbers_that_are_not_floating_point(tmp_path, dtype):
+    file, tensors, _ = small.original_file(tmp_path, "sd1", ".safetensors")
+    name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    for changed in ({name: tensors[name].to(dtype)}, {k: v.to(dtype) for k, v in tensors.items()}):
+        save_file({k: v.contiguous() for k, v in (tensors | changed).items()}, file)
+        for precision in (None, torch.float32):
+            assert_refused(file, "other than floating-point", str(dtype), dtype=precision)
+
+
+def test_no_tensors_at_all(tmp_path):
+    save_file({}, tmp_path / "none.safetensors")
+    torch.save({"state_dict": {}}, tmp_path / "none.ckpt")
+    for name in ("none.safetensors", "none.ckpt"):
+        assert_refused(tmp_path / name, "no tensors")
+
+
+@pytest.mark.parametrize("format", [".safetensors", ".ckpt", "legacy"])
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors", "MODEL.SAFETENSORS", "model.download"])
+def test_the_content_decides_what_a_file_is(tmp_path, format, name):
+    file, tensors, model = small.original_file(tmp_path, "sd1", ".safetensors")
+    if format != ".safetensors":
+        torch.save({"state_dict": tensors}, file, _use_new_zipfile_serialization=format == ".ckpt")
+    assert small.same_model(sd.load(file.rename(tmp_path / name)), model)
 
 
 def replace_text(model, config):
