@@ -379,8 +379,8 @@ class Tokenizer:
         for row, text in zip(out, texts):
             ids = self.encode(text)
             if len(ids) > room:
-                warnings.warn(f"the prompt has {len(ids)} tokens, and the text encoder reads "
-                              f"{room}; left out: '{self.decode(ids[room:])}'", stacklevel=2)
+                warnings.warn(f"the prompt has {len(ids)} tokens, and without --a1111 {room} are "
+                              f"read; left out: '{self.decode(ids[room:])}'", stacklevel=2)
             ids = [self.vocab[START], *ids[:room], self.vocab[END]]
             row[: len(ids)] = torch.tensor(ids)
         return out

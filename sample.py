@@ -35,7 +35,7 @@ import samplers
 import sd
 from checkpoints.magicfixup import looks_like_magic_fixup
 from common.cli import TOY, TOY_MFX, report_errors, shorten_warnings, tell
-from common.devices import choose_device, choose_precision, compile_unets, make_fast
+from common.devices import choose_device, choose_precision, compile_unets, find_unets, make_fast
 from common.pictures import (
     fitted_size,
     labelled,
@@ -46,10 +46,11 @@ from common.pictures import (
 )
 from editing import inputs, options, paste
 from kernels.memory import hold_memory
+from prompts import list_texts
 
 # Defaults of what is left out: with a prompt, as in the one paper; with an edit, as in the other
 WITH_PROMPT = {"prompt": "", "negative": "", "guidance": 7.5, "steps": 100, "weights": TOY}
-WITH_EDIT = {"samples": 1, "steps": 50, "weights": TOY_MFX}
+WITH_EDIT = {"steps": 50, "weights": TOY_MFX}
 
 # -------------------------------------------------------------------------------------------------
 # The edits
@@ -57,20 +58,38 @@ WITH_EDIT = {"samples": 1, "steps": 50, "weights": TOY_MFX}
 
 @torch.inference_mode()
 def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=None, negative="",
-         guidance=7.5, sampler="ddim", steps=100, seed=0, skip=True, predictions=None):
+         guidance=7.5, sampler="ddim", steps=100, seed=0, skip=True, predictions=None,
+         a1111=False):
     """Differential Diffusion; without `picture` and `change_map`, text to image.
 
+    Prompts, pictures, maps and seeds may be several, in one batch: each is one, or N.
+
     model        of sd.load; it says where and in what precision to compute
-    picture      (1, 3, H, W) in [-1, 1]
-    change_map   (1, 1, H, W) in [0, 1], 0 = change, 1 = keep
+    prompt       a string, or N of them
+    picture      (1 or N, 3, H, W) in [-1, 1]
+    change_map   (1 or N, 1, H, W) in [0, 1], 0 = change, 1 = keep
     size         (width, height) in pixels for text to image; None: the model's own
-    repaint      (1, 1, H, W), 1 = repaint: what an inpainting model sees at every step
+    repaint      (1 or N, 1, H, W), 1 = repaint: what an inpainting model sees at every step
+    seed         a number, or N of them
     predictions  a list, filled with (t, the model's guess at the clean latent) as it goes
-      ->         (1, 3, H, W) in about [0, 1]
+    a1111        read weights in prompts, and long ones whole: prompts.py
+      ->         (N, 3, H, W) in about [0, 1]
     """
+    seeds = list(seed) if hasattr(seed, "__iter__") else [seed]
+    prompts = list_texts(prompt, "prompt")
+    several = {"prompt": prompts, "seed": seeds, "picture": picture, "repaint": repaint}
+    counts = {name: len(given) for name, given in several.items() if given is not None}
+    if change_map is not None and change_map.ndim == 4:
+        counts["change_map"] = len(change_map)
+    N = max(counts.values())
+    for name, count in counts.items():
+        if count not in (1, N):
+            raise ValueError(f"{name} has {count} where one, or {N}, are expected")
+    prompts = list_texts(prompts, "prompt", N)
+    seeds = seeds * (N // len(seeds))
     sampler = samplers.make_sampler(sampler, model.schedule, steps)
     beside = None if repaint is None else model.inpainting_channels(picture, repaint)
-    denoise = model.denoiser(prompt, negative, guidance, beside, sampler.timesteps)
+    denoise = model.denoiser(prompts, negative, guidance, beside, sampler.timesteps, a1111)
     if picture is None:
         z_init = None
         config = model.vae.config
@@ -79,7 +98,7 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
     else:
         z_init = model.encode_image(picture)
         shape = z_init.shape[1:]
-    return generate(model, denoise, shape, z_init, change_map, sampler, [seed], skip, predictions)
+    return generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, predictions)
 
 
 @torch.inference_mode()
@@ -136,7 +155,7 @@ def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, pr
     # One by one, since decoding takes the most memory
     x = torch.cat([model.decode(one) for one in z.split(1)]) / 2 + 0.5
     if not x.isfinite().all():
-        single = model.vae.quant_conv.weight.dtype == torch.float32
+        single = find_unets(model)[0].conv_in.weight.dtype == torch.float32
         why = "are damaged" if single else "overflow in half precision, use --precision fp32"
         raise ValueError(f"the result is not finite: these weights {why}")
     return x
@@ -197,18 +216,17 @@ def run(args):
                 original, coarse, change_map, size)
         picture = picture_to_tensor(original, size)
         shown["reference" if coarse else "input"] = tensor_to_picture(picture[0] / 2 + 0.5)
+    seeds = range(args.seed, args.seed + args.samples)
     if coarse:
-        seeds = range(args.seed, args.seed + args.samples)
         filled, mask, shown["coarse edit"] = inputs.fit_coarse_edit(coarse, original, size)
         make = functools.partial(fixup, model, picture, filled, mask, seeds=seeds)
     else:
-        seeds = [args.seed]
         inpainting = model.unet.config.in_channels > model.unet.config.out_channels
         if inpainting and not args.mask:
             raise ValueError("these weights are an inpainting model: it needs --image and --mask")
         make = functools.partial(
             edit, model, args.prompt, picture, size=size, negative=args.negative,
-            guidance=args.guidance, seed=args.seed,
+            guidance=args.guidance, seed=seeds, a1111=args.a1111,
             repaint=(change_map < 0.5).float() if inpainting else None,
         )
     if change_map is not None:
@@ -228,7 +246,8 @@ def run(args):
     results = [tensor_to_picture(one) for one in x]
     outputs = [over_photo(result) for result in results] if over_photo else results
     if args.strength_fan:
-        outputs = [labelled_columns(outputs[0], [f"{s:.2g}" for s in args.strength_fan])]
+        strengths = [f"{s:.2g}" for s in args.strength_fan]
+        outputs = [labelled_columns(output, strengths) for output in outputs]
     parameters = {name: value for name, value in vars(args).items() if value is not None}
     parameters["weights"] = str(args.weights)
     parameters["device"] = device.type
@@ -237,7 +256,8 @@ def run(args):
     files = [(output, path, parameters | {"seed": seed})
              for output, path, seed in zip(outputs, paths, seeds)]
     if args.sheet:
-        labels = [f"seed {seed}" for seed in seeds] if coarse else [args.prompt]
+        named = coarse or args.samples > 1
+        labels = [f"seed {seed}" for seed in seeds] if named else [args.prompt]
         sheet = labelled([*shown.values(), *results], [*shown, *labels])
         files.append((sheet, args.sheet, parameters))
     if predictions:

@@ -23,6 +23,7 @@ from checkpoints.parts import PARTS, build_part, load_part, read_latent_side, sa
 from checkpoints.read import read_tensors
 from common.files import read_json, write_json
 from diffusion import Schedule
+from prompts import encode_weighted, list_texts, warn_of_weights
 from unet import UNet
 from vae import VAE
 
@@ -64,36 +65,48 @@ class StableDiffusion:
         mask = F.interpolate(repaint, size=seen.shape[-2:], mode="area").round()
         return torch.cat([mask.expand(len(seen), -1, -1, -1).to(seen), seen], dim=1)
 
-    def encode_prompt(self, prompts):
-        """B strings -> context (B, 77, D) for the UNet. ValueError without a tokenizer."""
+    def encode_prompt(self, prompts, a1111=False):
+        """B strings -> context (B, 77, D) for the UNet. ValueError without a tokenizer.
+
+        a1111  read weights, and prompts of any length, as prompts.py says: (B, 77 n, D)
+        """
         if self.tokenizer is None:
             reason = f"a prompt needs a tokenizer, and there is none: {self.tokenizer_help}"
             raise ValueError(reason)
+        texts = list_texts(prompts, "prompts")
+        if a1111:
+            return encode_weighted(self.text, self.tokenizer, texts)
+        warn_of_weights(texts)
         device = self.text.text_model.final_layer_norm.weight.device
-        return self.text(self.tokenizer(prompts).to(device))
+        return self.text(self.tokenizer(texts).to(device))
 
-    def denoiser(self, prompts, negative="", guidance=1.0, channels=None, timesteps=()):
+    def denoiser(self, prompts, negative="", guidance=1.0, channels=None, timesteps=(),
+                 a1111=False):
         """What samplers and Algorithm 1 call: (z, t) -> the guided output, (B, C, h, w), t (B,).
 
         prompts    B strings, one per picture; or one string, for B = 1
+        negative   a string for all of them, or B
         guidance   w of classifier-free guidance (Ho & Salimans 2022): 1 = the prompt alone, and
                    half the work
         channels   (B, C', h, w), put beside z at every step: `inpainting_channels`
         timesteps  a sampler's, where t is the same for all pictures: a little quicker
+        a1111      as for `encode_prompt`
+        ValueError for prompts that are no strings, or another number of negative ones
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = list_texts(prompts, "prompts")
         guided = guidance != 1
-        texts = [negative] * len(prompts) + prompts if guided else prompts
+        if guided:
+            texts = list_texts(negative or "", "negative", len(texts)) + texts
 
         # What is the same at every step is made here, once: the text's keys and values, and what
         # the UNet makes of `timesteps`.
-        context = self.encode_prompt(texts)  # (B or 2 B, 77, D)
+        context = self.encode_prompt(texts, a1111)  # (B or 2 B, 77, D)
         keys_values = self.unet.keys_values(context)
         times = self.unet.times_of(timesteps)
 
         def denoise(z, t):
             if channels is not None:
-                z = torch.cat([z, channels.to(z)], dim=1)
+                z = torch.cat([z, channels.to(z).expand(len(z), -1, -1, -1)], dim=1)
             if not guided:
                 return self.unet(z.to(context.dtype), times(t), keys_values)
             z, t = torch.cat([z, z]), torch.cat([t, t])  # with and without the prompt, in one batch

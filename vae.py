@@ -12,6 +12,7 @@ They also take pictures of any size: what would need too much memory goes throug
 """
 
 import math
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -220,20 +221,30 @@ class VAE(nn.Module):
         def encode(x):
             return torch.cat(self.encode(x), dim=1)
 
-        weight = self.quant_conv.weight
-        bytes_per_pixel, _ = self.estimate_bytes()
-        x = x.to(weight.device, weight.dtype)
-        moments = self.run_in_parts(encode, x, self.config.factor, 1, bytes_per_pixel)
+        moments = self.run_finite(encode, x, self.config.factor, 1)
         mean, logvar = moments.chunk(2, dim=1)
         z = mean if noise is None else mean + (logvar / 2).exp() * noise.to(mean)
         return z.float() * self.config.scaling_factor
 
     def decode_scaled(self, z):
         """z (B, C, h, w), scaled -> (B, 3, 8h, 8w), float32, about [-1, 1] but not clamped."""
+        z = z / self.config.scaling_factor
+        return self.run_finite(self.decode, z, 1, self.config.factor).float()
+
+    def run_finite(self, f, x, a, b):
+        """f(x) in the weights' precision; a, b as for `run_in_tiles`.
+
+        Some published autoencoders overflow in half precision. Then all of it goes over to single
+        precision for good, with a warning.
+        """
         weight = self.quant_conv.weight
-        _, bytes_per_pixel = self.estimate_bytes()
-        z = (z / self.config.scaling_factor).to(weight.device, weight.dtype)
-        return self.run_in_parts(self.decode, z, 1, self.config.factor, bytes_per_pixel).float()
+        bytes_per_pixel = self.estimate_bytes()[0 if a > b else 1]
+        y = self.run_in_parts(f, x.to(weight.device, weight.dtype), a, b, bytes_per_pixel)
+        if weight.dtype == torch.float32 or y.isfinite().all() or not x.isfinite().all():
+            return y
+        warnings.warn(f"the autoencoder overflows in {weight.dtype}: it goes on in single "
+                      "precision", stacklevel=3)
+        return self.float().run_finite(f, x, a, b)
 
     def estimate_bytes(self):
         """The bytes per pixel of all tensors that `encode`, and `decode`, have at one time.

@@ -71,9 +71,10 @@ def build_part(part, tensors, where, config=None, dtype=None, device="cpu", **kn
     if problems := describe_misfits(model, tensors):
         raise ValueError(f"{where}, the {part}: {problems}")
     dtype = dtype or choose_stored({tensor.dtype for tensor in tensors.values()}, device)
-    there = {}
-    for name, tensor in tensors.items():
-        there[name] = copy_tensor(where, name, tensor, device, dtype)
+    there = {name: copy_tensor(where, name, tensor, device, dtype) for name, tensor in tensors.items()}
+    if part == "vae" and dtype == torch.float16 and not all(x.isfinite().all() for x in there.values()):
+        # What does not fit into fp16 stays in single precision: an autoencoder takes pictures and latents of any.
+        return build_part(part, tensors, where, config, torch.float32, device)
     model.load_state_dict(there, assign=True)
     return model.requires_grad_(False).eval()
 

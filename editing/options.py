@@ -9,11 +9,11 @@ from editing.change_maps import RIGHT
 
 MAPS = ["change_map", "mask", "strength_fan", "strength"]
 COARSE = ["edit", "collage"]
-TEXT = ["prompt", "negative", "guidance", "prediction"]
+TEXT = ["prompt", "negative", "a1111", "guidance", "prediction"]
 NEEDS = {  # an option, and others of which at least one must stand beside it
     "edit": ["image"], "mask": ["image"], "strength_fan": ["image"], "strength": ["image"],
     "change_map": ["image", "collage"], "white_is_change": ["change_map", "mask"],
-    "softness": ["mask"], "samples": COARSE, "segments": ["collage"], "no_skip": MAPS + COARSE,
+    "softness": ["mask"], "a1111": ["prompt", "negative"], "segments": ["collage"], "no_skip": MAPS + COARSE,
     "paste_back": MAPS,
 }
 
@@ -28,6 +28,8 @@ def parse(argv, description):
     add_coarse("--collage", type=file_name, help="JSON: such an edit, of its picture or --image")
     add("--prompt", help="what the edited parts should show")
     add("--negative", help="what they should not show")
+    add("--a1111", action="store_true", help="read prompts as that web UI does: weights as "
+        "(word:1.4), and more than 75 tokens")
     add_map = p.add_mutually_exclusive_group().add_argument
     add_map("--change-map", type=file_name, help="grey picture: black = change fully, white = "
             f"keep. Or {RIGHT['depth']}. Or {RIGHT['sam']}. Or alpha: the picture's own")
@@ -48,7 +50,7 @@ def parse(argv, description):
     add("--no-skip", action="store_true", help="run also the steps that the map overwrites")
     add("--guidance", type=number(float, 0, 100), help="classifier-free; 1 = none (default: 7.5)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0)
-    add("--samples", type=number(int, 1, 100), help="results of an edit, from as many seeds")
+    add("--samples", type=number(int, 1, 100), default=1, help="results, from as many seeds")
     add("--size", type=picture_size, help="side of a square of equal area, or WxH")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto")
@@ -92,6 +94,6 @@ def check(args):
 def result_paths(args):
     """--out, or with several samples the same with the seed of each before its ending."""
     out = Path(args.out)
-    if (args.samples or 1) == 1:
+    if args.samples == 1:
         return [out]
     return [out.with_stem(f"{out.stem}-{args.seed + i}") for i in range(args.samples)]

@@ -1,5 +1,7 @@
 """sample.py's `edit` and `fixup`, on the shipped toy and a Magic Fixup made of it: what holds whatever the weights."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,56 @@ def test_the_progress_bar_has_as_many_steps_as_are_run(toy, meadow, monkeypatch)
     sample.edit(toy, "snow", meadow, half, steps=4)
     sample.edit(toy, "snow", meadow, half, steps=4, skip=False)
     assert [(bar.n, bar.total) for bar in bars] == [(2, 2), (4, 4)]
+
+
+def test_several_prompts_seeds_and_maps_are_each_as_if_alone(toy, meadow, decoded):
+    prompts, seeds = ["snow at night", "a red ball", "sand at sunset"], [3, 4, 5]
+    maps = torch.stack([torch.zeros(1, 128, 128), torch.full((1, 128, 128), 0.35), half_white()[0]])
+    sample.edit(toy, prompts, meadow, maps, steps=4, seed=seeds, negative=["", "snow", "grass"], sampler="ddpm")
+    together = torch.cat(decoded)
+    for j, alone in enumerate(together):
+        decoded.clear()
+        sample.edit(toy, prompts[j], meadow, maps[j : j + 1], steps=4, seed=seeds[j],
+                    negative=["", "snow", "grass"][j], sampler="ddpm")
+        assert (decoded[0] - alone).abs().max() < 1e-3
+    assert (together[0] - together[1]).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("wrong, name", [
+    ({"prompt": []}, "prompt "), ({"prompt": ["a", 3]}, "prompt "), ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "pro"),
+    ({"seed": []}, "seed"), ({"prompt": ["a", "b"], "negative": ["c", "d", "e"]}, "negative"),
+    ({"prompt": ["a", "b"], "picture": torch.zeros(3, 3, 128, 128)}, "prompt"),
+    ({"picture": torch.zeros(1, 3, 128, 128), "change_map": torch.zeros(1, 3, 128, 128)}, "change_map"),
+    ({"picture": torch.zeros(1, 3, 128, 128), "change_map": torch.zeros(3, 128, 128)}, "change_map"),
+])  # fmt: skip
+def test_numbers_that_do_not_fit_are_named(toy, wrong, name):
+    with pytest.raises(ValueError, match="^" + name):
+        sample.edit(toy, **{"prompt": "snow", "steps": 1} | wrong)
+
+
+def overflowing(factor):
+    """The toy, large inside its autoencoder; the norms that follow take the factor out again."""
+    hot = sd.load(sample.TOY, torch.float32)
+    for network in (hot.vae.decoder.up_blocks[-1], hot.vae.encoder.down_blocks[-1]):
+        for p in network.resnets[0].conv1.parameters():
+            p.data *= factor / p.abs().max()
+    return hot
+
+
+@pytest.mark.parametrize("factor", [3e4, 1e5])  # activations overflow; and the weights themselves
+def test_an_autoencoder_that_overflows_goes_on_in_single_precision(tmp_path, meadow, factor):
+    hot = overflowing(factor)
+    sd.save(hot, tmp_path)
+    back = hot.decode(hot.encode_image(meadow))
+    half = sd.load(tmp_path, torch.float16)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        x = sample.edit(half, "snow", meadow, torch.ones(1, 1, 128, 128), steps=1)
+    assert (x - (back / 2 + 0.5)).abs().max() < 0.05 and len(said) == (factor < 65504)
+    assert all("overflows in torch.float16: it goes on in single precision" in str(w.message) for w in said)
+    z = torch.full((1, hot.vae.config.latent_channels, 4, 4), torch.nan)
+    assert hot.vae.half().decode_scaled(z).isnan().all()  # which is not the autoencoder's fault
+    assert hot.vae.quant_conv.weight.dtype == torch.float16
 
 
 def test_guidance_one_needs_no_unconditional_pass(toy):

@@ -154,7 +154,7 @@ def test_wrong_options_and_files_of_magic_fixup(tmp_path, capsys, folder, edit):
                    ["--strength-fan", 3], ["--mask", GRADIENT], ["--prediction", "epsilon"]):
         assert f"{option[0]} does not go with --edit" in fails(capsys, *this, *option)
     assert "--samples" in fails(capsys, *this, "--samples", 0)
-    assert "--samples" in fails(capsys, "--prompt", "snow", "--samples", 2)
+    assert "--a1111" in fails(capsys, *this, "--a1111")
     assert "aspect" in fails(capsys, *this, "--change-map", tall)
     assert "--white-is-change" in fails(capsys, *this, "--white-is-change")
     clash = ["--samples", 2, "--sheet", tmp_path / "out-1.png"]
