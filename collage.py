@@ -49,10 +49,11 @@ def composite(image, pieces):
         canvas[np.asarray(mask, bool)] = 0
 
     # Lay down from back to front: the "over" operator of premultiplied colours.
+    opaque = np.dstack([image, np.full_like(image[..., :1], 255)])
     for mask, matrix in pieces:
         if matrix is None:
             continue
-        found = lay(image, np.asarray(mask, bool), np.asarray(matrix, float))
+        found = lay(opaque, np.asarray(mask, bool), np.asarray(matrix, float))
         if found is not None:
             layer, where = found
             canvas[where] = layer + canvas[where] * (1 - layer[..., 3:] / 255)
@@ -69,15 +70,14 @@ def composite(image, pieces):
     return coarse
 
 
-def lay(image, mask, matrix):
-    """One piece where it goes. None if that is outside the picture.
+def lay(opaque, mask, matrix):
+    """One piece of (H, W, 4) uint8 where it goes. None if that is outside the picture.
 
       ->  (h, w, 4) float32: colours times coverage, and coverage, both times 255
           its place: slices of y and x
 
     The pixels are resampled once, however many verbs the matrix is made of.
     """
-    opaque = np.dstack([image, np.full_like(image[..., :1], 255)])
     lifted = warp.lift(opaque, mask, matrix)
     if lifted is None:
         return None

@@ -30,6 +30,7 @@ from common.pictures import open_picture, to_rgb
 from editing.click import segment_at
 
 CUTS = {"mask", "polygon", "box", "click"}
+PIECES, MEMORY = 10000, 2 * 2**30  # at most so many segments and duplicates; bytes of their masks
 VERBS = {"translate", "scale", "rotate", "mirror", "duplicate", "delete"}
 
 
@@ -49,6 +50,11 @@ def read_edits(path, segmenter=None):
         seen = np.array(to_srgb(picture))
         if not isinstance(edits["segments"], list) or not edits["segments"]:
             raise ValueError('"segments" is a list of one segment or more')
+        H, W = seen.shape[:2]
+        if len(edits["segments"]) * H * W > MEMORY:  # each has a mask of the whole picture
+            many = f"{len(edits['segments'])} segments of a picture of {W} x {H}"
+            raise ValueError(f"{many} do not fit into memory: {MEMORY // (H * W)} do")
+        pieces = 0
         for n, spec in enumerate(edits["segments"], 1):
             where = f"segment {n}: "
             check_keys(spec, "a segment", CUTS | {"edits", "z"})
@@ -60,6 +66,9 @@ def read_edits(path, segmenter=None):
             for m, edit in enumerate(spec.get("edits", []), 1):
                 where = f"segment {n}, edit {m}: "
                 apply_edit(segment, edit)
+            pieces += len(segment.places) or 1
+            if pieces > PIECES:
+                raise ValueError(f"that makes more than {PIECES} segments and duplicates")
         where = ""
         collage.pieces()  # raises for a segment that is out of sight
     except ValueError as e:
@@ -141,14 +150,21 @@ def read_mask(image, folder, cut, value, segmenter):
 def fill_polygon(size, points):
     """size (H, W), points (n, 2) -> bool: whose centres lie inside, by the even-odd rule."""
     H, W = size
-    mask = np.zeros((H, W), bool)
-    x, y = np.arange(W) + 0.5, np.arange(H) + 0.5
-    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, 0)):
-        rows = ((y0 <= y) != (y1 <= y)).nonzero()[0]  # those that this edge crosses
-        if len(rows):
-            # Each crossing turns everything to its right from outside to inside, or back.
-            mask[rows] ^= x > (x0 + (y[rows] - y0) * ((x1 - x0) / (y1 - y0)))[:, None]
-    return mask
+    y, x = np.arange(H) + 0.5, np.arange(W) + 0.5
+    starts = np.asarray(points, float)
+    ends = np.roll(starts, -1, 0)
+    flips = np.zeros((H, W + 1), bool)  # a crossing turns all to its right from outside to inside, or back
+    for some in (slice(i, i + 1000) for i in range(0, len(starts), 1000)):
+        (x0, y0), (x1, y1) = starts[some].T, ends[some].T
+        # The rows that each edge crosses, from the upper end on, before the lower end.
+        start, stop = np.searchsorted(y, np.minimum(y0, y1)), np.searchsorted(y, np.maximum(y0, y1))
+        n = stop - start
+        edge = np.repeat(np.arange(len(n)), n)
+        row = np.arange(n.sum()) - np.repeat(n.cumsum() - n - start, n)
+        slope = (x1 - x0)[edge] / (y1 - y0)[edge]
+        column = np.searchsorted(x, x0[edge] + (y[row] - y0[edge]) * slope, side="right")
+        np.logical_xor.at(flips, (row, column), True)
+    return np.logical_xor.accumulate(flips[:, :W], axis=1)
 
 
 def read_picture(folder, name, mask=False):

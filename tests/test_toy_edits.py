@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import torch
 
 import collage
@@ -41,7 +42,8 @@ def test_what_is_dragged_looks_as_it_truly_does():
         for i in (i for i, e in enumerate(edits) if e.verb == verb):
             k = edits[i].k if verb != "duplicate" else edited.kind.shape[1] - 1
             mask = before.segments[i] == edits[i].k + 1
-            piece, where = collage.lay(coarse[i, ..., :3].numpy(), mask.numpy(), edits[i].matrix.numpy())
+            opaque = np.dstack([coarse[i, ..., :3].numpy(), np.full((128, 128), 255, np.uint8)])
+            piece, where = collage.lay(opaque, mask.numpy(), edits[i].matrix.numpy())
             cover = torch.zeros(128, 128)
             cover[where] = torch.from_numpy(piece[..., 3])
             covered = -torch.nn.functional.max_pool2d(-cover[None], 3, 1, 1)[0] > 254  # a pixel off its outline

@@ -24,6 +24,20 @@ def test_polygons_and_boxes_hold_the_pixels_whose_centres_are_inside():
     assert fill_polygon((20, 30), [(0, 0), (30, 0), (30, 20), (0, 20)]).all()
 
 
+def test_polygons_follow_the_even_odd_rule_at_every_pixel():
+    """One pixel after the other: how many edges are crossed on the way from it to the left."""
+    rng = np.random.default_rng(0)
+    for n in (3, 7, 40, 2500):
+        points = (rng.random((n, 2)) * [23, 17] * 2).round() / 2  # many on pixels' centres and edges
+        filled = fill_polygon((17, 23), points)
+        for y, x in np.ndindex(17, 23) if n < 1000 else ((8, 11), (0, 22), (16, 5)):
+            inside = False
+            for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, 0)):
+                if (y0 <= y + 0.5) != (y1 <= y + 0.5):
+                    inside ^= x + 0.5 > x0 + (y + 0.5 - y0) * ((x1 - x0) / (y1 - y0))
+            assert filled[y, x] == inside
+
+
 def test_a_click_finds_the_thing_that_is_there():
     rng = np.random.default_rng(0)
     image = np.clip(smooth(200, 300) * 0.3 + [20, 90, 30] + rng.normal(0, 6, (200, 300, 3)), 0, 255)
@@ -101,6 +115,18 @@ def test_pictures_are_turned_upright(folder):
 
 ONE = '{"image": "photo.png", "segments": [%s]}'
 EDIT = ONE % '{"box": [4, 4, 20, 20], "edits": [%s]}'
+
+
+def test_ten_thousand_pieces_and_no_more(folder):
+    box = '{"box": [4, 4, 20, 20], "edits": [%s]}'
+    on = '{"duplicate": true}, {"translate": [0.001, 0]}, {"duplicate": true}'
+    many = read_edits(write(folder, ONE % (box % ", ".join([on] * 1000))))
+    assert many.coarse().shape == (40, 48, 4) and len(many.segments[0].places) == 2001
+    for segments in (box % ", ".join([on] * 5000), ", ".join([box % ""] * 10001)):
+        with pytest.raises(ValueError, match="more than 10000 segments and duplicates"):
+            read_edits(write(folder, ONE % segments))
+    with pytest.raises(ValueError, match="1200000 segments of a picture of 48 x 40 do not fit into memory: 1118481 do"):
+        read_edits(write(folder, ONE % ", ".join(["0"] * 1200000)))
 
 
 @pytest.mark.parametrize("content, message", [
