@@ -5,12 +5,12 @@ All three are the same network at different widths: CLIP ViT-L (SD 1.x), OpenCLI
 and for SDXL ViT-L again together with OpenCLIP bigG.
 """
 
-import gzip
 import html
 import json
 import re
 import unicodedata
 import warnings
+import zlib
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -267,15 +267,15 @@ def read_vocab(path):
         model = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
         vocab, merges = model["vocab"], model["merges"]
     elif archive.is_file():
-        lines = gzip.decompress(archive.read_bytes()).decode("utf-8").split("\n")
+        text = zlib.decompressobj(31).decompress(archive.read_bytes(), 2**24)  # it has 3 MB
+        lines = text.decode("utf-8").split("\n")
         merges = lines[1 : ARCHIVE_MERGES + 1]
         if len(merges) < ARCHIVE_MERGES:
             raise ValueError(f"{len(merges)} of {ARCHIVE_MERGES} merges")
         vocab, pad = build_vocab([tuple(line.split()) for line in merges]), "!"
     else:
-        raise FileNotFoundError(f"no tokenizer at {path}: it should be a folder with vocab.json "
-                                "and merges.txt (a Stable Diffusion's tokenizer/), or the file "
-                                f"{ARCHIVE} of openai/CLIP")
+        raise FileNotFoundError(f"no tokenizer at {path}: it should be a folder with vocab.json and"
+                                f" merges.txt (a Stable Diffusion's tokenizer/), or {ARCHIVE}")
     return vocab, [tuple(m.split() if isinstance(m, str) else m) for m in merges if m], pad
 
 
@@ -302,6 +302,8 @@ class Tokenizer:
         for symbol in (*ALPHABET, START, END, pad):
             if symbol not in vocab:
                 raise ValueError(f"the vocabulary has no {symbol!r}")
+        if any(type(i) is not int or i < 0 for i in vocab.values()):
+            raise ValueError("an id in the vocabulary is not a whole number from 0 on")
         for pair in merges:
             if len(pair) != 2 or "".join(pair) not in vocab:
                 raise ValueError(f"the merge {' '.join(pair)!r} makes no symbol of the vocabulary")
@@ -391,8 +393,7 @@ class Tokenizer:
 
 CONFIGS = {
     "clip-vit-l": TextConfig(),  # SD 1.x
-    # SD 2.x reads the penultimate layer: 23 of the 24 are stored.
-    "openclip-vit-h": TextConfig(49408, 1024, 23, 16, 77, 4096, "gelu"),
+    "openclip-vit-h": TextConfig(49408, 1024, 23, 16, 77, 4096, "gelu"),  # SD 2.x: 23 of its 24
     "openclip-bigg": TextConfig(49408, 1280, 32, 20, 77, 5120, "gelu", skip_last=1,
                                 final_norm=False, projection=1280),  # SDXL's second
     "toy": TextConfig(vocab_size=1024, width=128, layers=2, heads=4, mlp_width=512, eos=1023),

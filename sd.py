@@ -10,7 +10,8 @@ networks: checkpoints/names.py translates, checkpoints/parts.py makes a network 
 """
 
 import contextlib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,8 @@ import clip
 from checkpoints.configs import schedule_from_json, schedule_to_json
 from checkpoints.names import split_parts
 from checkpoints.parts import PARTS, build_part, load_part, read_latent_side, save_part
-from checkpoints.read import read_tensors
+from checkpoints.read import read_metadata, read_tensors
+from checkpoints.words import add_words, load_tokenizer, read_word
 from common.files import read_json, write_json
 from diffusion import Schedule
 from prompts import encode_weighted, list_texts, warn_of_weights
@@ -127,9 +129,8 @@ def load(path, dtype=None, device="cpu", prediction=None):
     path        a Hugging Face folder, or a .safetensors, .ckpt or .pt in the original layout
     dtype       None: as stored, and the weights stay in the file, mapped, if that is a precision in
                 which the device computes well (common/devices.py: choose_stored). Otherwise cast
-    prediction  what the UNet predicts, 'epsilon' or 'v_prediction'. None: a folder says it. A file
-                does not: then it is v for an SD 2 with 768 in its file name, as published
-                (v2-1_768-ema-pruned.safetensors), and epsilon for any other
+    prediction  what the UNet predicts, 'epsilon' or 'v_prediction'. None: a folder says it, and a
+                file may (`find_prediction`)
       ->        StableDiffusion
 
     FileNotFoundError or ValueError, of one line, for a path that is not there, damaged, refused,
@@ -177,7 +178,8 @@ def load_folder(path, dtype, device, prediction):
 
 def load_file(path, dtype, device, prediction):
     """The original layout: the tensors of all parts in one file, and nothing about them."""
-    parts, openclip = split_parts(path, read_tensors(path))
+    tensors = read_tensors(path)
+    parts, openclip = split_parts(path, tensors)
     unet = build_part("unet", parts["unet"], path, None, dtype, device)
     vae = build_part("vae", parts["vae"], path, None, dtype, device)
     # The activation is not in the tensors: OpenCLIP has always had GELU, and OpenAI its own.
@@ -186,8 +188,8 @@ def load_file(path, dtype, device, prediction):
                       device, activation=activation)
 
     # SD 2 with velocity prediction was trained at 768 pixels, everything else at 512.
-    prediction = prediction or ("v_prediction" if openclip and "768" in path.name else "epsilon")
-    size = (96 if prediction == "v_prediction" else 64) * vae.config.factor
+    prediction = prediction or find_prediction(path, tensors, openclip)
+    size = (96 if openclip and prediction == "v_prediction" else 64) * vae.config.factor
 
     # The tokenizer lies beside the file, without a word on how prompts are padded.
     pad = "!" if openclip else clip.END
@@ -195,8 +197,27 @@ def load_file(path, dtype, device, prediction):
     tokenizer_help = ("put vocab.json and merges.txt (from the tokenizer/ of any Stable Diffusion "
                       f"1 or 2 on Hugging Face), or {clip.ARCHIVE} (of openai/CLIP), into "
                       f"{path.parent.resolve()}/")
-    schedule = Schedule(prediction=prediction)
+    schedule = Schedule("zero_snr" if "ztsnr" in tensors else "scaled_linear", prediction)
     return StableDiffusion(unet, vae, text, schedule, tokenizer, size, tokenizer_help)
+
+
+PARAMETERIZATION = re.compile(rb"""^\s*parameterization\s*:\s*["']?(v|eps)\b""", re.MULTILINE)
+
+
+def find_prediction(path, tensors, openclip):
+    """What a single file's UNet predicts: 'epsilon' or 'v_prediction'.
+
+    The first that says it: the YAML of the same name beside it, which training programs leave; the
+    file, by an entry v_pred or the metadata modelspec.prediction_type; its name, which for an SD 2
+    that predicts v has 768 in it as published (v2-1_768-ema-pruned.safetensors).
+    """
+    with contextlib.suppress(OSError), open(path.with_suffix(".yaml"), "rb") as file:
+        if found := PARAMETERIZATION.search(file.read(2**20)):
+            return "v_prediction" if found[1] == b"v" else "epsilon"
+    said = read_metadata(path).get("modelspec.prediction_type")
+    if "v_pred" in tensors or said in ("v", "v_prediction"):
+        return "v_prediction"
+    return "v_prediction" if openclip and "768" in path.name and said is None else "epsilon"
 
 
 def check_fit(path, sd):
@@ -210,6 +231,8 @@ def check_fit(path, sd):
     if u.in_channels not in (plain, inpainting):
         raise ValueError(f"{path}: a UNet of {u.in_channels} input channels is neither a plain "
                          f"model ({plain}) nor an inpainting one ({inpainting})")
+    if t.length < clip.Tokenizer.length:
+        raise ValueError(f"{path}: its text encoder reads {t.length} tokens, and not 77")
     if sd.tokenizer and max(sd.tokenizer.symbols) >= t.vocab_size:
         raise ValueError(f"{path}: its tokenizer is not the text encoder's, which knows "
                          f"{t.vocab_size} symbols only")
@@ -219,8 +242,32 @@ def find_tokenizer(folders, pad=None):
     """The first folder's tokenizer, or None. ValueError for a damaged one."""
     for folder in folders:
         with contextlib.suppress(FileNotFoundError):
-            return clip.Tokenizer.load(folder, pad)
+            return load_tokenizer(folder, pad)
     return None
+
+
+def learn_word(sd, path):
+    """Add a learned word, a textual inversion's file, to a model in place -> what prompts call it.
+
+    path  .safetensors, .pt or .bin, in any of the usual layouts. ValueError if it is for another
+          text encoder, or is something else
+    """
+    words, rows = read_word(path)
+    table = sd.text.text_model.embeddings.token_embedding
+    if rows.shape[1] != sd.text.config.width:
+        raise ValueError(f"{path} was learned for a text encoder of width {rows.shape[1]}, and this "
+                         f"one has {sd.text.config.width}")
+    if sd.tokenizer is None:
+        raise ValueError(f"a learned word needs a tokenizer: {sd.tokenizer_help}")
+    added = {}
+    for word in words:
+        first = len(table.weight)
+        added |= {f"{word}_{i}" if i else word: first + i for i in range(len(rows))}
+        grown = torch.cat([table.weight, rows.to(table.weight)])
+        table.weight = torch.nn.Parameter(grown, requires_grad=False)
+    sd.text.config = replace(sd.text.config, vocab_size=len(table.weight))
+    sd.tokenizer = add_words(sd.tokenizer, added)
+    return words
 
 
 # --------------------------------------------------------------------------------------------------

@@ -33,12 +33,73 @@ def guess_groups(channels):
     return 32 if all(c % 32 == 0 for c in channels) else 8
 
 
+def read_number(value):
+    """A whole number as a float; anything else as it is, for `check_sizes` to look at"""
+    return float(value) if type(value) is int and abs(value) < 2**31 else value
+
+
+def read_side(c, default):
+    """The sample_size of a config.json: pixels, or latent pixels. diffusers also writes two sides.
+
+    ValueError where it says something else than a number.
+    """
+    side = c.get("sample_size") or default
+    if isinstance(side, list):
+        side = side[0]
+    if not (type(side) is int and 1 <= side <= 2**16):
+        raise ValueError(f"its sample_size is a number of pixels, not {show(side)}")
+    return side
+
+
 def refuse_other_options(c, options):
     """ValueError if a config.json sets an option to another value than our network has built in."""
     for option, value in options.items():
         if c.get(option, value) != value and (c[option] or value):  # false is as good as null
-            said = f"its config.json has {option} = {c[option]!r}"
+            said = f"its config.json has {option} = {show(c[option])}"
             raise ValueError(f"{said}; only {value!r} is implemented")
+
+
+def show(value):
+    """What a file says in place of something else, for an error: short, whatever it is."""
+    inner = value[:9] if isinstance(value, list) else [value]
+    nested = any(isinstance(x, (list, dict)) for x in inner)
+    return f"a {type(value).__name__}" if nested else f"{value!r:.60}"
+
+
+MAY_BE_ZERO = "depth", "context", "added", "skip_last", "eos"
+
+
+def check_sizes(config, tensors):
+    """ValueError for sizes that no network has, or for more blocks than these tensors could fill.
+
+    What a file says is checked before it is built. The names are those of our configurations.
+    """
+    for name, value in vars(config).items():
+        if name in ("activation", "linear_proj", "final_norm"):
+            continue
+        if name == "scaling_factor":
+            if not (isinstance(value, float) and 1e-4 < value < 1e4):
+                raise ValueError(f"its {name} should be a number about 1, not {show(value)}")
+            continue
+        least = 0 if name in MAY_BE_ZERO else 1
+        for size in value if isinstance(value, tuple) else (value,):
+            if size is not None and not (type(size) is int and least <= size < 2**31):
+                raise ValueError(f"its {name} should be {least} or more, not {show(size)}")
+
+    depth = getattr(config, "depth", (0,))
+    levels = len(getattr(config, "channels", (0,)))
+    blocks = levels * config.layers * (1 + max(depth)) + getattr(config, "mid_depth", 0)
+    if blocks > len(tensors):
+        raise ValueError(f"{blocks} blocks are more than its {len(tensors)} tensors are for")
+
+    # Heads share a width evenly. (A text encoder looks at that itself.)
+    if hasattr(config, "head_width"):
+        for width, transformers in zip(config.channels, (*depth[:-1], config.mid_depth)):
+            heads = config.heads_at(width)
+            if transformers and (heads < 1 or width % heads):
+                raise ValueError(f"{heads} attention heads do not share a width of {width}")
+    if hasattr(config, "eos") and config.eos >= config.vocab_size:
+        raise ValueError(f"its end token {config.eos} is none of {config.vocab_size}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -192,8 +253,8 @@ def vae_config_from_json(c):
         layers=c["layers_per_block"],
         latent_channels=c["latent_channels"],
         groups=c.get("norm_num_groups", 32),
-        scaling_factor=c.get("scaling_factor", 0.18215),  # older files do not say it
-        size=c.get("sample_size") or 512,
+        scaling_factor=read_number(c.get("scaling_factor", 0.18215)),  # older files lack it
+        size=read_side(c, 512),
     )
 
 
@@ -301,11 +362,13 @@ def schedule_from_json(c, prediction=None):
     ValueError for a noise schedule that is none of BETAS.
     """
     name = c.get("beta_schedule", "linear")
+    if not isinstance(name, str):
+        raise ValueError(f"beta_schedule should be a name, not {show(name)}")
     if name in BETAS:
         for key, beta in (("beta_start", BETAS[name][0]), ("beta_end", BETAS[name][-1])):
             said = c.get(key, float(beta))
-            if not isinstance(said, (int, float)) or abs(said - beta) > 1e-6:
-                raise ValueError(f"a {name!r} noise schedule with {key} = {said} is not "
+            if not (isinstance(said, float) and abs(said - beta) <= 1e-6):
+                raise ValueError(f"a {name!r} noise schedule with {key} = {show(said)} is not "
                                  "implemented")
     own = c.get("trained_betas") or c.get("rescale_betas_zero_snr")
     if c.get("num_train_timesteps", T) != T or own:

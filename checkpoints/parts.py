@@ -60,14 +60,15 @@ def build_part(part, tensors, where, config=None, dtype=None, device="cpu", **kn
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
         config = config or replace(from_shapes(shapes), **known)
-    except (KeyError, ValueError, IndexError) as e:
+    except (LookupError, ValueError, TypeError, ArithmeticError) as e:
         raise ValueError(f"{where}: these tensors do not make a {part} (at {e})") from None
     try:
+        configs.check_sizes(config, tensors)
         with torch.device("meta"), SkipInit():
             model = network(config)
-    except (LookupError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as e:
+    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as e:
         reason = str(e).splitlines()[0]
-        raise ValueError(f"{where}: its config.json does not make a {part} ({reason})") from None
+        raise ValueError(f"{where}: its configuration does not make a {part} ({reason})") from None
     if problems := describe_misfits(model, tensors):
         raise ValueError(f"{where}, the {part}: {problems}")
     dtype = dtype or choose_stored({tensor.dtype for tensor in tensors.values()}, device)
@@ -93,7 +94,7 @@ def load_part(folder, part, dtype=None, device="cpu"):
             config = from_json(read_json(file))
         except KeyError as missing:
             raise ValueError(f"{file} has no {missing}") from None
-        except (ValueError, TypeError, AttributeError, IndexError, ZeroDivisionError) as e:
+        except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError) as e:
             raise ValueError(f"{file}: {e}") from None
     tensors = read_folder(folder)
     tensors = {name: tensors[name] for name in tensors if not IGNORED.fullmatch(name)}
@@ -106,12 +107,10 @@ def read_latent_side(folder):
     ValueError where it says something else than a number, or two as diffusers also writes.
     """
     file = Path(folder) / "config.json"
-    side = read_json(file, default={}).get("sample_size") or 64
-    if isinstance(side, list):
-        side = side[0]
-    if not isinstance(side, int):
-        raise ValueError(f"{file}: its sample_size is a number of latent pixels, not {side!r}")
-    return side
+    try:
+        return configs.read_side(read_json(file, default={}), 64)
+    except ValueError as e:
+        raise e if str(file) in str(e) else ValueError(f"{file}: {e}") from None
 
 
 def save_part(model, folder, dtype=None, **more):

@@ -40,6 +40,32 @@ def test_v_prediction_and_the_native_size(tmp_path):
     assert sd.load(named, prediction="epsilon").schedule.prediction == "epsilon"
 
 
+@pytest.mark.parametrize("yaml, said", [
+    ('model:\n  params:\n    parameterization: "v"\n    timesteps: 1000\n', "v_prediction"),
+    ("  parameterization : v # velocity\r\n", "v_prediction"), ("    parameterization: 'eps'\n", "epsilon"),
+    ("# parameterization: v\n", None), ("    parameterization: very\n", None), ("", None),
+])
+def test_a_yaml_beside_a_file_says_what_it_predicts(tmp_path, yaml, said):
+    file, tensors, _ = small.original_file(tmp_path, "sd1", ".ckpt")
+    file.with_suffix(".yaml").write_text(yaml, newline="")
+    got = sd.load(file)
+    assert (got.schedule.prediction, got.size) == (said or "epsilon", 64 * 2)
+    assert sd.load(file, prediction="epsilon").schedule.prediction == "epsilon"
+    torch.save(tensors | {"v_pred": torch.tensor([])}, file)
+    assert sd.load(file).schedule.prediction == (said or "v_prediction")
+
+
+def test_a_file_says_what_it_predicts(tmp_path):
+    file, tensors, _ = small.original_file(tmp_path, "sd2", ".safetensors")
+    save_file(tensors | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, file)
+    got = sd.load(file)
+    assert (got.schedule.name, got.schedule.prediction, got.size) == ("zero_snr", "v_prediction", 96 * 2)
+    save_file(tensors, file, metadata={"modelspec.prediction_type": "v"})
+    assert sd.load(file).schedule.prediction == "v_prediction"
+    save_file(tensors, tmp_path / "my 768.safetensors", metadata={"modelspec.prediction_type": "epsilon"})
+    assert sd.load(tmp_path / "my 768.safetensors").schedule.prediction == "epsilon"
+
+
 def test_weights_stay_in_the_file(tmp_path):
     """Loaded as stored, the parameters are a mapping of the file: no page of it is private memory."""
     if not Path("/proc/self/smaps").exists():

@@ -4,6 +4,8 @@ import json
 import os
 import sys
 import types
+import zipfile
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 
 import clip
 import sd
+from checkpoints import read
 from tests import small
 from toy.vocabulary import learn_bpe
 
@@ -149,6 +152,44 @@ def test_folder_errors(tmp_path):
     assert_refused(tmp_path, "no weights", "vae", error=FileNotFoundError)
 
 
+NO_NUMBERS = ["10", None, -1, 0.18, True, [1], {"a": 1}, 10**30, 2**63, 1e300, float("nan"), [[]]]
+
+
+@pytest.mark.parametrize("part, key, more", [
+    ("unet", "layers_per_block", [10**6, 10**9, 0]), ("unet", "transformer_layers_per_block", [10**6, 10**9]),
+    ("unet", "attention_head_dim", [10**6, 3]), ("unet", "norm_num_groups", [7]), ("unet", "sample_size", [10**9]),
+    ("unet", "cross_attention_dim", [10**9]), ("unet", "in_channels", [10**9, 0]),
+    ("vae", "layers_per_block", [10**6, 10**9]), ("vae", "norm_num_groups", [0]), ("vae", "latent_channels", [0]),
+    ("vae", "scaling_factor", [0, 10**400, float("inf")]), ("vae", "sample_size", [10**9]),
+    ("text_encoder", "num_hidden_layers", [10**6, 10**9]), ("text_encoder", "num_attention_heads", [10**6, 0]),
+    ("text_encoder", "eos_token_id", [10**6]), ("text_encoder", "vocab_size", [10**6]),
+    ("text_encoder", "max_position_embeddings", [10**6, 0]), ("text_encoder", "hidden_size", [10**6, 0]),
+])
+def test_sizes_that_no_network_has(tmp_path, part, key, more):
+    """They are told before anything of that size is built."""
+    sd.save(small.stable_diffusion(), tmp_path)
+    config = tmp_path / part / "config.json"
+    good = json.loads(config.read_text())
+    for value in NO_NUMBERS + more:
+        default = key in ("sample_size", "scaling_factor", "eos_token_id", "attention_head_dim")
+        lists = ("sample_size", "transformer_layers_per_block", "attention_head_dim")
+        if value is None and default or value == [1] and key in lists or value == 0.18 and key == "scaling_factor":
+            continue
+        config.write_text(json.dumps(good | {key: value}))
+        assert_refused(tmp_path, part)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("beta_schedule", [1]), ("beta_start", True), ("beta_start", 10**400), ("beta_start", float("nan")),
+    ("beta_end", [0.012]), ("prediction_type", ["epsilon"]), ("num_train_timesteps", "1000"),
+])
+def test_schedules_of_a_wrong_type(tmp_path, key, value):
+    sd.save(small.stable_diffusion(), tmp_path)
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    assert_refused(tmp_path, "scheduler_config.json")
+
+
 class Runs:
     """What an attacker puts into a pickle: loading it calls a function."""
 
@@ -168,6 +209,108 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path, zipped):
         assert not touched.exists()
     torch.load(tmp_path / "model.ckpt", weights_only=False)
     assert touched.exists()  # it was a real one
+
+
+class Rebuilt:
+    """Pickled as a call of one of PyTorch's functions that build tensors."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile_pickles(folder):
+    """-> {what is wrong: file}"""
+    g = torch._utils
+    storage = torch.zeros(16).storage()
+    ordinary = OrderedDict()
+    values = {
+        "longer than stored": Rebuilt(g._rebuild_tensor_v2, storage, 0, (17,), (1,), False, ordinary),
+        "longer by stride": Rebuilt(g._rebuild_tensor_v2, storage, 0, (4,), (9,), False, ordinary),
+        "beyond by offset": Rebuilt(g._rebuild_tensor_v2, storage, 16, (1,), (1,), False, ordinary),
+        "before its storage": Rebuilt(g._rebuild_tensor_v2, storage, -1, (1,), (1,), False, ordinary),
+        "negative": Rebuilt(g._rebuild_tensor_v2, storage, 0, (-4,), (1,), False, ordinary),
+        "a hundred thousand dimensions": Rebuilt(g._rebuild_tensor_v2, storage, 0, (1,) * 10**5, (1,) * 10**5, False,
+                                                 ordinary),
+        "text": Rebuilt(g._rebuild_tensor_v2, "storage", 0, (4,), (1,), False, ordinary),
+        "sparse": torch.ones(4, 4).to_sparse(),
+        "meta": torch.ones(4, 4, device="meta"),
+        "quantized": torch.quantize_per_tensor(torch.ones(4, 4), 0.1, 0, torch.qint8),
+    }
+    files = {}
+    for what, value in values.items():
+        files[what] = folder / f"{what}.ckpt"
+        torch.save({"state_dict": {"w": value}}, files[what])
+    return files
+
+
+def test_tensors_that_are_none(tmp_path):
+    for what, file in hostile_pickles(tmp_path).items():
+        with pytest.raises(ValueError, match="damaged") as e:
+            read.read_tensors(file)
+        assert "\n" not in str(e.value) and "weights_only" not in str(e.value) and len(str(e.value)) < 500, what
+
+
+def test_memory_and_time_are_bounded_by_what_a_file_holds(tmp_path):
+    """What takes gigabytes, or for ever, where PyTorch reads it."""
+    laughs = b"\x80\x02)q\x00" + b"".join(b"h%c%s\x86q%c" % (i, b"h%c" % i, i + 1) for i in range(100)) + b")R."
+    for name, program in {
+        "bytes": b"\x80\x02cbuiltins\nbytearray\n(\x8a\x05\x00\xf2\x05\x2a\x01tR.",  # bytearray(5e9)
+        "laughs": laughs,  # a tuple of two of a tuple of two ..., called: its name would have 2**100 letters
+        "memo": b"\x80\x02)r\xff\xff\xff\xff.", "attribute": b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\x00\x00\x00"
+        b"itemsK\x01sb.", "cut": b"\x80", "nothing": b"\x80\x02.",
+    }.items():
+        with zipfile.ZipFile(tmp_path / f"{name}.ckpt", "w") as archive:
+            archive.writestr("a/data.pkl", program)
+        (tmp_path / f"{name} plain.ckpt").write_bytes(program)
+        for file in (f"{name}.ckpt", f"{name} plain.ckpt"):
+            with pytest.raises(ValueError, match="damaged|no tensors"):
+                read.read_tensors(tmp_path / file)
+
+    with zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(10**6))
+    with pytest.raises(ValueError, match="compressed archive"):
+        read.read_tensors(tmp_path / "bomb.ckpt")
+
+    # One number, said to be 2**30 of them, is no more than a number until it is cast.
+    file, tensors, _ = small.original_file(tmp_path, "sd1", ".ckpt")
+    name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    torch.save(tensors | {name: torch.zeros(1, dtype=torch.float16).expand(2**24, 64)}, file)
+    assert_refused(file, "larger than what is stored of it")
+
+    for shape in ([1] * 10**5, [0, 2**64 - 1]):
+        contents = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 if shape[0] else 0]}}
+        header = json.dumps(contents).encode()
+        (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(contents["a"][
+            "data_offsets"][1]))
+        with pytest.raises(ValueError, match="damaged|not a whole"):
+            read.read_tensors(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64,
+                                   torch.uint8, torch.bool, torch.float8_e4m3fn])
+def test_pickles_are_read_as_pytorch_reads_them(tmp_path, zipped, dtype):
+    """Views, shared storages, parameters, strides, empty and scalar tensors: the same numbers, bit for bit."""
+    base = (torch.arange(60).reshape(3, 4, 5) % 2).to(dtype)
+    if dtype.itemsize == 1 and dtype.is_floating_point and not zipped:
+        return  # PyTorch cannot write that
+    content = {"whole": base, "view": base[1:, 2], "turned": base.permute(2, 0, 1), "empty": base[:0],
+               "odd": base[0, 0, 1:], "scalar": base[0, 0, 1], "same": base, "wide": base[:1, :1].expand(3, 4, 5)}
+    if dtype.is_floating_point:
+        content |= {"p": torch.nn.Parameter(base), "q": torch.nn.Parameter(base[0], requires_grad=False)}
+        content["p"].note = "kept by _rebuild_parameter_with_state"
+    module = OrderedDict(content)
+    module._metadata = {"version": 1}
+    torch.save({"state_dict": module, "epoch": 3}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    got, want = read.read_tensors(tmp_path / "a.pt"), torch.load(tmp_path / "a.pt", weights_only=True)["state_dict"]
+    assert got.keys() == want.keys()
+    for name, tensor in got.items():
+        assert tensor.dtype == dtype and tensor.stride() == want[name].stride()
+        assert torch.equal(tensor.float(), want[name].float()), name
+    assert got["same"].data_ptr() == got["whole"].data_ptr()
 
 
 def test_what_lightning_leaves_in_a_checkpoint_is_harmless(tmp_path, monkeypatch):

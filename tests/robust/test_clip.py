@@ -1,6 +1,7 @@
 """clip.py: files of tokenizers that are missing or damaged, and configurations that are wrong."""
 
 import gzip
+import json
 
 import pytest
 
@@ -36,6 +37,9 @@ def test_missing_and_damaged_files_give_one_clear_line(tmp_path):
     for bad in (good[:50], "[1, 2]", good.replace('"!"', '"?!?"', 1)):
         (tmp_path / "vocab.json").write_text(bad, encoding="utf-8")
         assert "damaged" in message(ValueError, tmp_path)
+    for i in ("7", -5, None, [1], True, 0.5):
+        (tmp_path / "vocab.json").write_text(json.dumps(TOKENIZER.vocab | {"a": i}), encoding="utf-8")
+        assert "whole number" in message(ValueError, tmp_path)
     (tmp_path / "vocab.json").write_text(good, encoding="utf-8")
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n", encoding="utf-8")
     assert "'a b c'" in message(ValueError, tmp_path)
@@ -47,4 +51,6 @@ def test_missing_and_damaged_files_give_one_clear_line(tmp_path):
     archive.write_bytes(gzip.compress(b"header\na b\n" * 1000)[:-10])
     assert "damaged" in message(ValueError, archive)
     archive.write_bytes(gzip.compress(b"header\na b\n"))
+    assert "48894" in message(ValueError, archive)
+    archive.write_bytes(gzip.compress(bytes(2**27)))  # 130 kB, of which no more than 16 MB is unpacked
     assert "48894" in message(ValueError, archive)

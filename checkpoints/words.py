@@ -1,0 +1,111 @@
+"""Learned words: textual inversion, Gal et al. 2022, arXiv 2208.01618. Rows of the text encoder's table that were
+trained to mean something, each a token of its own, which no other text is spelled with.
+
+    tokenizer = load_tokenizer(folder)        a folder's added words, as diffusers and transformers leave them
+    words, rows = read_word("my-cat.pt")      one file's
+    tokenizer = add_words(tokenizer, {"<my-cat>": 49408})
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+import clip
+from checkpoints.read import FLOATS, read_content
+from common.files import read_json
+
+
+class WordTokenizer(clip.Tokenizer):
+    """CLIP's tokenizer, with words beyond its vocabulary: {word: id}.
+
+    A word of several tokens is listed as word, word_1, word_2, as diffusers does, and is written as the first.
+    """
+
+    def __init__(self, vocab, merges, pad, added):
+        super().__init__(vocab, merges, pad)
+        self.added = added
+        patterns = []
+        for word, i in sorted(added.items(), key=lambda item: -len(item[0])):  # the longest that fits
+            if not (isinstance(word, str) and type(i) is int and i >= 0 and clip.clean_text(word)):
+                raise ValueError(f"the added word {str(word):.60} has no id")
+            ids = [i]
+            while f"{word}_{len(ids)}" in added:
+                ids.append(added[f"{word}_{len(ids)}"])
+            cleaned = clip.clean_text(word)
+            self.cache[cleaned] = ids
+            self.symbols[i] = cleaned
+            # "art" is no part of "party"
+            before, after = r"\b" * cleaned[0].isalnum(), r"\b" * cleaned[-1].isalnum()
+            patterns.append(before + re.escape(cleaned) + after)
+        self.pattern = re.compile(f"({'|'.join(patterns)})")
+
+    def encode(self, text):
+        ids = []
+        for i, piece in enumerate(self.pattern.split(clip.clean_text(text))):
+            words = [piece] if i % 2 else clip.split_words(piece)  # every second piece is a word that was added
+            ids += [i for word in words for i in self.encode_word(word)]
+        return ids
+
+    def decode(self, ids):
+        added = set(self.added.values())
+        return " ".join(self.symbols[i] if i in added else super(WordTokenizer, self).decode([i]) for i in ids)
+
+    def save(self, folder):
+        super().save(folder)
+        text = json.dumps(self.added, ensure_ascii=False, indent=2)
+        (Path(folder) / "added_tokens.json").write_text(text, encoding="utf-8", newline="\n")
+
+
+def add_words(tokenizer, added):
+    """-> the tokenizer, with these words as well: {word: id}"""
+    added = getattr(tokenizer, "added", {}) | added
+    return WordTokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.pad, added) if added else tokenizer
+
+
+def load_tokenizer(folder, pad=None):
+    """As `clip.Tokenizer.load`, with the words that were added to a folder."""
+    folder = Path(folder)
+    tokenizer = clip.Tokenizer.load(folder, pad)
+
+    # Three files may say so. The vocabulary's own symbols are listed there as well.
+    added = dict(read_json(folder / "added_tokens.json", default={}))
+    try:
+        listed = read_json(folder / "tokenizer_config.json", default={}).get("added_tokens_decoder", {})
+        added |= {token["content"]: int(i) for i, token in listed.items()}
+        listed = read_json(folder / "tokenizer.json", default={}).get("added_tokens", [])
+        added |= {token["content"]: token["id"] for token in listed}
+        return add_words(tokenizer, {word: i for word, i in added.items() if word not in tokenizer.vocab})
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise ValueError(f"the tokenizer at {folder} is damaged (its added words: {e}): copy it again") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One file
+
+
+def read_word(path):
+    """A file of one learned word -> what it is called, one name or two, and rows (n, D) of the text encoder's table
+
+    .safetensors, .pt or .bin, as diffusers, the original program, AUTOMATIC1111's and kohya's write it. A file
+    without a name in it is called as the file is. ValueError if it is something else.
+    """
+    content, stem = read_content(path), Path(path).stem
+    if {"clip_l", "clip_g"} & content.keys():
+        raise ValueError(f"{path} is a learned word for Stable Diffusion XL, which is not read")
+    if isinstance(content.get("string_to_param"), dict):
+        found, words = content["string_to_param"], [stem, content.get("name")]
+    else:
+        found = {name: value for name, value in content.items() if torch.is_tensor(value)}
+        words = [stem if name in ("*", "emb_params") else name for name in found]
+    rows = next(iter(found.values()), None)
+    if len(found) != 1 or not torch.is_tensor(rows) or rows.dtype not in FLOATS or rows.ndim not in (1, 2):
+        raise ValueError(f"{path} is not a learned word: expected one (D) or (n, D) tensor, of textual inversion")
+    rows = rows.reshape(-1, rows.shape[-1])
+    if not 1 <= len(rows) <= clip.Tokenizer.length - 2:
+        raise ValueError(f"{path} is not a learned word: no prompt holds {len(rows)} tokens")
+    words = dict.fromkeys(word for word in words if isinstance(word, str) and clip.clean_text(word))
+    if not words:
+        raise ValueError(f"{path} has no name: rename the file to what the word should be")
+    return list(words), rows
