@@ -169,12 +169,16 @@ def read_model(args, dtype, device):
     if args.edit or args.collage:
         return mfx.load(args.weights, dtype, device)
     try:
-        return sd.load(args.weights, dtype, device, args.prediction)
+        model = sd.load(args.weights, dtype, device, args.prediction)
     except (ValueError, OSError):
         if looks_like_magic_fixup(args.weights):
             what = f"{args.weights} is a Magic Fixup"
             raise ValueError(f"{what}: it goes with --edit or --collage") from None
         raise
+    for file in args.words or []:
+        names = sd.learn_word(model, file)
+        tell(f"sample.py: {file} is the word {' or '.join(names)}")
+    return model
 
 
 def draw_predictions(model, predictions, columns=8):

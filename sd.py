@@ -11,6 +11,7 @@ networks: checkpoints/names.py translates, checkpoints/parts.py makes a network 
 
 import contextlib
 import re
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from checkpoints.configs import schedule_from_json, schedule_to_json
 from checkpoints.names import split_parts
 from checkpoints.parts import PARTS, build_part, load_part, read_latent_side, save_part
 from checkpoints.read import read_metadata, read_tensors
-from checkpoints.words import add_words, load_tokenizer, read_word
+from checkpoints.words import add_words, drop_words, load_tokenizer, read_word
 from common.files import read_json, write_json
 from diffusion import Schedule
 from prompts import encode_weighted, list_texts, warn_of_weights
@@ -233,9 +234,13 @@ def check_fit(path, sd):
                          f"model ({plain}) nor an inpainting one ({inpainting})")
     if t.length < clip.Tokenizer.length:
         raise ValueError(f"{path}: its text encoder reads {t.length} tokens, and not 77")
-    if sd.tokenizer and max(sd.tokenizer.symbols) >= t.vocab_size:
+    if sd.tokenizer and max(sd.tokenizer.vocab.values()) >= t.vocab_size:
         raise ValueError(f"{path}: its tokenizer is not the text encoder's, which knows "
                          f"{t.vocab_size} symbols only")
+    sd.tokenizer, absent = drop_words(sd.tokenizer, t.vocab_size)
+    if absent:
+        warnings.warn(f"{path}: its text encoder does not know the added words "
+                      f"{', '.join(absent):.200}, which are spelled out", stacklevel=3)
 
 
 def find_tokenizer(folders, pad=None):
@@ -255,8 +260,8 @@ def learn_word(sd, path):
     words, rows = read_word(path)
     table = sd.text.text_model.embeddings.token_embedding
     if rows.shape[1] != sd.text.config.width:
-        raise ValueError(f"{path} was learned for a text encoder of width {rows.shape[1]}, and this "
-                         f"one has {sd.text.config.width}")
+        raise ValueError(f"{path} was learned for a text encoder of width {rows.shape[1]}, and "
+                         f"this one has {sd.text.config.width}")
     if sd.tokenizer is None:
         raise ValueError(f"a learned word needs a tokenizer: {sd.tokenizer_help}")
     added = {}

@@ -142,8 +142,10 @@ def find_numbers(pattern, names):
 
 
 def warn_of_unknown(path, names, prefixes):
-    """A warning of tensors that are in no part."""
+    """A warning of tensors that are in no part. ValueError for a network beside the UNet."""
     unknown = [name for name in names if not name.startswith(tuple(prefixes.values()))]
+    if networks := [name for name in unknown if name.startswith("model.")]:
+        raise ValueError(f"{path}: {len(networks)} unexpected tensors, e.g. {networks[0]:.200}")
     if unknown:
         warnings.warn(f"{path}: {len(unknown)} tensors are of no part of the model and left out, e.g. "
                       f"{', '.join(unknown[:3]):.200}", stacklevel=2)

@@ -64,6 +64,15 @@ def add_words(tokenizer, added):
     return WordTokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.pad, added) if added else tokenizer
 
 
+def drop_words(tokenizer, n):
+    """-> the tokenizer without the words whose ids a text encoder of n tokens does not know, and those words"""
+    absent = [word for word, i in getattr(tokenizer, "added", {}).items() if i >= n]
+    if not absent:
+        return tokenizer, absent
+    added = {word: i for word, i in tokenizer.added.items() if i < n}
+    return add_words(clip.Tokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.pad), added), absent
+
+
 def load_tokenizer(folder, pad=None):
     """As `clip.Tokenizer.load`, with the words that were added to a folder."""
     folder = Path(folder)

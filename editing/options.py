@@ -9,12 +9,12 @@ from editing.change_maps import RIGHT
 
 MAPS = ["change_map", "mask", "strength_fan", "strength"]
 COARSE = ["edit", "collage"]
-TEXT = ["prompt", "negative", "a1111", "guidance", "prediction"]
+TEXT = ["prompt", "negative", "a1111", "words", "guidance", "prediction"]
 NEEDS = {  # an option, and others of which at least one must stand beside it
     "edit": ["image"], "mask": ["image"], "strength_fan": ["image"], "strength": ["image"],
     "change_map": ["image", "collage"], "white_is_change": ["change_map", "mask"],
-    "softness": ["mask"], "a1111": ["prompt", "negative"], "segments": ["collage"], "no_skip": MAPS + COARSE,
-    "paste_back": MAPS,
+    "softness": ["mask"], "a1111": ["prompt", "negative"], "words": ["prompt"], "segments": ["collage"],
+    "no_skip": MAPS + COARSE, "paste_back": MAPS,
 }
 
 
@@ -30,6 +30,8 @@ def parse(argv, description):
     add("--negative", help="what they should not show")
     add("--a1111", action="store_true", help="read prompts as that web UI does: weights as "
         "(word:1.4), and more than 75 tokens")
+    add("--words", nargs="+", type=file_name, help="files of learned words, by textual inversion, "
+        "for the prompt")
     add_map = p.add_mutually_exclusive_group().add_argument
     add_map("--change-map", type=file_name, help="grey picture: black = change fully, white = "
             f"keep. Or {RIGHT['depth']}. Or {RIGHT['sam']}. Or alpha: the picture's own")

@@ -32,6 +32,15 @@ def test_words_of_a_folder(tmp_path):
         assert load_tokenizer(tmp_path / "again").encode(WORD) == [n]
 
 
+def test_a_word_that_the_text_encoder_does_not_know(tmp_path):
+    """Its row is missing: it is spelled out, with a word."""
+    sd.save(small.stable_diffusion(), tmp_path)
+    (tmp_path / "tokenizer" / "added_tokens.json").write_text(json.dumps({WORD: len(small.VOCAB)}))
+    with pytest.warns(UserWarning, match="does not know the added words <My-Circle>"):
+        got = sd.load(tmp_path)
+    assert got.tokenizer.encode(WORD) == small.TOKENIZER.encode(WORD)
+
+
 def test_a_word_of_letters_is_no_part_of_others():
     got = WordTokenizer(small.VOCAB, small.MERGES, "!", {"art": 1000, "<x>": 1001, "<x>_1": 1002, "<x>2": 1003})
     assert got.encode("art, ART") == [1000, *small.TOKENIZER.encode(","), 1000]

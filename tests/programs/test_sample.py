@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import sample
 import sd
@@ -19,7 +20,7 @@ from common.pictures import picture_to_tensor, tensor_to_picture
 from editing import options
 from kernels import winograd
 from reproduce.metrics import cam
-from tests.runs import GRADIENT, MEADOW, ROOT, half_white, run, same_picture
+from tests.runs import GRADIENT, MEADOW, ROOT, fails, half_white, run, same_picture
 from tests.small import relative_error
 
 
@@ -249,3 +250,15 @@ def test_no_traceback_from_a_shell(tmp_path):
     result = subprocess.run([sys.executable, ROOT / "sample.py", "--image", tmp_path / "none.png", "--strength", "0.5"],
                             capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
+
+
+def test_learned_words(tmp_path, capsys):
+    """A word that learned what "night" means."""
+    toy = sd.load(sample.TOY, torch.float32)
+    row = toy.text.text_model.embeddings.token_embedding.weight[toy.tokenizer.encode("night")]
+    save_file({"<my-night>": row.clone()}, tmp_path / "word.safetensors")
+    this = ["--prompt", "snow at <my-night>", "--words", tmp_path / "word.safetensors"]
+    learned = run(tmp_path, *this)
+    assert "is the word <my-night>" in "".join(capsys.readouterr())
+    assert same_picture(learned, run(tmp_path, "--prompt", "snow at night"))
+    assert "--words" in fails(capsys, "--words", tmp_path / "word.safetensors", "--image", MEADOW, "--strength", "0.5")
