@@ -84,7 +84,8 @@ def check_sizes(config, tensors):
         least = 0 if name in MAY_BE_ZERO else 1
         for size in value if isinstance(value, tuple) else (value,):
             if size is not None and not (type(size) is int and least <= size < 2**31):
-                raise ValueError(f"its {name} should be {least} or more, not {show(size)}")
+                raise ValueError(f"its {name} should be a whole number, {least} or more, not "
+                                 f"{show(size)}")
 
     depth = getattr(config, "depth", (0,))
     levels = len(getattr(config, "channels", (0,)))

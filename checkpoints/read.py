@@ -161,7 +161,9 @@ def read_pickle(path):
         if not refused and isinstance(content, dict):
             # Storages are pieces of the file, mapped into memory.
             whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
-            return Restorer(whole, records).restore(content, depth=2)
+            content = Restorer(whole, records).restore(content, depth=2)
+            if isinstance(content, dict):
+                return content
     except Exception as e:  # a damaged file can fail in any way
         refused = [name for name in names if not BYSTANDERS.fullmatch(name)]
         if not refused:

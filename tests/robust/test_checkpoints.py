@@ -44,8 +44,9 @@ def test_files_that_are_no_checkpoint(tmp_path):
                                (b"PK\x03\x04", "damaged")):
             cut.write_bytes(content)
             assert_refused(cut, cut.name, words)
-    torch.save([1, 2], tmp_path / "list.pt")
-    assert_refused(tmp_path / "list.pt", "no tensors")
+    for content in ([1, 2], "text", torch.ones(3), torch.nn.Parameter(torch.ones(3)), None):
+        torch.save(content, tmp_path / "list.pt")
+        assert_refused(tmp_path / "list.pt", "no tensors")
     torch.save({0: torch.zeros(1)}, tmp_path / "numbered.pt")
     assert_refused(tmp_path / "numbered.pt", "no tensors")
     endless = {}
