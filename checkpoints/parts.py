@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from checkpoints import configs
 from checkpoints.names import IGNORED, translate
-from checkpoints.read import copy_tensor, describe_misfits, read_folder
+from checkpoints.read import copy_tensors, describe_misfits, read_folder
 from clip import TextEncoder
 from common.devices import choose_stored
 from common.files import atomic_write, read_json, write_json
@@ -72,7 +72,7 @@ def build_part(part, tensors, where, config=None, dtype=None, device="cpu", **kn
     if problems := describe_misfits(model, tensors):
         raise ValueError(f"{where}, the {part}: {problems}")
     dtype = dtype or choose_stored({tensor.dtype for tensor in tensors.values()}, device)
-    there = {name: copy_tensor(where, name, tensor, device, dtype) for name, tensor in tensors.items()}
+    there = copy_tensors(where, tensors, device, dict.fromkeys(tensors, dtype))
     if part == "vae" and dtype == torch.float16 and not all(x.isfinite().all() for x in there.values()):
         # What does not fit into fp16 stays in single precision: an autoencoder takes pictures and latents of any.
         return build_part(part, tensors, where, config, torch.float32, device)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.read import copy_tensor, describe_misfits, read_tensors
+from checkpoints.read import copy_tensors, describe_misfits, read_tensors
 from common.devices import choose_stored
 from networks import lpips, midas, raft, sam
 
@@ -107,10 +107,11 @@ def load(kind, path, dtype=None, device="cpu"):
 
     dtype = dtype or choose_stored({t.dtype for t in tensors.values() if t.is_floating_point()}, device)
     # The frequencies of SAM's positional encoding keep their digits: with 8 bits it would confuse distant places.
+    dtypes = {}
     for name, tensor in tensors.items():
         rounded = tensor.is_floating_point() and not name.endswith("gaussian_matrix")
-        tensors[name] = copy_tensor(path, name, tensor, device, dtype if rounded else tensor.dtype)
-    model.load_state_dict(tensors, assign=True)
+        dtypes[name] = dtype if rounded else tensor.dtype
+    model.load_state_dict(copy_tensors(path, tensors, device, dtypes), assign=True)
     return model.requires_grad_(False).eval()
 
 

@@ -314,15 +314,21 @@ def read_shards(index):
     return tensors
 
 
-def copy_tensor(where, name, tensor, device, dtype):
-    """-> the tensor there, in that precision; itself where nothing changes, so it stays in the file
+def copy_tensors(where, tensors, device, dtypes):
+    """{name: tensor} in these precisions, {name: dtype}, on that device. A tensor is itself where
+    nothing changes, so that it stays in the file.
 
-    ValueError if it would take more memory than is stored of it: each number is in a file once.
+    ValueError if they would take much more memory than is stored of them, as in no real file.
     """
-    same = tensor.dtype == dtype and tensor.device == torch.device(device)
-    if not same and tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{where} is damaged: {name} is larger than what is stored of it")
-    return tensor.to(device, dtype)
+    there = {}
+    invented = 0  # bytes
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtypes[name] or torch.device(device).type != "cpu":
+            invented += max(0, tensor.nbytes - tensor.untyped_storage().nbytes())
+        if invented > 2**28:
+            raise ValueError(f"{where} is damaged: {name} is larger than what is stored of it")
+        there[name] = tensor.to(device, dtypes[name])
+    return there
 
 
 def describe_misfits(model, tensors):
