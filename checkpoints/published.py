@@ -141,7 +141,9 @@ def load_lpips(backbone, heads):
     found = read_contents(heads, expected)
     if problems := describe_misfits(models[name], features | found):
         raise ValueError(f"{heads}: {expected}, and {recognise(found, 'heads') or problems}")
-    models[name].load_state_dict(features | found, assign=True)
+    tensors = features | found
+    tensors = copy_tensors(backbone, tensors, "cpu", dict.fromkeys(tensors, torch.float32))
+    models[name].load_state_dict(tensors, assign=True)
     return models[name].requires_grad_(False).eval()
 
 
