@@ -99,8 +99,6 @@ def check_sizes(config, tensors):
             heads = config.heads_at(width)
             if transformers and (heads < 1 or width % heads):
                 raise ValueError(f"{heads} attention heads do not share a width of {width}")
-    if hasattr(config, "eos") and config.eos >= config.vocab_size:
-        raise ValueError(f"its end token {config.eos} is none of {config.vocab_size}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ NO_NUMBERS = ["10", None, -1, 0.18, True, [1], {"a": 1}, 10**30, 2**63, 1e300, f
     ("vae", "layers_per_block", [10**6, 10**9]), ("vae", "norm_num_groups", [0]), ("vae", "latent_channels", [0]),
     ("vae", "scaling_factor", [0, 10**400, float("inf")]), ("vae", "sample_size", [10**9]),
     ("text_encoder", "num_hidden_layers", [10**6, 10**9]), ("text_encoder", "num_attention_heads", [10**6, 0]),
-    ("text_encoder", "eos_token_id", [10**6]), ("text_encoder", "vocab_size", [10**6]),
+    ("text_encoder", "eos_token_id", []), ("text_encoder", "vocab_size", [10**6]),
     ("text_encoder", "max_position_embeddings", [10**6, 0]), ("text_encoder", "hidden_size", [10**6, 0]),
 ])
 def test_sizes_that_no_network_has(tmp_path, part, key, more):
