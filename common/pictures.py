@@ -23,7 +23,6 @@ from common.files import atomic_write
 # What would not fit into a computer's memory is not: an edit takes up to 18 bytes a pixel, 5 GB.
 PIXELS = 2**28
 Image.MAX_IMAGE_PIXELS = PIXELS // 2  # Pillow refuses what has twice as many, and warns before
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes, unpacked; of colour profiles as well
 PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 STRIP = 1024  # rows: what is made of a whole picture is made in strips, for the memory between
@@ -49,7 +48,10 @@ FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "w
 def open_picture(path):
     """Any file that Pillow reads, turned upright. ValueError, one line, for anything else."""
     try:
-        with Image.open(path) as file:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            file = Image.open(path)
+        with file:
             ImageOps.exif_transpose(file, in_place=True)
             return file
     except FileNotFoundError:

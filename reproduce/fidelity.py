@@ -66,6 +66,7 @@ def photographs(lab):
 # Kinds of object
 
 
+@torch.inference_mode(False)
 def train_classifier(steps, seed=HELD_OUT + 50):
     """A network that names the kind of a scene's only object: pictures (B, 3, 128, 128) in [0, 1] -> (B, kinds)"""
     torch.manual_seed(0)

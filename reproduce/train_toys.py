@@ -221,7 +221,8 @@ def new_base(out, scenes, device):
     autoencoder = load_part(out / "model" / "vae", "vae", torch.float32, device)
     tokenizer = clip.Tokenizer(*learn_bpe(world.captions(scenes[:5000], generator_at(0, 0)), 600))
     text = replace(clip.CONFIGS["toy"], vocab_size=len(tokenizer.vocab), eos=tokenizer.vocab[clip.END])
-    model = unet.UNet(unet.CONFIGS["toy"])
+    C = autoencoder.config.latent_channels
+    model = unet.UNet(replace(unet.CONFIGS["toy"], in_channels=C, out_channels=C))
     nn.init.zeros_(model.conv_out.weight)  # the first guess is no noise: a calm start
     schedule = diffusion.Schedule(prediction="v_prediction")  # short trainings: see mfx.MagicFixup.loss
     return sd.StableDiffusion(model, autoencoder, clip.TextEncoder(text), schedule, tokenizer, size=128)

@@ -1,6 +1,7 @@
 """Every program ends in one line, whenever Ctrl-C, SIGTERM or a closed terminal comes: which says what is kept."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ def interrupt(argv, number, ready):
     assert program.poll() is None, program.communicate()
     os.killpg(program.pid, number)
     said = program.communicate(timeout=60)[1]
+    said = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", said)  # bars within bars move the cursor
     lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip()]
     return program.returncode, [line for line in lines if "%|" not in line and "?it" not in line]
 
