@@ -348,7 +348,7 @@ def pickles(whole, folder, rng):
     if how == "code":
         evil = [(os.mkdir, str(marker)), (Path.touch, marker), (exec, f"open({str(marker)!r}, 'w')"),
                 (eval, f"__import__('os').mkdir({str(marker)!r})"), (os.system, f"mkdir '{marker}'"),
-                (bytearray, 10**18), (torch.load, str(path)), (getattr, torch, "load"), (map, print, [1])]  # fmt: skip
+                (bytearray, 10**18), (torch.load, str(path)), (getattr, dict, "keys"), (map, print, [1])]  # fmt: skip
         tensors[rng.choice(sorted(tensors))] = Runs(*rng.choice(evil))
     elif how == "value":
         change_tensor(tensors, rng, [
