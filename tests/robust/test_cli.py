@@ -10,6 +10,14 @@ from common import cli, devices
 from common.interrupts import came, finish_steps
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """These tests may themselves run under nohup, which has SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("interrupt, status", [
     (lambda: signal.raise_signal(signal.SIGTERM), 143), (lambda: signal.raise_signal(signal.SIGHUP), 129),
     (lambda: signal.raise_signal(signal.SIGINT), 130), (lambda: signal.default_int_handler(2, None), 130),

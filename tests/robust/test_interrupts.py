@@ -17,6 +17,12 @@ from tests.training import arguments, write_stable
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
 
+def hear_all():
+    """A shell's background job ignores Ctrl-C, and one under nohup a closed terminal."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def interrupt(argv, number, ready):
     """Start a program and send it, and the processes that it starts, the signal once ready() -> status, lines
 
@@ -25,7 +31,7 @@ def interrupt(argv, number, ready):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     program = subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, env=env, text=True, stderr=subprocess.PIPE,
                                stdout=subprocess.DEVNULL, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+                               preexec_fn=hear_all)
     wait_for(lambda: answers(program.pid), program)
     if callable(ready):
         wait_for(ready, program)
