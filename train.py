@@ -293,7 +293,7 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
             loss_now = f"{np.mean(losses[-100:]):.4f}"
             bar.set_postfix(loss=loss_now, images_s=f"{images_s:.1f}", refresh=False)
 
-        # Validate, save, draw.
+        # Validate, draw, save.
         if save_now:
             if not torch.stack([p.isfinite().all() for p in parameters.values()]).all():
                 raise FloatingPointError(f"weights are not finite after step {step}: "
@@ -303,9 +303,9 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
                     if validate and planned:
                         validation.append([step + 1, float(validate(average))])
                     pictures = sheet(average) if sheet and planned else None
-                save_state(out, stage, model, average, optimizers, losses, validation, recipe)
                 if pictures is not None:
                     draw_sheet(pictures, out / f"{stage}-samples.png")
+                save_state(out, stage, model, average, optimizers, losses, validation, recipe)
         if stop:
             raise KeyboardInterrupt(stop)
     return average

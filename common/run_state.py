@@ -40,11 +40,12 @@ def trained_parameters(model):
 
 
 def save_state(out, stage, model, average, optimizers, losses, validation, recipe):
-    """Write the state after len(losses) steps, delete all but the last KEPT, and draw the curve of the losses.
+    """Draw the curve of the losses, write the state after len(losses) steps, and delete all but the last KEPT.
 
     average     the model that follows the weights, or the model itself where there is none
     losses      [loss of each step];  validation  [[steps done, loss]]
     """
+    draw_curve(losses, validation, out / f"{stage}-loss.png")  # first: from the state on, nothing would draw it again
     tensors = {}
     followers = dict(average.named_parameters())
     moments = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
@@ -76,7 +77,6 @@ def save_state(out, stage, model, average, optimizers, losses, validation, recip
     kept = [p for p in list_states(out, stage) if p.name <= path.name][-KEPT:]
     for old in set(list_states(out, stage)) - set(kept):
         old.unlink(missing_ok=True)
-    draw_curve(losses, validation, out / f"{stage}-loss.png")
 
 
 def list_states(out, stage):
@@ -92,7 +92,7 @@ def check_folder(out, stage, resume, model):
         raise ValueError(f"{out} holds the states of a run: --resume goes on with it, another --out starts anew")
     if not resume and model.exists():
         raise ValueError(f"{model} is there already, and would be written over: choose another --out")
-    remove_leftovers(out, f"{stage}-state-*.safetensors")
+    remove_leftovers(out, f"{stage}-*")
 
 
 def say_kept(program, out, stage):

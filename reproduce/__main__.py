@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.cli import TOY, TOY_MFX, Parser, report_errors
+from common.cli import TOY, TOY_MFX, Parser, folder_name, report_errors
 from common.devices import choose_device, choose_precision
 from common.files import atomic_write, write_json
 from kernels.memory import hold_memory
@@ -120,21 +120,21 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=list(ITEMS), metavar="NAME", help="these items")
     parser.add_argument("--quick", action="store_true", help="fewer samples and steps")
     parser.add_argument("--again", action="store_true", help="run finished items again")
-    parser.add_argument("--weights", type=Path, default=TOY, help="the Stable Diffusion to edit with")
-    parser.add_argument("--mfx-weights", type=Path, help="the Magic Fixup (default: weights/toy-mfx, which is compared "
-                        "with no other --weights)")
-    parser.add_argument("--ablation-weights", type=Path, default=Path("runs/ablation"), metavar="DIR",
+    parser.add_argument("--weights", type=folder_name, default=TOY, help="the Stable Diffusion to edit with")
+    parser.add_argument("--mfx-weights", type=folder_name, help="the Magic Fixup (default: weights/toy-mfx, which is "
+                        "compared with no other --weights)")
+    parser.add_argument("--ablation-weights", type=folder_name, default=Path("runs/ablation"), metavar="DIR",
                         help="folder with the four Magic Fixups of the ablation (default: runs/ablation)")
     parser.add_argument("--train-ablation", action="store_true", help="train them into that folder, and go on where "
                         "that was stopped; nothing else is done")
-    parser.add_argument("--inpainting-weights", type=Path, help="an inpainting model, for Table 1's third method; "
-                        "default: beside the toy weights/toy-inpainting, otherwise none")
-    parser.add_argument("--networks", type=Path, metavar="DIR", help="folder with LPIPS's two files (default: weights; "
-                        "without them there, a distance on the autoencoder's features)")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures to edit instead of the toy world's")
+    parser.add_argument("--inpainting-weights", type=folder_name, help="an inpainting model, for Table 1's third "
+                        "method; default: beside the toy weights/toy-inpainting, otherwise none")
+    parser.add_argument("--networks", type=folder_name, metavar="DIR", help="folder with LPIPS's two files (default: "
+                        "weights; without them there, a distance on the autoencoder's features)")
+    parser.add_argument("--images", type=folder_name, metavar="DIR", help="pictures to edit instead of the toy world's")
     parser.add_argument("--prompt", default="snow at night", help="of the edits in Differential Diffusion's figures")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="default: reproduced, or with --quick reproduced/quick")
+    parser.add_argument("--out", type=folder_name, help="default: reproduced, or with --quick reproduced/quick")
     args = parser.parse_args(argv)
     memory = "a smaller --weights, or --device cpu. What is finished is kept"
     with report_errors(parser, memory, "what is finished is kept; the same command goes on"):

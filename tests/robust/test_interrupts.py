@@ -63,7 +63,7 @@ PROGRAMS = (["train.py"], ["-m", "reproduce.train_toys", "vae"], ["data.py", "ex
             ["-m", "toy.clips", "/nowhere"])
 
 
-@pytest.mark.parametrize("argv, number", zip(PROGRAMS, 3 * SIGNALS), ids=str)
+@pytest.mark.parametrize("argv, number", list(zip(PROGRAMS, 3 * SIGNALS)), ids=str)
 def test_while_a_program_imports(argv, number):
     status, lines = interrupt(argv, number, 0.2)
     name = " ".join(["python", *argv[:2]]) if argv[0] == "-m" else argv[0]
