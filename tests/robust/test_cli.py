@@ -47,7 +47,8 @@ def test_what_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with cli.report_errors(cli.Parser(prog="it"), "buy more"):
-            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)  # nothing comes of it
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 
