@@ -231,14 +231,14 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
     device = next(iter(parameters.values())).device
     average = copy.deepcopy(model).eval().requires_grad_(False) if recipe.ema else model
     followers = dict(average.named_parameters())
-    optimizers = make_optimizers(recipe, parameters)
+    bf16 = choose_precision(recipe.precision, device) == torch.bfloat16
+    optimizers = make_optimizers(recipe, parameters, torch.bfloat16 if bf16 else torch.float32)
     losses, validation = [], []
     if resume:
         losses, validation = restore_state(out, stage, model, average, optimizers)
 
     # Weights stay fp32; matrices are multiplied in bf16 where that is faster, or asked for. A
     # weight is cast once in a forward pass, so a cache of the casts would only hold memory.
-    bf16 = choose_precision(recipe.precision, device) == torch.bfloat16
     half = dict(device_type=device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False)
     autocast = functools.partial(torch.autocast, **half)
     if recipe.compile:
@@ -311,13 +311,13 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
     return average
 
 
-def make_optimizers(recipe, parameters):
+def make_optimizers(recipe, parameters, dtype=torch.float32):
     """parameters {name: p} -> [AdamW of all], or with recipe.muon [AdamW, Muon of matrices]"""
     matrices = {n: p for n, p in parameters.items() if recipe.muon and is_matrix(n, p)}
     others = [p for n, p in parameters.items() if n not in matrices]
     both = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
     adam = torch.optim.AdamW(others, betas=(0.9, recipe.beta2), fused=True, **both)
-    return [adam, Muon(matrices.values(), **both)] if matrices else [adam]
+    return [adam, Muon(matrices.values(), dtype=dtype, **both)] if matrices else [adam]
 
 
 def learning_rate(recipe, step):

@@ -13,8 +13,10 @@ def is_matrix(name, p):
 
 
 class Muon(torch.optim.Optimizer):
-    def __init__(self, parameters, lr, weight_decay=0.0, momentum=0.95):
+    def __init__(self, parameters, lr, weight_decay=0.0, momentum=0.95, dtype=torch.float32):
+        """dtype: matrices are made orthogonal in it; bf16's rounding is harmless there, and often far quicker"""
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -26,7 +28,7 @@ class Muon(torch.optim.Optimizer):
             for shape, parameters in alike.items():
                 updates = torch.stack([self.nesterov(p, group["momentum"]).reshape(shape) for p in parameters])
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5  # as large a step as Adam's (Liu et al. 2025)
-                for p, update in zip(parameters, orthogonalize(updates)):
+                for p, update in zip(parameters, orthogonalize(updates, self.dtype)):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.reshape(p.shape), alpha=-rate)
 
     def nesterov(self, p, momentum):
@@ -35,11 +37,11 @@ class Muon(torch.optim.Optimizer):
         return p.grad.lerp(average, momentum)
 
 
-def orthogonalize(x):
+def orthogonalize(x, dtype=torch.float32):
     """x (n, rows, columns) -> the same with singular values of about 1, by five steps of a Newton-Schulz iteration
     whose coefficients are Jordan's: they push small ones up fast, into about 0.7 .. 1.2."""
     wide = x if x.shape[1] <= x.shape[2] else x.mT
-    wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    wide = (wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(5):
         gram = wide @ wide.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)

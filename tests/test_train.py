@@ -23,7 +23,7 @@ import vae
 from common.interrupts import interrupt
 from common.run_state import list_states
 from kernels.blocks import checkpoint_blocks
-from kernels.muon import Muon
+from kernels.muon import Muon, orthogonalize
 from tests.training import equal, random_batch, random_fixup, read_state, write_stable
 
 RECIPE = train.Recipe(steps=12, batch=2, lr=5e-3, warmup=3, ema=0.9, save_every=4)
@@ -120,6 +120,14 @@ def test_a_muon_step_is_as_large_in_every_direction():
     values = torch.linalg.svdvals(p.detach().reshape(12, 36)) / (0.2 * 36**0.5)
     assert 0.6 < values[1] and values[0] < 1.3 and values[2] < 0.1  # two directions, a hundred times apart
     assert (p * p.grad).sum() < 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_makes_matrices_orthogonal_in_either_precision(dtype):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 48, 20, generator=g) * torch.logspace(-1, 1, 20)
+    values = torch.linalg.svdvals(orthogonalize(x, dtype).float())
+    assert 0.6 < values.min() and values.max() < 1.3 and torch.linalg.svdvals(x).min() < 1
 
 
 def test_muon_gets_matrices_and_adam_the_rest(tmp_path):
