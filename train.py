@@ -48,9 +48,9 @@ from common.processes import (
 )
 from common.run_state import (
     change_recipe,
-    check_folder,
     draw_sheet,
     generator_at,
+    open_run,
     restore_state,
     resume_recipe,
     save_state,
@@ -380,8 +380,8 @@ def main(argv=None):
         p.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=what)
     args = p.parse_args(argv)
     kept = functools.partial(say_kept, "python train.py", args.out, "mfx")
-    with report_errors(p, "try a smaller --micro-batch or --batch, or --checkpointing", kept):
-        check_folder(args.out, "mfx", args.resume, args.out / "model")
+    run = open_run(args.out, "mfx", args.resume, args.out / "model")
+    with report_errors(p, "try a smaller --micro-batch or --batch, or --checkpointing", kept), run:
         if args.resume:
             recipe = resume_recipe(args.out, "mfx", FixupRecipe, args)
         else:

@@ -8,10 +8,19 @@ import os
 import platform
 import re
 import sys
+import time
 import zlib
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # processes of many machines may write to one folder
+PATIENCE = 8.0  # seconds until a folder that another process has is given up
 
 
 def read_json(path, default=None):
@@ -41,6 +50,37 @@ def check_writable(out):
 
 
 @contextlib.contextmanager
+def lock_folder(folder):
+    """Make a folder, and keep other processes that ask for it out. ValueError if one has it.
+
+    A process that ends, even by kill -9, leaves it; its workers a few seconds later. torchrun's are one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        end = time.monotonic() + PATIENCE
+        with contextlib.suppress(OSError):  # a file system that knows no locks
+            while not try_lock(held):
+                if time.monotonic() > end:
+                    raise ValueError(f"another training is writing to {folder}: wait for it, or choose another --out")
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(held)
+
+
+def try_lock(held):
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
 def atomic_write(path):
     """A name to write to, which becomes `path` if nothing goes wrong. What a killed process left of it is deleted."""
     path = Path(path)
@@ -52,6 +92,10 @@ def atomic_write(path):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # the disk has it before it has the name, if the power fails
         os.replace(temporary, path)  # where the old file is mapped, the map keeps the old contents
+    except (OSError, SafetensorError) as e:
+        if getattr(e, "filename", None) is None:  # a full disk, which says no name
+            raise OSError(f"{path} cannot be written: {getattr(e, 'strerror', None) or e}") from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -6,6 +6,7 @@
     any.safetensors                   tensors that are expensive to make, kept for the next start
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from common.files import atomic_write, check_writable, remove_leftovers
+from common.files import atomic_write, check_writable, lock_folder, remove_leftovers
 from common.processes import process_rank, wait_for_all
 
 # What --resume may change: how long, how fast and in what memory, but not what the weights and the batches mean
@@ -84,15 +85,26 @@ def list_states(out, stage):
     return sorted(out.glob(f"{stage}-state-{'[0-9]' * 7}.safetensors"))
 
 
-def check_folder(out, stage, resume, model):
-    """ValueError if `out` cannot be written, or holds a run's states, or its `model`, and this one does not go on.
-    Nothing is made yet: a start that fails later leaves no empty folder."""
+@contextlib.contextmanager
+def open_run(out, stage, resume, model):
+    """The folder of a run, which one process at a time writes to. A start that fails leaves no empty folder.
+
+    ValueError if `out` cannot be written, or holds a run's states, or its `model`, and this one does not go on.
+    """
     check_writable(out)
     if not resume and list_states(out, stage):
         raise ValueError(f"{out} holds the states of a run: --resume goes on with it, another --out starts anew")
     if not resume and model.exists():
         raise ValueError(f"{model} is there already, and would be written over: choose another --out")
-    remove_leftovers(out, f"{stage}-*")
+    new = not out.exists()
+    try:
+        with lock_folder(out):
+            remove_leftovers(out, f"{stage}-*")
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # it is not empty
+            if new:
+                out.rmdir()
 
 
 def say_kept(program, out, stage):

@@ -37,9 +37,9 @@ from common.devices import choose_device
 from common.run_state import (
     cache_tensors,
     change_recipe,
-    check_folder,
     digest,
     generator_at,
+    open_run,
     resume_recipe,
     say_kept,
 )
@@ -365,12 +365,12 @@ def main(argv=None):
     # A folder of its own for inpainting: it would write its model over the one that it is made of.
     out = args.out or Path("runs/toy-inpainting" if args.stage == "inpainting" else "runs/toy")
     kept = functools.partial(say_kept, f"python -m reproduce.train_toys {args.stage}", out, args.stage)
-    with report_errors(parser, "try a smaller --batch", kept):
+    run = open_run(out, args.stage, args.resume, out / "model" / ("vae" if args.stage == "vae" else "unet"))
+    with report_errors(parser, "try a smaller --batch", kept), run:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("the toys are trained in one process: only train.py can be shared by many")
         if args.stage == "vae" and not (args.scenes is None and args.offset is None):
             raise ValueError("--scenes and --offset are for base and inpainting: vae draws new scenes at every step")
-        check_folder(out, args.stage, args.resume, out / "model" / ("vae" if args.stage == "vae" else "unet"))
         if args.resume:
             recipe = resume_recipe(out, args.stage, ToyRecipe, args)
         else:

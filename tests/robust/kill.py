@@ -1,16 +1,20 @@
-"""kill -9 at random moments: what goes on afterwards ends where an undisturbed run does, and nothing broken is left.
+"""kill -9 at random moments, full disks, two at once: what goes on afterwards ends where an undisturbed run does, and
+nothing broken is left.
 
     python -m tests.robust.kill                              10 kills of each program, a few minutes
-    python -m tests.robust.kill train data --kills 100 --seed 7
+    python -m tests.robust.kill train data --times 100 --seed 7
+    python -m tests.robust.kill --how full
 
 Half of the moments are drawn over the whole run, half fall into the writing of a file. The moments are drawn from the
-seed, but what a program does at a moment depends on the machine.
+seed, but what a program does at a moment depends on the machine. A disk is full for files beyond a drawn size.
 """
 
 import argparse
 import contextlib
+import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -28,8 +32,11 @@ from common.run_state import list_states
 from tests.runs import GRADIENT, MEADOW, ROOT, film, same_picture
 from tests.training import arguments, write_stable
 
+# Each program: a function of a folder for its input -> go_on(out), the command line that starts or goes on; and how
+# two results are compared.
 
-def kill_train(folder, kills, rng):
+
+def train(folder):
     """The states, the model and the pictures are the same, byte for byte."""
     words = ["--steps", 40, "--save-every", 2, "--warmup", 3]
     argv = ["train.py", *arguments(write_stable(folder / "stable"), folder / "OUT", *words)]
@@ -38,10 +45,10 @@ def kill_train(folder, kills, rng):
         resume = ["--resume"] if list_states(out, "mfx") else []
         return [out if word == str(folder / "OUT") else word for word in argv] + resume
 
-    return kill_often(folder, go_on, kills, rng, equal_bytes)
+    return go_on, equal_bytes
 
 
-def kill_data(folder, kills, rng, workers=1):
+def data(folder, workers=1):
     """The shards are the same, byte for byte, and no worker outlives its parent."""
     for seed in range(6):
         film(folder / f"{seed}.mp4", seed=seed)
@@ -50,14 +57,14 @@ def kill_data(folder, kills, rng, workers=1):
     def go_on(out):
         return ["data.py", *clips, "--out", out, "--size", 64, "--pairs", 8, "--preview", "--workers", workers]
 
-    return kill_often(folder, go_on, kills, rng, equal_bytes)
+    return go_on, equal_bytes
 
 
-def kill_data_of_two(folder, kills, rng):
-    return kill_data(folder, kills, rng, workers=2)
+def data2(folder):
+    return data(folder, workers=2)
 
 
-def kill_sample(folder, kills, rng):
+def sample(folder):
     """The pictures are the same: those of another process, to one grey level."""
 
     def go_on(out):
@@ -65,24 +72,24 @@ def kill_sample(folder, kills, rng):
         files = ["--out", out / "r.png", "--sheet", out / "sheet.png", "--steps-strip", out / "strip.png"]
         return ["sample.py", "--image", MEADOW, "--change-map", GRADIENT, "--prompt", "snow", "--steps", 2, *files]
 
-    return kill_often(folder, go_on, kills, rng, equal_pictures)
+    return go_on, equal_pictures
 
 
-CAMPAIGNS = {"train": kill_train, "data": kill_data, "data2": kill_data_of_two, "sample": kill_sample}
+PROGRAMS = {program.__name__: program for program in (train, data, data2, sample)}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Killing
+# What is done to them: once undisturbed, and once disturbed so many times. -> what was seen each time. AssertionError
+# if anything is broken, left over or different.
 
 
-def kill_often(folder, go_on, kills, rng, compare):
-    """Run go_on(out), the command line that starts or goes on, once undisturbed, and once killed so often. -> what was
-    seen at each kill. AssertionError if anything is broken, left over or different."""
+def kill(folder, program, times, rng):
+    go_on, compare = program(folder)
     whole, out = folder / "whole", folder / "killed"
     begin = time.perf_counter()
     finish(start(go_on(whole)))
     seconds = time.perf_counter() - begin
     seen = []
-    while len(seen) < kills:
+    while len(seen) < times:
         process = start(go_on(out))
         in_write = rng.random() < 0.5
         moment = time.perf_counter() + rng.uniform(0, seconds)
@@ -109,11 +116,65 @@ def kill_often(folder, go_on, kills, rng, compare):
     return seen
 
 
-def start(argv):
+def fill_disk(folder, program, times, rng):
+    """One line of error, and all that was there before is whole."""
+    go_on, compare = program(folder)
+    whole, out = folder / "whole", folder / "full"
+    finish(start(go_on(whole)))
+    sizes = sorted(path.stat().st_size for path in list_files(whole).values())
+    seen = []
+    while len(seen) < times:
+        most = rng.randrange(rng.choice(sizes))
+        process = start(go_on(out), most)
+        said = process.communicate()[1].decode().replace("\r", "\n").strip().splitlines()
+        check_whole(out)
+        assert not find_leftovers(out), find_leftovers(out)
+        if process.returncode == 0:  # all that was still to be written is small
+            compare(whole, out)
+        else:
+            assert process.returncode == 2 and ": error: " in said[-1], said
+            assert not any("Traceback" in line for line in said), said
+            seen.append(f"files of {most} bytes: {said[-1]}")
+        if process.returncode == 0 or rng.random() < 0.5:
+            remove(out)
+    finish(start(go_on(out)))
+    compare(whole, out)
+    return seen
+
+
+def run_two(folder, program, times, rng):
+    """One of them does all of it; the other does the same, or is refused in one line."""
+    go_on, compare = program(folder)
+    whole = folder / "whole"
+    finish(start(go_on(whole)))
+    seen = []
+    for i in range(times):
+        out = folder / f"two{i}"
+        argv = go_on(out)
+        first = start(argv, math.inf)
+        time.sleep(rng.choice([0, 0.1, 2]))
+        second = start(argv, math.inf)
+        said = [process.communicate()[1].decode().replace("\r", "\n").strip() for process in (first, second)]
+        codes = sorted([first.returncode, second.returncode])
+        assert codes in ([0, 0], [0, 2]) and not any("Traceback" in text for text in said), said
+        compare(whole, out)
+        assert not find_leftovers(out), find_leftovers(out)
+        seen.append(f"status {codes}: {[text.splitlines()[-1] for text in said if 'error: ' in text]}")
+    return seen
+
+
+HOW = {"kill": kill, "full": fill_disk, "two": run_two}
+
+
+def start(argv, most=None):
+    """A process. `most`: files can have so many bytes, and what it says can be read."""
+    limited = {} if most is None else {"stderr": subprocess.PIPE}
+    if most not in (None, math.inf):  # where a file reaches it, writing fails as on a full disk
+        limited["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     device = [] if argv[0] == "data.py" or "--device" in argv else ["--device", "cpu"]
     return subprocess.Popen([sys.executable, *map(str, [*argv, *device])], cwd=ROOT, env=env,
-                            stdout=subprocess.DEVNULL)
+                            stdout=subprocess.DEVNULL, **limited)
 
 
 def finish(process):
@@ -187,14 +248,15 @@ def equal_pictures(whole, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("programs", nargs="*", help=", ".join(CAMPAIGNS))
-    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("programs", nargs="*", help=", ".join(PROGRAMS))
+    parser.add_argument("--how", choices=HOW, default="kill")
+    parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for name in args.programs or CAMPAIGNS:
+    for name in args.programs or PROGRAMS:
         with tempfile.TemporaryDirectory() as folder:
-            seen = CAMPAIGNS[name](Path(folder), args.kills, random.Random(f"{name} {args.seed}"))
-        print(f"{name}: {len(seen)} kills, nothing broken, nothing lost", *seen, sep="\n    ", flush=True)
+            seen = HOW[args.how](Path(folder), PROGRAMS[name], args.times, random.Random(f"{name} {args.seed}"))
+        print(f"{name}, {args.how}: {len(seen)} times, nothing broken, nothing lost", *seen, sep="\n    ", flush=True)
 
 
 if __name__ == "__main__":

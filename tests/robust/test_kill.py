@@ -1,4 +1,4 @@
-"""A few kills of each program at every run of the slow tests; kill.py does many."""
+"""A few kills, and full disks, of each program at every run of the slow tests; kill.py does many."""
 
 import random
 
@@ -8,6 +8,8 @@ from tests.robust import kill
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", kill.CAMPAIGNS)
-def test_killed_and_gone_on_with_it_ends_as_if_nothing_had_been(name, tmp_path):
-    assert len(kill.CAMPAIGNS[name](tmp_path, 3, random.Random(name))) == 3
+@pytest.mark.parametrize("how", kill.HOW)
+@pytest.mark.parametrize("program", kill.PROGRAMS)
+def test_disturbed_and_gone_on_with_it_ends_as_if_nothing_had_been(program, how, tmp_path):
+    times = {"kill": 3, "full": 2, "two": 1}[how]
+    assert len(kill.HOW[how](tmp_path, kill.PROGRAMS[program], times, random.Random(program))) == times

@@ -1,5 +1,6 @@
 """Training that cannot start, cannot go on, or is killed: one line, and whole files."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,14 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import mfx
 import train
 import vae
+from common import files
 from common.files import HOST, atomic_write
-from common.run_state import cache_tensors, check_folder, list_states, read_newest_state, read_recipe
+from common.run_state import cache_tensors, list_states, open_run, read_newest_state, read_recipe
 from tests.training import arguments, fails, random_fixup, write_shards, write_stable
 
 RECIPE = train.Recipe(steps=10, batch=2, lr=5e-3, warmup=3, ema=0.9, save_every=2)
@@ -216,7 +218,8 @@ def test_what_dead_processes_left_is_deleted_and_what_living_ones_write_is_not(t
     with atomic_write(tmp_path / "a[1].png") as temporary:
         temporary.touch()
         assert not (tmp_path / f".a[1].png.{HOST}.{dead.pid}").exists()
-    check_folder(tmp_path, "mfx", False, tmp_path / "model")
+    with open_run(tmp_path, "mfx", False, tmp_path / "model"):
+        pass
     left = {p.name for p in tmp_path.iterdir()}
     assert left == {"a[1].png", *foreign, *[f".{name}.{HOST}.{living}" for name in names],
                     f".a[1].png.more.{HOST}.{dead.pid}"}
@@ -229,6 +232,26 @@ def test_what_dead_processes_left_is_deleted_and_what_living_ones_write_is_not(t
 ])
 def test_options_out_of_range(tmp_path, argv, what, capsys):
     assert what in fails(train.main, ["--out", tmp_path, *argv], capsys)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, error):
+    (tmp_path / "a.bin").write_text("old")
+    with pytest.raises(OSError, match="a.bin cannot be written: No space left"):
+        with atomic_write(tmp_path / "a.bin") as temporary:
+            temporary.write_text("half")
+            raise error
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_two_trainings_do_not_write_to_one_folder(stable, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    argv = arguments(stable, tmp_path / "out")
+    with open_run(tmp_path / "out", "mfx", False, tmp_path / "model"):
+        assert "another training is writing to" in fails(train.main, argv, capsys)
+        assert not list((tmp_path / "out").iterdir())
+    train.main([*map(str, argv), "--steps", "1"])
+    assert list_states(tmp_path / "out", "mfx")
 
 
 def test_mistakes_get_one_line(stable, tmp_path, capsys):
