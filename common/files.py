@@ -94,7 +94,9 @@ def atomic_write(path):
         os.replace(temporary, path)  # where the old file is mapped, the map keeps the old contents
     except (OSError, SafetensorError) as e:
         if getattr(e, "filename", None) is None:  # a full disk, which says no name
-            raise OSError(f"{path} cannot be written: {getattr(e, 'strerror', None) or e}") from None
+            told = OSError(f"{path} cannot be written: {getattr(e, 'strerror', None) or e}")
+            told.filename = str(path)
+            raise told from None
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ MAP_EDIT = ("--image", EXAMPLES / "meadow.png", "--change-map", EXAMPLES / "grad
 def test_a_fast_model_is_the_same_model(device):
     """What is done for a GPU is done here on the CPU, where it makes no difference either."""
     model, x = sd.load(sample.TOY, torch.float32), torch.rand(1, 3, 32, 32)
-    z, t, context = torch.randn(1, 12, 16, 16), torch.tensor([500]), torch.randn(1, 5, 128)
+    z, t, context = torch.randn(1, model.unet.config.in_channels, 16, 16), torch.tensor([500]), torch.randn(1, 5, 128)
     with torch.inference_mode():
         want = model.unet(z, t, context), model.encode_image(x)
         assert devices.make_fast(model, torch.device(device)) is model
