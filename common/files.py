@@ -92,12 +92,12 @@ def atomic_write(path):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # the disk has it before it has the name, if the power fails
         os.replace(temporary, path)  # where the old file is mapped, the map keeps the old contents
-    except (OSError, SafetensorError) as e:
-        if getattr(e, "filename", None) is None:  # a full disk, which says no name
-            told = OSError(f"{path} cannot be written: {getattr(e, 'strerror', None) or e}")
-            told.filename = str(path)
-            raise told from None
-        raise
+    except SafetensorError as e:
+        raise OSError(f"{path} cannot be written: {e}") from None
+    except OSError as e:
+        if e.errno is None or e.filename:  # told already, here or where a file was opened
+            raise
+        raise OSError(f"{path} cannot be written: {e.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
