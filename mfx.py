@@ -287,12 +287,14 @@ FIRST = re.compile(r"(.*transformer_blocks\.\d+)\.(attn|norm)1(\..*)")  # self-a
 
 
 def from_stable_diffusion(sd, cross_reference=True, schedule=None):
-    """Section 3.4: a Magic Fixup to be trained, in float32, from any `sd.StableDiffusion`.
+    """Section 3.4: a Magic Fixup to be trained, in float32, from a `sd.StableDiffusion`, 1 or 2.
 
     cross_reference=False is the ablation without the detail extractor. schedule=None keeps the
     noise schedule and the prediction that the weights know. The autoencoder is shared with `sd`.
     With features of zero the synthesizer is exactly Stable Diffusion without its text attention.
     """
+    if sd.xl:
+        raise ValueError("a Magic Fixup begins as a Stable Diffusion 1 or 2, not as an XL")
     C = sd.unet.config.out_channels
 
     def start(context):
@@ -301,9 +303,7 @@ def from_stable_diffusion(sd, cross_reference=True, schedule=None):
             if not SECOND.fullmatch(name):
                 tensors[name] = w.to(torch.float32, copy=True)
         # New input channels begin at zero. (An inpainting model's own mean other things.)
-        tensors["conv_in.weight"] = F.pad(
-            tensors["conv_in.weight"][:, :C], (0, 0, 0, 0, 0, C + 1)
-        )
+        tensors["conv_in.weight"] = F.pad(tensors["conv_in.weight"][:, :C], (0, 0, 0, 0, 0, C + 1))
         # The attention to the reference begins as a copy of self-attention, as in the release: it
         # looks for what looks alike. Its bias is zero: where nothing is found it adds nothing.
         for name in list(tensors) if context is None else ():

@@ -7,6 +7,7 @@
 
 Both layouts end as tensors under Hugging Face's names, which are the attribute names of our
 networks: checkpoints/names.py translates, checkpoints/parts.py makes a network of the tensors.
+What an XL, base or refiner, has beside that is in models/xl.py.
 """
 
 import contextlib
@@ -21,11 +22,13 @@ import torch.nn.functional as F
 import clip
 from checkpoints.configs import schedule_from_json, schedule_to_json
 from checkpoints.names import split_parts
-from checkpoints.parts import PARTS, build_part, load_part, read_latent_side, save_part
+from checkpoints.parts import build_part, load_part, read_latent_side, save_part
 from checkpoints.read import read_metadata, read_tensors
 from checkpoints.words import add_words, drop_words, load_tokenizer, read_word
 from common.files import read_json, write_json
 from diffusion import Schedule
+from models import xl
+from models.xl import XL
 from prompts import encode_weighted, list_texts, warn_of_weights
 from unet import UNet
 from vae import VAE
@@ -45,6 +48,19 @@ class StableDiffusion:
     tokenizer: clip.Tokenizer | None  # None: everything works but encode_prompt
     size: int  # pixels along a side of the square pictures that it was trained on
     tokenizer_help: str = ""  # which files to put where, if there is none
+    xl: XL | None = None  # what only an XL has
+
+    def readers(self):
+        """[(text encoder, tokenizer)], in the order of what the UNet reads: two in XL's base"""
+        pairs = [(self.text, self.tokenizer)]
+        if self.xl and not self.xl.refines:
+            pairs.insert(0, (self.xl.text, self.xl.tokenizer))
+        return pairs
+
+    def require_tokenizer(self):
+        if None in [tokenizer for _, tokenizer in self.readers()]:
+            reason = f"a prompt needs a tokenizer, and there is none: {self.tokenizer_help}"
+            raise ValueError(reason)
 
     def encode_image(self, x, noise=None):
         """x (B, 3, H, W) in [-1, 1], H and W multiples of `vae.config.factor`
@@ -73,10 +89,10 @@ class StableDiffusion:
 
         a1111  read weights, and prompts of any length, as prompts.py says: (B, 77 n, D)
         """
-        if self.tokenizer is None:
-            reason = f"a prompt needs a tokenizer, and there is none: {self.tokenizer_help}"
-            raise ValueError(reason)
+        self.require_tokenizer()
         texts = list_texts(prompts, "prompts")
+        if self.xl:
+            return xl.encode_texts(self, texts, a1111)[0]
         if a1111:
             return encode_weighted(self.text, self.tokenizer, texts)
         warn_of_weights(texts)
@@ -84,7 +100,7 @@ class StableDiffusion:
         return self.text(self.tokenizer(texts).to(device))
 
     def denoiser(self, prompts, negative="", guidance=1.0, channels=None, timesteps=(),
-                 a1111=False):
+                 a1111=False, size=None):
         """What samplers and Algorithm 1 call: (z, t) -> the guided output, (B, C, h, w), t (B,).
 
         prompts    B strings, one per picture; or one string, for B = 1
@@ -94,6 +110,7 @@ class StableDiffusion:
         channels   (B, C', h, w), put beside z at every step: `inpainting_channels`
         timesteps  a sampler's, where t is the same for all pictures: a little quicker
         a1111      as for `encode_prompt`
+        size       (height, width) of the picture in pixels, which an XL is told; None: its own
         ValueError for prompts that are no strings, or another number of negative ones
         """
         texts = list_texts(prompts, "prompts")
@@ -103,17 +120,21 @@ class StableDiffusion:
 
         # What is the same at every step is made here, once: the text's keys and values, and what
         # the UNet makes of `timesteps`.
-        context = self.encode_prompt(texts, a1111)  # (B or 2 B, 77, D)
+        if self.xl:
+            context, added = xl.make_conditions(self, texts, guided, size, a1111)
+        else:
+            context = self.encode_prompt(texts, a1111)  # (B or 2 B, 77, D)
+            added = None
         keys_values = self.unet.keys_values(context)
-        times = self.unet.times_of(timesteps)
+        times = self.unet.times_of(timesteps, added)
 
         def denoise(z, t):
             if channels is not None:
                 z = torch.cat([z, channels.to(z).expand(len(z), -1, -1, -1)], dim=1)
             if not guided:
-                return self.unet(z.to(context.dtype), times(t), keys_values)
+                return self.unet(z.to(context.dtype), times(t), keys_values, added)
             z, t = torch.cat([z, z]), torch.cat([t, t])  # with and without the prompt, in one batch
-            output = self.unet(z.to(context.dtype), times(t), keys_values)
+            output = self.unet(z.to(context.dtype), times(t), keys_values, added)
             unconditional, conditional = output.float().chunk(2)
             return unconditional + guidance * (conditional - unconditional)
 
@@ -125,7 +146,7 @@ class StableDiffusion:
 
 
 def load(path, dtype=None, device="cpu", prediction=None):
-    """Read a Stable Diffusion 1 or 2 checkpoint, of any width, in any layout.
+    """Read a Stable Diffusion 1, 2 or XL, base or refiner, of any width, in any layout.
 
     path        a Hugging Face folder, or a .safetensors, .ckpt or .pt in the original layout
     dtype       None: as stored, and the weights stay in the file, mapped, if that is a precision in
@@ -150,17 +171,18 @@ def load(path, dtype=None, device="cpu", prediction=None):
 
 def load_folder(path, dtype, device, prediction):
     """Hugging Face's layout: a folder for each part, and config.json files."""
-    if "text_encoder_2" in read_json(path / "model_index.json", default={}):
-        raise ValueError(f"{path} is a Stable Diffusion XL, whose two text encoders load() does "
-                         "not read")
-    for part in PARTS:
+    index = read_json(path / "model_index.json", default={})
+    encoders = xl.list_encoders(path, index)  # none, if it is no XL
+    main = encoders[-1] if encoders else "text_encoder"
+    for part in ("unet", "vae", *(encoders or [main])):
         if not (path / part).is_dir():
             raise FileNotFoundError(f"{path} is not a Stable Diffusion: there is no folder {part}/ "
                                     "in it")
     unet = load_part(path / "unet", "unet", dtype, device)
     vae = load_part(path / "vae", "vae", dtype, device)
     # The UNet's precision: it reads what the text encoder writes.
-    text = load_part(path / "text_encoder", "text_encoder", unet.conv_in.weight.dtype, device)
+    stored = unet.conv_in.weight.dtype
+    text = load_part(path / main, "text_encoder", stored, device)
 
     # Without a scheduler's file it is Stable Diffusion's own.
     file = path / "scheduler/scheduler_config.json"
@@ -170,36 +192,61 @@ def load_folder(path, dtype, device, prediction):
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from None
 
-    tokenizer = find_tokenizer([path / "tokenizer"])
-    tokenizer_help = ("put vocab.json and merges.txt, of the checkpoint's own tokenizer/, into "
-                      f"{path / 'tokenizer'}/")
-    size = read_latent_side(path / "unet") * vae.config.factor
-    return StableDiffusion(unet, vae, text, schedule, tokenizer, size, tokenizer_help)
+    folder = path / main.replace("text_encoder", "tokenizer")
+    tokenizer = find_tokenizer([folder])
+    tokenizer_help = ("put vocab.json and merges.txt, of the checkpoint's own "
+                      f"{folder.name}/, into {folder}/")
+    side = read_latent_side(path / "unet", xl.SIDE if encoders else 64)
+    sd = StableDiffusion(unet, vae, text, schedule, tokenizer, side * vae.config.factor,
+                         tokenizer_help)
+    if encoders:
+        first = None
+        if len(encoders) == 2:
+            first = load_part(path / "text_encoder", "text_encoder", stored, device)
+        zeros = index.get("force_zeros_for_empty_prompt", first is not None)
+        upcast = read_json(path / "vae/config.json", default={}).get("force_upcast", True)
+        xl.complete(sd, first, find_tokenizer([path / "tokenizer"]), zeros, upcast)
+    return sd
 
 
 def load_file(path, dtype, device, prediction):
     """The original layout: the tensors of all parts in one file, and nothing about them."""
     tensors = read_tensors(path)
     parts, openclip = split_parts(path, tensors)
+    is_xl = "text_encoder_2" in parts
     unet = build_part("unet", parts["unet"], path, None, dtype, device)
-    vae = build_part("vae", parts["vae"], path, None, dtype, device)
-    # The activation is not in the tensors: OpenCLIP has always had GELU, and OpenAI its own.
-    activation = "gelu" if openclip else "quick_gelu"
-    text = build_part("text_encoder", parts["text_encoder"], path, None, unet.conv_in.weight.dtype,
-                      device, activation=activation)
+    known = xl.VAE if is_xl else {}
+    vae = build_part("vae", parts["vae"], path, None, dtype, device, **known)
+    stored = unet.conv_in.weight.dtype
 
-    # SD 2 with velocity prediction was trained at 768 pixels, everything else at 512.
+    def build_text(part, activation):
+        return build_part("text_encoder", parts[part], path, None, stored, device,
+                          activation=activation)
+
+    # The activation is not in the tensors: OpenCLIP has always had GELU, and OpenAI its own.
+    if is_xl:
+        text = build_text("text_encoder_2", "gelu")
+    else:
+        text = build_text("text_encoder", "gelu" if openclip else "quick_gelu")
+
+    # SD 2 with velocity prediction was trained at 768 pixels, XL at 1024, all others at 512.
     prediction = prediction or find_prediction(path, tensors, openclip)
-    size = (96 if openclip and prediction == "v_prediction" else 64) * vae.config.factor
+    side = xl.SIDE if is_xl else 96 if openclip and prediction == "v_prediction" else 64
 
     # The tokenizer lies beside the file, without a word on how prompts are padded.
-    pad = "!" if openclip else clip.END
-    tokenizer = find_tokenizer([path.parent / "tokenizer", path.parent], pad)
+    folders = [path.parent / "tokenizer", path.parent]
+    tokenizer = find_tokenizer(folders, "!" if is_xl or openclip else clip.END)
     tokenizer_help = ("put vocab.json and merges.txt (from the tokenizer/ of any Stable Diffusion "
                       f"1 or 2 on Hugging Face), or {clip.ARCHIVE} (of openai/CLIP), into "
                       f"{path.parent.resolve()}/")
     schedule = Schedule("zero_snr" if "ztsnr" in tensors else "scaled_linear", prediction)
-    return StableDiffusion(unet, vae, text, schedule, tokenizer, size, tokenizer_help)
+    sd = StableDiffusion(unet, vae, text, schedule, tokenizer, side * vae.config.factor,
+                         tokenizer_help)
+    if is_xl:
+        both = "text_encoder" in parts
+        first = build_text("text_encoder", "quick_gelu") if both else None
+        xl.complete(sd, first, find_tokenizer(folders, clip.END), zeros=both, upcast=True)
+    return sd
 
 
 PARAMETERIZATION = re.compile(rb"""^\s*parameterization\s*:\s*["']?(v|eps)\b""", re.MULTILINE)
@@ -223,24 +270,37 @@ def find_prediction(path, tensors, openclip):
 
 def check_fit(path, sd):
     """ValueError where the parts, each sound by itself, do not belong together."""
-    u, v, t = sd.unet.config, sd.vae.config, sd.text.config
-    if (u.context, u.out_channels) != (t.width, v.latent_channels):
+    u, v = sd.unet.config, sd.vae.config
+    width = sum(text.config.width for text, _ in sd.readers())
+    if (u.context, u.out_channels) != (width, v.latent_channels):
         raise ValueError(f"{path}: its parts do not fit: the UNet reads text of width {u.context} "
-                         f"and gives {u.out_channels} channels, the text encoder gives {t.width}, "
+                         f"and gives {u.out_channels} channels, the text encoder gives {width}, "
                          f"the VAE {v.latent_channels}")
     plain, inpainting = v.latent_channels, 2 * v.latent_channels + 1
     if u.in_channels not in (plain, inpainting):
         raise ValueError(f"{path}: a UNet of {u.in_channels} input channels is neither a plain "
                          f"model ({plain}) nor an inpainting one ({inpainting})")
+    if sd.xl:
+        xl.check_fit(path, sd)
+        sd.xl.tokenizer = check_text(path, sd.xl.text, sd.xl.tokenizer) if sd.xl.text else None
+    elif u.added:
+        raise ValueError(f"{path}: its UNet is an XL's, and its text encoder is not")
+    sd.tokenizer = check_text(path, sd.text, sd.tokenizer)
+
+
+def check_text(path, text, tokenizer):
+    """-> the tokenizer, or None, without words that this text encoder does not know"""
+    t = text.config
     if t.length < clip.Tokenizer.length:
         raise ValueError(f"{path}: its text encoder reads {t.length} tokens, and not 77")
-    if sd.tokenizer and max(sd.tokenizer.vocab.values()) >= t.vocab_size:
+    if tokenizer and max(tokenizer.vocab.values()) >= t.vocab_size:
         raise ValueError(f"{path}: its tokenizer is not the text encoder's, which knows "
                          f"{t.vocab_size} symbols only")
-    sd.tokenizer, absent = drop_words(sd.tokenizer, t.vocab_size)
+    tokenizer, absent = drop_words(tokenizer, t.vocab_size)
     if absent:
         warnings.warn(f"{path}: its text encoder does not know the added words "
-                      f"{', '.join(absent):.200}, which are spelled out", stacklevel=3)
+                      f"{', '.join(absent):.200}, which are spelled out", stacklevel=4)
+    return tokenizer
 
 
 def find_tokenizer(folders, pad=None):
@@ -257,6 +317,8 @@ def learn_word(sd, path):
     path  .safetensors, .pt or .bin, in any of the usual layouts. ValueError if it is for another
           text encoder, or is something else
     """
+    if sd.xl:
+        raise ValueError(f"{path}: learned words go with Stable Diffusion 1 and 2, not with an XL")
     words, rows = read_word(path)
     table = sd.text.text_model.embeddings.token_embedding
     if rows.shape[1] != sd.text.config.width:
@@ -290,10 +352,12 @@ def save(sd, folder, dtype=None):
     folder = Path(folder)
     save_part(sd.unet, folder / "unet", dtype, sample_size=sd.size // sd.vae.config.factor)
     save_part(sd.vae, folder / "vae", dtype, sample_size=sd.size)
-    save_part(sd.text, folder / "text_encoder", dtype)
-    write_json(folder / "scheduler/scheduler_config.json", schedule_to_json(sd.schedule))
-    if sd.tokenizer:
-        sd.tokenizer.save(folder / "tokenizer")
+    # The encoder that every model of its kind has comes last.
+    suffixes = ("_2", "") if sd.xl else ("",)
+    for (text, tokenizer), suffix in zip(reversed(sd.readers()), suffixes):
+        save_part(text, folder / f"text_encoder{suffix}", dtype)
+        if tokenizer:
+            tokenizer.save(folder / f"tokenizer{suffix}")
     index = {
         "_class_name": "StableDiffusionPipeline",
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -308,4 +372,8 @@ def save(sd, folder, dtype=None):
     if sd.unet.config.in_channels > sd.unet.config.out_channels:
         # The inpainting pipeline asks whether its folder is newer than 0.5.1.
         index |= {"_class_name": "StableDiffusionInpaintPipeline", "_diffusers_version": "0.6.0"}
+    if sd.xl:
+        index |= xl.make_index(sd)
+    scheduler = schedule_to_json(sd.schedule) | {"_class_name": index["scheduler"][1]}
+    write_json(folder / "scheduler/scheduler_config.json", scheduler)
     write_json(folder / "model_index.json", index)

@@ -36,6 +36,7 @@ class UNetConfig:
     linear_proj: bool = False  # tokens go through a linear layer (SD 2, XL), not a 1x1 convolution
     groups: int = 32  # of every GroupNorm
     added: int = 0  # width of XL's vector of pooled text and picture sizes; 0: it has none
+    size_width: int = 256  # of the embedding of each of these sizes
 
     def heads_at(self, width):
         return self.heads or width // self.head_width
@@ -329,17 +330,17 @@ class UNet(nn.Module):
         time = F.silu(time)
         return [resnet.time_emb_proj(time) for resnet in self.resnets()]
 
-    def times_of(self, timesteps):
-        """Embed a sampler's timesteps, numbers, all at once.
+    def times_of(self, timesteps, added=None):
+        """Embed a sampler's timesteps, numbers, all at once; added (B, ..) as for forward.
 
         -> a function: t (B,), all equal -> what to pass as t instead; t itself if it is another
         """
-        if not timesteps:
-            return lambda t: t
-        table = self.embed_time(torch.tensor(timesteps, device=self.conv_in.weight.device))
-        times = {}  # timestep -> [(1, c_out)], for any batch
+        B = 1 if added is None else len(added)
+        t = torch.tensor(timesteps, device=self.conv_in.weight.device).repeat_interleave(B)
+        table = self.embed_time(t, added if added is None else added.repeat(len(timesteps), 1))
+        times = {}  # timestep -> [(1, c_out)], for any batch; with `added` (B, c_out)
         for i, timestep in enumerate(timesteps):
-            times[timestep] = [rows[i : i + 1] for rows in table]
+            times[timestep] = [rows[i * B : (i + 1) * B] for rows in table]
         return lambda t: times.get(int(t[0]), t)
 
     def features(self, z, t):

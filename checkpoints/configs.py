@@ -187,6 +187,7 @@ def unet_config_from_json(c):
         linear_proj=c.get("use_linear_projection", False),
         groups=c.get("norm_num_groups", 32),
         added=c["projection_class_embeddings_input_dim"] if added else 0,
+        size_width=c.get("addition_time_embed_dim") or 256,
     )
 
 
@@ -212,9 +213,9 @@ def unet_config_to_json(config):
         "use_linear_projection": config.linear_proj,
         "norm_num_groups": config.groups,
     }
-    if config.added:  # XL: the pooled text, and six sizes as embeddings of 256
+    if config.added:  # XL: the pooled text, and sizes as embeddings
         c["addition_embed_type"] = "text_time"
-        c["addition_time_embed_dim"] = 256
+        c["addition_time_embed_dim"] = config.size_width
         c["projection_class_embeddings_input_dim"] = config.added
     return c
 

@@ -20,6 +20,12 @@ PREFIX = {
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.",
 }
+# In place of the last row: XL's two text encoders, CLIP's and OpenCLIP's; a refiner has the latter.
+XL_TEXT = {
+    "text_encoder": "conditioner.embedders.0.",
+    "text_encoder_2": "conditioner.embedders.1.",
+}
+REFINER_TEXT = {"text_encoder_2": "conditioner.embedders.0."}
 NAMES = {
     "unet": {
         "time_embed.0.": "time_embedding.linear_1.",
@@ -70,10 +76,12 @@ NAMES = {
         "proj_attn.": "to_out.0.",
     },
     "text_encoder": {
-        # SD 2: OpenCLIP. Its fused attn.in_proj_weight is cut into q, k, v in `translate`.
+        # SD 2 and XL: OpenCLIP. In `translate` its fused attn.in_proj_weight is cut into q, k, v,
+        # and its projection, which it has as (width, projection), is transposed.
         "model.token_embedding.": "embeddings.token_embedding.",
         "model.positional_embedding": "embeddings.position_embedding.weight",
         "model.ln_final.": "final_layer_norm.",
+        "model.text_projection": "text_projection.weight",
         "model.transformer.resblocks.": "encoder.layers.",
         "attn.": "self_attn.",
         "ln_1.": "layer_norm1.",
@@ -96,15 +104,16 @@ IGNORED = re.compile(
     r"model_ema\..*|first_stage_model\.loss\..*|(\w+_)?alphas_cumprod(_prev)?|betas|posterior_\w+"
     r"|lvlb_weights|logvar|(.*\.)?(position_ids|logit_scale)|v_pred|ztsnr"
     r"|(.*\.)?(vision_model|visual_projection)\..*"
-    r"|cond_stage_model\..*\.text_projection(\.weight)?"
+    r"|cond_stage_model\..*\.text_projection(\.weight)?|denoiser\.sigmas"
+    r"|conditioner\.embedders\.0\.(transformer\.)?text_projection(\.weight)?"
 )
 
 
 def translate(part, tensors):
     """{original name, without its prefix: tensor} of one part -> {Hugging Face name: tensor}.
 
-    part is 'unet', 'vae' or 'text_encoder'. The tensors are views of those given. Names that are
-    Hugging Face's already stay as they are.
+    part is 'unet', 'vae', 'text_encoder' or 'text_encoder_2'. The tensors are views of those given.
+    Names that are Hugging Face's already stay as they are.
     """
     # How many blocks make a level, and how many levels there are, is in the names.
     steps_down = find_numbers(r"input_blocks\.(\d+)\.0\.op\.", tensors)
@@ -112,7 +121,7 @@ def translate(part, tensors):
     finest = max(find_numbers(r"decoder\.up\.(\d+)\.", tensors), default=0)
 
     rows = []
-    for old, new in NAMES[part].items():
+    for old, new in NAMES[part.removesuffix("_2")].items():
         rows.append((re.compile(r"(?<![^.])" + re.escape(old).replace("N", r"(\d+)")), new))
 
     out = {}
@@ -127,6 +136,8 @@ def translate(part, tensors):
                 name = name[: match.start()] + new + name[match.end() :]
         if part == "vae" and ".attentions." in name and tensor.ndim == 4:
             tensor = tensor.flatten(1)  # (c, c, 1, 1), a convolution, -> (c, c)
+        if name == "text_projection.weight" and "model.text_projection" in tensors:
+            tensor = tensor.T
         if ".in_proj_" in name:  # OpenCLIP's q, k and v in one: (3 D, D) or (3 D,)
             for letter, third in zip("qkv", tensor.chunk(3)):
                 out[name.replace("in_proj_", f"{letter}_proj.")] = third
@@ -151,27 +162,35 @@ def warn_of_unknown(path, names, prefixes):
                       f"{', '.join(unknown[:3]):.200}", stacklevel=2)
 
 
+def list_prefixes(names):
+    """{part: what its tensors' names begin with} in the original layout: of SD 1 and 2, or XL's."""
+    if not any(name.startswith("conditioner.") for name in names):
+        return PREFIX
+    both = any(name.startswith(XL_TEXT["text_encoder_2"]) for name in names)
+    networks = {part: PREFIX[part] for part in ("unet", "vae")}
+    return networks | (XL_TEXT if both else REFINER_TEXT)
+
+
 def split_parts(path, tensors):
     """The tensors of a file in the original layout
-      -> {part: {Hugging Face name: tensor}}, and whether its text encoder is OpenCLIP
+      -> {part: {Hugging Face name: tensor}}, and whether the text encoder of an SD 1 or 2 is
+         OpenCLIP. An XL has a part 'text_encoder_2'; its base has a 'text_encoder' as well
 
-    path is for the errors: ValueError if this is not Stable Diffusion 1 or 2. A warning if it holds
+    path is for the errors: ValueError if this is not a Stable Diffusion. A warning if it holds
     more, as training programs leave it: what is outside of the parts, no part can need.
     """
-    if any(name.startswith("conditioner.") for name in tensors):
-        raise ValueError(f"{path} is a Stable Diffusion XL checkpoint, whose two text encoders "
-                         "load() does not read")
     names = [name for name in tensors if not IGNORED.fullmatch(name)]
+    prefixes = list_prefixes(names)
     parts = {}
-    for part, prefix in PREFIX.items():
+    for part, prefix in prefixes.items():
         found = {n.removeprefix(prefix): tensors[n] for n in names if n.startswith(prefix)}
         parts[part] = translate(part, found)
 
-    absent = [f"{PREFIX[part]}*" for part, found in parts.items() if not found]
+    absent = [f"{prefixes[part]}*" for part, found in parts.items() if not found]
     if absent:
         raise ValueError(f"{path} is not a whole Stable Diffusion checkpoint: it has no tensors "
                          f"{' or '.join(absent)}; its first is {next(iter(tensors))}")
-    warn_of_unknown(path, names, PREFIX)
+    warn_of_unknown(path, names, prefixes)
 
     # SD 2 reads OpenCLIP's penultimate layer. Hugging Face's folder stores one layer less, and so
     # do we.

@@ -101,14 +101,14 @@ def load_part(folder, part, dtype=None, device="cpu"):
     return build_part(part, translate(part, tensors), folder, config, dtype, device)
 
 
-def read_latent_side(folder):
-    """The side of the latents that a UNet is for, by its config.json; 64 where that does not say.
+def read_latent_side(folder, default=64):
+    """The side of the latents that a UNet is for, by its config.json, if that says it.
 
     ValueError where it says something else than a number, or two as diffusers also writes.
     """
     file = Path(folder) / "config.json"
     try:
-        return configs.read_side(read_json(file, default={}), 64)
+        return configs.read_side(read_json(file, default={}), default)
     except ValueError as e:
         raise e if str(file) in str(e) else ValueError(f"{file}: {e}") from None
 

@@ -16,6 +16,7 @@ import samplers
 import sd
 import unet
 import vae
+from models import xl
 from toy.vocabulary import learn_bpe
 
 CAPTIONS = ["a red circle on a sandy beach", "Two blue squares, one in front of the other", "a photo of 12 cats!!",
@@ -31,6 +32,19 @@ UNETS = {
 TEXT = clip.TextConfig(len(VOCAB), 64, 2, 1, 77, 128, "quick_gelu", eos=len(VOCAB) - 1)
 TEXTS = {"sd1": TEXT, "inpainting": TEXT, "sd2": replace(TEXT, activation="gelu")}
 VAE = vae.VAEConfig((32, 64))
+XL_TEXTS = {  # CLIP's, and OpenCLIP's
+    "text_encoder": replace(TEXT, skip_last=1, final_norm=False),
+    "text_encoder_2": replace(TEXT, width=128, heads=2, layers=3, activation="gelu", skip_last=1, final_norm=False,
+                              projection=48),
+}
+XL = unet.UNetConfig(channels=(64, 128), layers=1, depth=(0, 2), mid_depth=2, heads=None, head_width=64,
+                     linear_proj=True)
+XLS = {
+    "base": replace(XL, context=64 + 128, added=48 + 6 * 256),
+    "refiner": replace(XL, context=128, added=48 + 5 * 256),
+    "xl inpainting": replace(XL, in_channels=9, context=64 + 128, added=48 + 6 * 256),
+}
+XL_VAE = vae.VAEConfig((32, 64), scaling_factor=0.13025)
 
 
 def randomise(model, seed=0):
@@ -46,6 +60,19 @@ def stable_diffusion(kind="sd1", prediction="epsilon"):
     parts = unet.UNet(UNETS[kind]), vae.VAE(VAE), clip.TextEncoder(TEXTS[kind])
     tokenizer = clip.Tokenizer(VOCAB, MERGES, pad="!" if kind == "sd2" else clip.END)
     return sd.StableDiffusion(*map(randomise, parts), diffusion.Schedule(prediction=prediction), tokenizer, size=16)
+
+
+def stable_diffusion_xl(kind="base", size_width=256):
+    """A whole Stable Diffusion XL on random weights: one of XLS. The encoders and the autoencoder of all are equal."""
+    config = XLS[kind]
+    config = replace(config, added=48 + (config.added - 48) // 256 * size_width, size_width=size_width)
+    torch.manual_seed(2)
+    parts = vae.VAE(XL_VAE), *map(clip.TextEncoder, XL_TEXTS.values()), unet.UNet(config)
+    v, first, second, u = map(randomise, parts)
+    pads = [clip.Tokenizer(VOCAB, MERGES, pad=pad) for pad in (clip.END, "!")]
+    model = sd.StableDiffusion(u, v, second, diffusion.Schedule(), pads[1], size=16)
+    model.xl = xl.XL(None, None, False) if kind == "refiner" else xl.XL(first, pads[0], True)
+    return model
 
 
 def random_ids(config, batch=3, length=77, seed=0):
@@ -69,15 +96,22 @@ def compute(model):
     x = torch.rand(1, 3, 16, 16, generator=g) * 2 - 1
     context = model.encode_prompt(["a blue circle"])
     encoded = model.encode_image(x)
-    return context, model.unet(z, torch.tensor([500]), context), encoded, model.decode(encoded)
+    C = model.vae.config.latent_channels
+    denoise = model.denoiser("a blue circle", channels=z[:, C:] if z.shape[1] > C else None, size=(16, 16))
+    return context, denoise(z[:, :C], torch.tensor([500])), encoded, model.decode(encoded)
 
 
 def weights(model):
-    """{name: tensor} of the three networks, but for the text encoder's last layers where these are not run."""
-    text, skipped = model.text.state_dict(), range(model.text.config.layers)[::-1][: model.text.config.skip_last]
-    text = {k: v for k, v in text.items() if not any(f".layers.{i}." in k for i in skipped)}
-    parts = {"unet": model.unet.state_dict(), "vae": model.vae.state_dict(), "text": text}
-    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    """{name: tensor} of all networks, but for the text encoders' last layers where these are not run."""
+    out = {}
+    for part, network in (("unet", model.unet), ("vae", model.vae)):
+        out |= {f"{part}.{name}": tensor for name, tensor in network.state_dict().items()}
+    for i, (text, _) in enumerate(model.readers()):
+        skipped = range(text.config.layers)[::-1][: 0 if text.config.projection else text.config.skip_last]
+        for name, tensor in text.state_dict().items():
+            if not any(f".layers.{layer}." in name for layer in skipped):
+                out[f"text {i}.{name}"] = tensor
+    return out
 
 
 def same_model(a, b):
@@ -140,28 +174,42 @@ def to_original(model, openclip=False):
             tensor = tensor[:, :, None, None]
         out[f"first_stage_model.{name}"] = tensor.contiguous()
 
-    text = {k.removeprefix("text_model."): v for k, v in model.text.state_dict().items()}
-    if not openclip:
-        out |= {f"cond_stage_model.transformer.text_model.{k}": v for k, v in text.items()}
-        out["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    if model.xl:
+        if not model.xl.refines:
+            out |= clip_to_original(model.xl.text, "conditioner.embedders.0.transformer.text_model.")
+        out |= openclip_to_original(model.text, f"conditioner.embedders.{len(model.readers()) - 1}.model.")
+        out["denoiser.sigmas"] = torch.zeros(1000)
+    elif openclip:
+        out |= openclip_to_original(model.text, "cond_stage_model.model.")
     else:
-        prefix = "cond_stage_model.model."
-        out[prefix + "token_embedding.weight"] = text["embeddings.token_embedding.weight"]
-        out[prefix + "positional_embedding"] = text["embeddings.position_embedding.weight"]
-        names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj",
-                 "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-        for kind in ("weight", "bias"):
-            out[f"{prefix}ln_final.{kind}"] = text[f"final_layer_norm.{kind}"]
-            for i in range(model.text.config.layers):
-                here, there = f"encoder.layers.{i}.", f"{prefix}transformer.resblocks.{i}."
-                out |= {f"{there}{old}.{kind}": text[f"{here}{new}.{kind}"] for new, old in names.items()}
-                qkv = [text[f"{here}self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
-                out[f"{there}attn.in_proj_{kind}"] = torch.cat(qkv)
-        out[prefix + "text_projection"] = torch.randn(64, 64)
-        out[prefix + "logit_scale"] = torch.tensor(4.6)
+        out |= clip_to_original(model.text, "cond_stage_model.transformer.text_model.")
     out |= {"betas": torch.zeros(1000), "alphas_cumprod_prev": torch.zeros(1000), "sqrt_recipm1_alphas_cumprod":
             torch.zeros(1000), "log_one_minus_alphas_cumprod": torch.zeros(1000), "model_ema.decay": torch.tensor(0.9),
             "posterior_mean_coef1": torch.zeros(1000), "sqrt_one_minus_alphas_cumprod": torch.zeros(1000)}
+    return out
+
+
+def clip_to_original(encoder, prefix):
+    text = {prefix + k.removeprefix("text_model."): v for k, v in encoder.state_dict().items()}
+    return text | {f"{prefix}embeddings.position_ids": torch.arange(77)[None]}
+
+
+def openclip_to_original(encoder, prefix):
+    text = {k.removeprefix("text_model."): v for k, v in encoder.state_dict().items()}
+    out = {prefix + "token_embedding.weight": text["embeddings.token_embedding.weight"],
+           prefix + "positional_embedding": text["embeddings.position_embedding.weight"],
+           prefix + "logit_scale": torch.tensor(4.6)}
+    projection = text.get("text_projection.weight", torch.randn(64, 64))
+    out[prefix + "text_projection"] = projection.T.contiguous()
+    names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj",
+             "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    for kind in ("weight", "bias"):
+        out[f"{prefix}ln_final.{kind}"] = text[f"final_layer_norm.{kind}"]
+        for i in range(encoder.config.layers):
+            here, there = f"encoder.layers.{i}.", f"{prefix}transformer.resblocks.{i}."
+            out |= {f"{there}{old}.{kind}": text[f"{here}{new}.{kind}"] for new, old in names.items()}
+            qkv = [text[f"{here}self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+            out[f"{there}attn.in_proj_{kind}"] = torch.cat(qkv)
     return out
 
 

@@ -1,0 +1,185 @@
+"""Stable Diffusion XL: what it has beside its predecessors. Podell et al. 2023, arXiv 2307.01952.
+
+    two text encoders   CLIP's and OpenCLIP's: their states stand beside each other, token by token, and the second's
+                        pooled state is told to the UNet with the time (section 2.1)
+    sizes               so are the size of the picture, where it is cropped, and the size to draw (section 2.2)
+    a refiner           a second UNet for the last of the noise (section 2.5). It has OpenCLIP's encoder alone, and is
+                        told how beautiful the picture is in place of the size to draw
+
+The networks are those of unet.py, vae.py and clip.py. `sd.load` reads base and refiner, and sd.StableDiffusion asks
+here what its UNet is to be told. An edit with both is one denoiser, for any sampler and under any map:
+
+    denoise = hand_over(base.denoiser(prompt), refiner.denoiser(prompt), switch=0.8)
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+import clip
+from diffusion import T
+from prompts import encode_weighted, split_chunks, warn_of_weights
+from unet import timestep_embedding
+
+SIDE = 128  # latent pixels along a side of its training pictures
+VAE = {"scaling_factor": 0.13025, "size": 1024}  # what a file without a config.json does not say of its autoencoder
+SCORE, NEGATIVE_SCORE = 6.0, 2.5  # aesthetic scores that a refiner is told, with the prompt and without
+
+
+@dataclass
+class XL:
+    """What an XL has that Stable Diffusion 1 and 2 lack: the field `xl` of sd.StableDiffusion.
+
+    Its `text` and `tokenizer` are OpenCLIP's, which base and refiner have.
+    """
+
+    text: clip.TextEncoder | None  # CLIP's; a refiner has none
+    tokenizer: clip.Tokenizer | None
+    zeros: bool  # without a negative prompt the UNet reads zeros, in place of an empty text
+
+    @property
+    def refines(self):
+        return self.text is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the UNet is told
+
+
+def encode_texts(model, texts, a1111=False):
+    """B strings -> context (B, 77, D), of both encoders beside each other, and pooled (B, P), the second's
+
+    a1111  as for `sd.StableDiffusion.encode_prompt`; pooled is then that of the first 75 tokens, as there
+    """
+    if not a1111:
+        warn_of_weights(texts)
+    contexts = []
+    for encoder, tokenizer in model.readers():
+        device = encoder.text_model.final_layer_norm.weight.device
+        if a1111:
+            context = encode_weighted(encoder, tokenizer, texts)
+            ids = torch.cat([split_chunks(tokenizer, text)[0][:1] for text in texts])
+            _, pooled = encoder.encode(ids.to(device))
+        else:
+            context, pooled = encoder.encode(tokenizer(texts).to(device))
+        contexts.append(context)
+    return torch.cat(contexts, dim=2), pooled
+
+
+def make_conditions(model, texts, guided, size=None, a1111=False):
+    """What the UNet reads at every step -> context (B, 77, D), added (B, model.unet.config.added)
+
+    texts  B strings; with `guided` the negative ones first, and as many prompts after them
+    size   (height, width) of the picture in pixels; None: what the model was trained on
+
+    The picture counts as whole, at its original size: cropped at (0, 0), and drawn as large as it is.
+    """
+    model.require_tokenizer()
+    context, pooled = encode_texts(model, texts, a1111)
+    unwanted = len(texts) // 2 if guided else 0
+    if model.xl.zeros:
+        for i, text in enumerate(texts[:unwanted]):
+            if not text:
+                context[i] = 0
+                pooled[i] = 0
+
+    height, width = size or (model.size, model.size)
+    numbers = []
+    for i in range(len(texts)):
+        score = NEGATIVE_SCORE if i < unwanted else SCORE
+        numbers.append([height, width, 0, 0, *([score] if model.xl.refines else [height, width])])
+    return context, torch.cat([pooled, embed_numbers(numbers, model.unet.config.size_width).to(pooled)], dim=1)
+
+
+def embed_numbers(numbers, width):
+    """B lists of n numbers -> (B, n width), each number embedded as a timestep is"""
+    numbers = torch.tensor(numbers, dtype=torch.float32)
+    return timestep_embedding(numbers.flatten(), width).reshape(len(numbers), -1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Base and refiner
+
+
+def hand_over(base, refiner, switch=0.8):
+    """Two denoisers (z, t) -> output as one: the base for the noisiest share `switch` of the timesteps, the refiner
+    for the rest. Section 11.1 of Differential Diffusion; the map goes on as if there were one.
+
+    ValueError for a share outside 0 .. 1.
+    """
+    if not 0 <= switch <= 1:
+        raise ValueError(f"the base runs a share of the steps in 0 .. 1, not {switch}")
+    last = round((1 - switch) * T)  # the base's last timestep
+    return lambda z, t: (base if int(t[0]) >= last else refiner)(z, t)
+
+
+def check_refiner(base, refiner, name):
+    """ValueError, one line, unless these two models of sd.load work together; name is the refiner's."""
+    if not base.xl:
+        raise ValueError("a refiner goes with the base of a Stable Diffusion XL: these weights are none")
+    if not (refiner.xl and refiner.xl.refines):
+        raise ValueError(f"{name} is no refiner of Stable Diffusion XL: take a model that was trained to be one")
+    ours, theirs = base.vae.config, refiner.vae.config
+    if (ours.latent_channels, ours.factor) != (theirs.latent_channels, theirs.factor):
+        raise ValueError(f"{name} has other latents than the base")
+    schedules = [(model.schedule.name, model.schedule.prediction) for model in (base, refiner)]
+    if schedules[0] != schedules[1]:
+        said = " and ".join(schedules[1])
+        raise ValueError(f"{name} was trained with {said}, the base with {' and '.join(schedules[0])}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def list_encoders(folder, index):
+    """The folders of text encoders in a Hugging Face folder with this model_index.json; none unless it is an XL."""
+    second = folder / "text_encoder_2"
+    if not ("text_encoder_2" in index or second.is_dir()):
+        return []
+    first = index["text_encoder"] != [None, None] if "text_encoder" in index else (folder / "text_encoder").is_dir()
+    return ["text_encoder", "text_encoder_2"] if first else ["text_encoder_2"]
+
+
+def complete(model, first, tokenizer, zeros, upcast):
+    """Make an XL, in place, of a StableDiffusion that has its other parts. Arguments as the fields of `XL`.
+
+    upcast  what is said of the autoencoder: it overflows in fp16. Then it computes in fp32; made not to, it may try
+    """
+    model.xl = XL(first, tokenizer, bool(zeros))
+    # The UNet reads the states before each encoder's last layer, without a norm. No file says it.
+    for encoder, _ in model.readers():
+        encoder.config = replace(encoder.config, skip_last=1, final_norm=False)
+    if upcast and model.vae.quant_conv.weight.dtype == torch.float16:
+        model.vae.float()
+
+
+def check_fit(path, model):
+    """ValueError where an XL's parts do not belong together."""
+    u = model.unet.config
+    pooled = model.text.config.projection or model.text.config.width
+    count = 5 if model.xl.refines else 6
+    if u.added != pooled + count * u.size_width:
+        what = f"{count} sizes of {u.size_width} and pooled text of {pooled}"
+        raise ValueError(f"{path}: its parts do not fit: the UNet is told a vector of {u.added}, not {what}")
+    if any(encoder.config.layers < 2 for encoder, _ in model.readers()):
+        raise ValueError(f"{path}: its text encoder has one layer, and an XL reads the one before the last")
+
+
+def make_index(model):
+    """The entries of model_index.json that are an XL's, in place of what `sd.save` writes of others."""
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "image_encoder": [None, None],
+        "force_zeros_for_empty_prompt": model.xl.zeros,
+    }
+    if model.unet.config.in_channels > model.unet.config.out_channels:
+        index["_class_name"] = "StableDiffusionXLInpaintPipeline"
+    if model.xl.refines:
+        index["_class_name"] = "StableDiffusionXLImg2ImgPipeline"
+        index["text_encoder"] = index["tokenizer"] = [None, None]
+        index["requires_aesthetics_score"] = True
+    return index
