@@ -13,8 +13,9 @@
 Maps and masks are black, or 0, where the picture changes and white, or 1, where it is kept, as in
 the paper on Differential Diffusion. --white-is-change takes them the other way round, as many
 tools do. Without --weights the toy models run that this project trained and ships. --weights
-takes any Stable Diffusion 1.x or 2.x (a folder, .safetensors or .ckpt), or for --edit and
---collage a Magic Fixup (a folder, or the released file).
+takes any Stable Diffusion 1.x, 2.x or XL (a folder, .safetensors or .ckpt), or for --edit and
+--collage a Magic Fixup (a folder, or the released file). With --refiner the base of an XL runs
+the first share of the steps, and a refiner the rest.
 """
 
 if __name__ == "__main__":
@@ -46,6 +47,7 @@ from common.pictures import (
 )
 from editing import inputs, options, paste
 from kernels.memory import hold_memory
+from models import xl
 from prompts import list_texts
 
 # Defaults of what is left out: with a prompt, as in the one paper; with an edit, as in the other
@@ -59,7 +61,7 @@ WITH_EDIT = {"steps": 50, "weights": TOY_MFX}
 @torch.inference_mode()
 def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=None, negative="",
          guidance=7.5, sampler="ddim", steps=100, seed=0, skip=True, predictions=None,
-         a1111=False):
+         a1111=False, refiner=None, switch=xl.SWITCH):
     """Differential Diffusion; without `picture` and `change_map`, text to image.
 
     Prompts, pictures, maps and seeds may be several, in one batch: each is one, or N.
@@ -73,6 +75,7 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
     seed         a number, or N of them
     predictions  a list, filled with (t, the model's guess at the clean latent) as it goes
     a1111        read weights in prompts, and long ones whole: prompts.py
+    refiner      of sd.load, an XL's, for the steps that follow the first share `switch` of them
       ->         (N, 3, H, W) in about [0, 1]
     """
     seeds = list(seed) if hasattr(seed, "__iter__") else [seed]
@@ -89,7 +92,6 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
     seeds = seeds * (N // len(seeds))
     sampler = samplers.make_sampler(sampler, model.schedule, steps)
     beside = None if repaint is None else model.inpainting_channels(picture, repaint)
-    denoise = model.denoiser(prompts, negative, guidance, beside, sampler.timesteps, a1111)
     if picture is None:
         z_init = None
         config = model.vae.config
@@ -97,7 +99,13 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
         shape = config.latent_channels, height // config.factor, width // config.factor
     else:
         z_init = model.encode_image(picture)
+        height, width = picture.shape[-2:]
         shape = z_init.shape[1:]
+    said = dict(timesteps=sampler.timesteps, a1111=a1111, size=(height, width))
+    denoise = model.denoiser(prompts, negative, guidance, beside, **said)
+    if refiner:
+        second = refiner.denoiser(prompts, negative, guidance, **said)
+        denoise = xl.hand_over(denoise, second, switch)
     return generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, predictions)
 
 
@@ -175,10 +183,21 @@ def read_model(args, dtype, device):
             what = f"{args.weights} is a Magic Fixup"
             raise ValueError(f"{what}: it goes with --edit or --collage") from None
         raise
+    if model.xl and model.xl.refines:
+        raise ValueError(f"{args.weights} is a refiner of Stable Diffusion XL: it goes with "
+                         "--refiner, and its base with --weights")
     for file in args.words or []:
         names = sd.learn_word(model, file)
         tell(f"sample.py: {file} is the word {' or '.join(names)}")
     return model
+
+
+def read_refiner(args, base, dtype, device):
+    refiner = sd.load(args.refiner, dtype, device)
+    xl.check_refiner(base, refiner, args.refiner)
+    make_fast(refiner, device)
+    refiner.vae = base.vae  # their latents are the same, so one autoencoder will do
+    return refiner
 
 
 def draw_predictions(model, predictions, columns=8):
@@ -201,6 +220,12 @@ def run(args):
     dtype = choose_precision(args.precision, device)
     original, coarse, mu = inputs.read(args, dtype, device)
     model = make_fast(read_model(args, dtype, device), device)
+    is_xl = getattr(model, "xl", None) is not None
+    args.sampler = args.sampler or ("euler" if is_xl else "ddim")
+    refiner = None
+    if args.refiner:
+        refiner = read_refiner(args, model, dtype, device)
+        args.switch = xl.SWITCH if args.switch is None else args.switch
     if args.vae_memory:
         model.vae.memory = args.vae_memory * 2**30
     first = samplers.make_sampler(args.sampler, model.schedule, args.steps).timesteps[0]
@@ -232,6 +257,7 @@ def run(args):
             edit, model, args.prompt, picture, size=size, negative=args.negative,
             guidance=args.guidance, seed=seeds, a1111=args.a1111,
             repaint=(change_map < 0.5).float() if inpainting else None,
+            refiner=refiner, switch=args.switch,
         )
     if change_map is not None:
         shown["change map"] = tensor_to_picture(change_map[0])
@@ -240,6 +266,8 @@ def run(args):
     if args.compile:
         short = args.steps if coarse else min(3, args.steps)
         black = torch.zeros(1, 1)
+        if refiner:
+            compile_unets(refiner, lambda: None)
         seconds = compile_unets(model, lambda: make(black, sampler=args.sampler, steps=short))
         print(f"compiled in {seconds:.0f} s, with an edit of {short} steps")
     predictions = [] if args.steps_strip else None

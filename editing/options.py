@@ -9,12 +9,12 @@ from editing.change_maps import RIGHT
 
 MAPS = ["change_map", "mask", "strength_fan", "strength"]
 COARSE = ["edit", "collage"]
-TEXT = ["prompt", "negative", "a1111", "words", "guidance", "prediction"]
+TEXT = ["prompt", "negative", "a1111", "words", "guidance", "prediction", "refiner"]
 NEEDS = {  # an option, and others of which at least one must stand beside it
     "edit": ["image"], "mask": ["image"], "strength_fan": ["image"], "strength": ["image"],
     "change_map": ["image", "collage"], "white_is_change": ["change_map", "mask"],
     "softness": ["mask"], "a1111": ["prompt", "negative"], "words": ["prompt"], "segments": ["collage"],
-    "no_skip": MAPS + COARSE, "paste_back": MAPS,
+    "no_skip": MAPS + COARSE, "paste_back": MAPS, "switch": ["refiner"],
 }
 
 
@@ -46,8 +46,10 @@ def parse(argv, description):
     add("--segments", choices=["classical", "sam"], help="who resolves a collage's clicks")
     add("--networks", type=file_name, help="folder of SAM's and MiDaS's files (default: weights)")
     add("--weights", type=file_name, help="a folder, .safetensors or .ckpt (default: the toy)")
+    add("--refiner", type=file_name, help="Stable Diffusion XL's, likewise, for the last steps")
+    add("--switch", type=number(float, 0, 1), help="the share of the steps before it (default: 0.8)")
     add("--prediction", choices=["epsilon", "v_prediction"], help="of a single-file checkpoint")
-    add("--sampler", choices=list(samplers.SAMPLERS), default="ddim")
+    add("--sampler", choices=list(samplers.SAMPLERS), help="(default: ddim; an XL: euler)")
     add("--steps", type=number(int, 1, 1000), help="k of the paper (default: 100; an edit: 50)")
     add("--no-skip", action="store_true", help="run also the steps that the map overwrites")
     add("--guidance", type=number(float, 0, 100), help="classifier-free; 1 = none (default: 7.5)")

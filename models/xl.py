@@ -24,6 +24,7 @@ from unet import timestep_embedding
 SIDE = 128  # latent pixels along a side of its training pictures
 VAE = {"scaling_factor": 0.13025, "size": 1024}  # what a file without a config.json does not say of its autoencoder
 SCORE, NEGATIVE_SCORE = 6.0, 2.5  # aesthetic scores that a refiner is told, with the prompt and without
+SWITCH = 0.8  # the share of the steps that the base runs where a refiner runs the rest: the release's
 
 
 @dataclass
@@ -101,7 +102,7 @@ def embed_numbers(numbers, width):
 # Base and refiner
 
 
-def hand_over(base, refiner, switch=0.8):
+def hand_over(base, refiner, switch=SWITCH):
     """Two denoisers (z, t) -> output as one: the base for the noisiest share `switch` of the timesteps, the refiner
     for the rest. Section 11.1 of Differential Diffusion; the map goes on as if there were one.
 

@@ -8,6 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 import clip
+import diffdiff
+import diffusion
+import sample
+import samplers
 import sd
 import unet
 import vae
@@ -183,3 +187,106 @@ def test_an_unet_of_xl_beside_the_encoder_of_another_is_refused(tmp_path):
     sd.save(model, tmp_path)
     with pytest.raises(ValueError, match="UNet is an XL's"):
         sd.load(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Base and refiner: denoisers that take every pixel by itself
+
+K, SWITCH = 10, 0.75  # the base runs t = 901 .. 301: seven steps, since 201 < 250
+SCHEDULE = diffusion.Schedule()
+BASE, REFINER = small.mixture(SCHEDULE), small.mixture(SCHEDULE, means=(0.3, 2.0), std=0.3)
+BOTH = xl.hand_over(BASE, REFINER, SWITCH)
+
+
+def run_under(denoise, mu, name="euler", options=None, **more):
+    sampler = samplers.make_sampler(name, SCHEDULE, K, **(options or {}))
+    step_noise = samplers.make_step_noise(small.SHAPE[1:], [1, 2])
+    return diffdiff.differential_diffusion(denoise, Z_INIT, mu, sampler, NOISE, step_noise=step_noise, **more)
+
+
+Z_INIT, NOISE = small.randn(*small.SHAPE, seed=3), small.randn(*small.SHAPE, seed=4)
+MAP = torch.rand(2, 1, *small.SHAPE[2:], generator=torch.Generator().manual_seed(5))
+
+
+def test_who_runs_which_step():
+    seen = []
+    both = xl.hand_over(lambda z, t: seen.append(("base", int(t[0]))) or BASE(z, t),
+                        lambda z, t: seen.append(("refiner", int(t[0]))) or REFINER(z, t), 0.8)
+    run_under(both, torch.zeros(1, 1))
+    assert seen == [("base" if t >= 200 else "refiner", t) for t in range(901, 0, -100)]
+    seen.clear()
+    run_under(both, torch.full((1, 1), 0.8))  # the steps that the map overwrites are skipped
+    assert seen == [("refiner", 101), ("refiner", 1)]
+    for switch, who in ((0, "refiner"), (1, "base")):
+        seen.clear()
+        alone = xl.hand_over(lambda z, t: seen.append("base") or BASE(z, t),
+                             lambda z, t: seen.append("refiner") or REFINER(z, t), switch)
+        run_under(alone, torch.zeros(1, 1))
+        assert set(seen) == {who}
+    with pytest.raises(ValueError, match="0 .. 1, not 2"):
+        xl.hand_over(BASE, REFINER, 2)
+
+
+@pytest.mark.parametrize("name, options", small.EVERY_SAMPLER)
+def test_white_is_the_original_and_black_the_ordinary_run(name, options):
+    mu = MAP.clone()
+    mu[..., :2, :] = 1
+    mu[..., 2:, :2] = 0
+    z = run_under(BOTH, mu, name, options)
+    assert torch.equal(z[..., :2, :], Z_INIT[..., :2, :])
+    assert torch.equal(run_under(BOTH, torch.ones(1, 1), name, options), Z_INIT)
+    sampler = samplers.make_sampler(name, SCHEDULE, K, **options)
+    step_noise = samplers.make_step_noise(small.SHAPE[1:], [1, 2])
+    ordinary = samplers.run_sampler(BOTH, sampler.noise_to(0, Z_INIT, NOISE), sampler, step_noise=step_noise)
+    assert torch.equal(run_under(BOTH, torch.zeros(1, 1), name, options), ordinary)
+    assert torch.equal(z[..., 2:, :2], ordinary[..., 2:, :2])  # a pixel of its own
+
+
+@pytest.mark.parametrize("name, options", small.EVERY_SAMPLER)
+def test_a_refiner_that_is_the_base_changes_nothing(name, options):
+    both = xl.hand_over(BASE, BASE, SWITCH)
+    assert torch.equal(run_under(both, MAP, name, options), run_under(BASE, MAP, name, options))
+
+
+@pytest.mark.parametrize("name, options", small.EVERY_SAMPLER)
+def test_skipping_and_nesting_hold_across_the_switch(name, options):
+    """Skipped steps have no effect; a pixel goes as under a constant map of its own value, whoever starts it."""
+    mu = (0.35 + 0.6 * MAP).round(decimals=1)
+    z = run_under(BOTH, mu, name, options)
+    torch.testing.assert_close(z, run_under(BOTH, mu, name, options, skip=False), rtol=1e-5, atol=1e-5)
+    values = mu.unique().tolist()
+    assert min(values) < SWITCH < max(values)
+    for value in values:
+        alone = run_under(BOTH, torch.full_like(mu, value), name, options)
+        here = (mu == value).expand_as(z)
+        torch.testing.assert_close(z[here], alone[here], rtol=1e-5, atol=1e-5)
+    late = (mu >= 0.8).expand_as(z)  # the refiner's from their first step on
+    torch.testing.assert_close(z[late], run_under(REFINER, mu, name, options)[late], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(z[~late], run_under(REFINER, mu, name, options)[~late], atol=1e-2)
+
+
+def test_an_edit_with_a_refiner():
+    base, refiner = small.stable_diffusion_xl(), small.stable_diffusion_xl("refiner")
+    picture, mu = small.randn(1, 3, 16, 24).clamp(-1, 1), torch.linspace(0, 1, 24).expand(1, 1, 16, 24)
+    options = dict(sampler="euler", steps=5, guidance=3.0)
+    plain = sample.edit(base, "cats", picture, mu, **options)
+    both = sample.edit(base, "cats", picture, mu, **options, refiner=refiner)
+    assert torch.equal(sample.edit(base, "cats", picture, mu, **options, refiner=base), plain)
+    assert torch.equal(sample.edit(base, "cats", picture, mu, **options, refiner=refiner, switch=1), plain)
+    assert not torch.allclose(both, plain, atol=1e-2)
+    white = torch.ones(1, 1)
+    kept = sample.edit(base, "cats", picture, white, **options, refiner=refiner)
+    assert torch.equal(kept, base.decode(base.encode_image(picture)) / 2 + 0.5)
+    drawn = sample.edit(base, "cats", size=(24, 16), **options, refiner=refiner)
+    assert drawn.shape == (1, 3, 16, 24)
+    two = sample.edit(base, ["cats", "dogs"], picture, mu, **options, refiner=refiner)
+    torch.testing.assert_close(two[:1], both, rtol=1e-4, atol=1e-4)
+
+
+def test_an_inpainting_base():
+    base, refiner = small.stable_diffusion_xl("xl inpainting"), small.stable_diffusion_xl("refiner")
+    picture, repaint = small.randn(1, 3, 16, 16).clamp(-1, 1), torch.zeros(1, 1, 16, 16)
+    repaint[..., 8:] = 1
+    options = dict(sampler="euler", steps=3, repaint=repaint)
+    x = sample.edit(base, "cats", picture, 1 - repaint, **options, refiner=refiner)
+    assert x.isfinite().all() and not torch.equal(x, sample.edit(base, "cats", picture, 1 - repaint, **options))

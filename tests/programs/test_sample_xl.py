@@ -1,0 +1,52 @@
+"""sample.py with a Stable Diffusion XL: every edit of Differential Diffusion, with and without a refiner."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sd
+from tests import small
+from tests.runs import GRADIENT, MEADOW, half_white, run, same_picture
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Base and refiner, 16 x 16 pixels"""
+    folder = tmp_path_factory.mktemp("xl")
+    for kind in ("base", "refiner"):
+        sd.save(small.stable_diffusion_xl(kind), folder / kind)
+    return folder / "base", folder / "refiner"
+
+
+EDITS = {
+    "map": ["--image", MEADOW, "--change-map", GRADIENT],
+    "mask": ["--image", MEADOW, "--mask", GRADIENT, "--softness", 4],
+    "fan": ["--image", MEADOW, "--strength-fan", 4],
+    "strength": ["--image", MEADOW, "--strength", 0.8],
+    "text": [],
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_every_edit(tmp_path, folders, edit):
+    base, refiner = folders
+    words = ["--weights", base, "--prompt", "a red circle", *EDITS[edit]]
+    alone = run(tmp_path, *words)
+    said = json.loads(Image.open(tmp_path / "out.png").text["parameters"])
+    assert said["sampler"] == "euler" and "switch" not in said
+    both = run(tmp_path, *words, "--refiner", refiner)
+    said = json.loads(Image.open(tmp_path / "out.png").text["parameters"])
+    assert said["refiner"] == str(refiner) and said["switch"] == 0.8
+    assert not same_picture(alone, both)
+    assert same_picture(run(tmp_path, *words, "--refiner", refiner, "--switch", 1), alone)
+
+
+def test_white_stays(tmp_path, folders):
+    base, refiner = folders
+    mask = half_white(tmp_path / "map.png")
+    words = ["--weights", base, "--prompt", "cats", "--image", MEADOW, "--change-map", mask, "--refiner", refiner]
+    edited = run(tmp_path, *words, "--paste-back", "--a1111", "--negative", "dogs")
+    assert np.array_equal(edited[:, 64:], np.asarray(Image.open(MEADOW).convert("RGB"))[:, 64:])
+    assert not np.array_equal(edited[:, :32], np.asarray(Image.open(MEADOW).convert("RGB"))[:, :32])
