@@ -383,7 +383,7 @@ def main(argv=None):
     run = open_run(args.out, "mfx", args.resume, args.out / "model")
     with report_errors(p, "try a smaller --micro-batch or --batch, or --checkpointing", kept), run:
         if args.resume:
-            recipe = resume_recipe(args.out, "mfx", FixupRecipe, args)
+            recipe = resume_recipe(args.out, "mfx", FixupRecipe, args, TOY)
         else:
             recipe = change_recipe(choose_recipe(args.init), args)
         device = join_processes(choose_device(args.device))

@@ -53,6 +53,8 @@ def open_picture(path):
             file = Image.open(path)
         with file:
             ImageOps.exif_transpose(file, in_place=True)
+            if file.mode in ("P", "PA") and file.palette is None:
+                raise ValueError("its palette is missing")
             return file
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None

@@ -180,12 +180,17 @@ def change_recipe(recipe, args):
     return replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
 
-def resume_recipe(out, stage, kind, args):
-    """`read_recipe`, with what the command line changes. ValueError if that would change what the weights mean."""
+def resume_recipe(out, stage, kind, args, init=None):
+    """`read_recipe`, with what the command line changes. ValueError if that would change what the weights mean.
+
+    init  the weights that a run starts from where its recipe names none
+    """
     recipe = read_recipe(out, stage, kind)
     changed = change_recipe(recipe, args)
     for field in fields(kind):
         old, new = (getattr(r, field.name) for r in (recipe, changed))
+        if field.name == "init":
+            old, new = old or init, new or init
         # With pictures from a folder, those held out are not trained on.
         free = field.name in FREE and not (field.name == "held_out" and recipe.data != "toy" and bool(old) != bool(new))
         if not (free or old == new or is_moved(field.name, old, new)):

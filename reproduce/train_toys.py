@@ -372,7 +372,7 @@ def main(argv=None):
         if args.stage == "vae" and not (args.scenes is None and args.offset is None):
             raise ValueError("--scenes and --offset are for base and inpainting: vae draws new scenes at every step")
         if args.resume:
-            recipe = resume_recipe(out, args.stage, ToyRecipe, args)
+            recipe = resume_recipe(out, args.stage, ToyRecipe, args, TOY if args.stage == "inpainting" else None)
         else:
             recipe = change_recipe(RECIPES[args.stage], args)
         torch.manual_seed(recipe.seed)

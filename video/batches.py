@@ -44,7 +44,7 @@ class ShardPairs(IterableDataset):
       mask                         (1, H, W) float32: 1 where a pixel of the reference landed, 0 in
                                    the holes (M)
 
-    ValueError: no shards, one that is damaged, an unknown model.
+    ValueError: no shards, one that is damaged or of pictures of another size, an unknown model.
     """
 
     def __init__(self, path, model="both", batch=1, *, seed=0, shuffle=4096, epochs=None,
@@ -57,6 +57,7 @@ class ShardPairs(IterableDataset):
         if not 0 <= self.rank < self.world:
             raise ValueError(f"there is no rank {self.rank} among {self.world}")
         self.shards = shards.find_shards(path)  # [(path, pairs)]
+        self.first = self.shards[0][0]  # whose pictures say the size
         if held_out is not None:
             if len(self.shards) == 1:
                 raise ValueError(f"{path} has one shard, and no other to hold out for validation: "
@@ -83,6 +84,7 @@ class ShardPairs(IterableDataset):
         turn += self.start
         end = math.inf if self.epochs is None else self.epochs * self.pairs
         current = None  # the epoch that shard, pair, affine are of
+        size = shards.read_pictures(self.first, 0, ["ref.jpg"])[0].shape[1:]
         while (first := (turn * self.world + self.rank) * self.batch) < end:
             for place in range(first, min(first + self.batch, end)):
                 epoch, i = divmod(place, self.pairs)
@@ -90,7 +92,12 @@ class ShardPairs(IterableDataset):
                     current = epoch
                     shard, pair, affine = self.order(epoch)
                 path, _ = self.shards[shard[i]]
-                yield read_pair(path, int(pair[i]), "affine" if affine[i] else "flow")
+                read = read_pair(path, int(pair[i]), "affine" if affine[i] else "flow")
+                if (other := read["mask"].shape[1:]) != size:
+                    sides = " and of ".join(f"{w}x{h}" for h, w in (size, other))
+                    raise ValueError(f"{self.first} and {path} have pictures of {sides}: keep each "
+                                     "size in a folder of its own")
+                yield read
             turn += workers
 
 

@@ -274,6 +274,18 @@ def test_pictures_of_another_kind_are_named(tmp_path, broken):
         list(ShardPairs(tmp_path, "flow", epochs=1))
 
 
+def test_shards_of_two_sizes_are_named(tmp_path):
+    for number, side in enumerate((32, 16)):
+        picture = np.zeros((side, side, 4), np.uint8)
+        files = {extension: shards.encode(picture[..., :3], ".jpg") for extension in ("ref.jpg", "gt.jpg")}
+        files |= {extension: shards.encode(picture, ".png") for extension in ("flow.png", "affine.png")}
+        shards.write_shard(tmp_path, number, [(number, files)], [], {})
+    shards.read_index.cache_clear()
+    for held_out in (None, True):
+        with pytest.raises(ValueError, match="000000.tar and .*000001.tar have pictures of 32x32 and of 16x16"):
+            list(ShardPairs(tmp_path, epochs=1, held_out=held_out))
+
+
 def test_torn_shards_are_named(tmp_path):
     rest = {extension: bytes(1000) for extension in ("ref.jpg", "gt.jpg", "flow.png", "affine.png")}
     shards.write_shard(tmp_path, 0, [(0, rest)], [], {})

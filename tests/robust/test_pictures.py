@@ -20,6 +20,13 @@ def test_a_picture_with_damaged_exif_is_told(tmp_path, capsys):
     assert "not a picture that can be read" in said
 
 
+def test_indexed_colours_without_their_palette_are_told(tmp_path):
+    """As Pillow reads them from an icon."""
+    Image.open(MEADOW).convert("P").save(tmp_path / "in.icns")
+    with pytest.raises(ValueError, match="in.icns is not a picture that can be read .its palette is missing"):
+        pictures.open_picture(tmp_path / "in.icns")
+
+
 def test_no_picture_at_all(tmp_path):
     (tmp_path / "text.png").write_text("hello")
     for name, said in (("text.png", "not a picture"), ("none.png", "no such file"), ("", "not a picture")):

@@ -131,6 +131,15 @@ def test_what_resuming_may_change_and_what_not(stable, tmp_path, capsys, monkeyp
     assert read_recipe(out, "mfx", train.FixupRecipe).data == "moved"
 
 
+def test_the_usual_initial_weights_may_be_named(stable, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "TOY", stable)
+    _, _, *words = arguments(stable, tmp_path / "out", "--steps", 1, "--held-out", 0)
+    train.main(words)
+    line = fails(train.main, ["--out", tmp_path / "out", "--resume", "--init", tmp_path], capsys)
+    assert f"--resume cannot change --init {tmp_path}" in line and f"was begun with --init {stable}" in line
+    train.main([*words, "--resume", "--init", str(stable)])
+
+
 def test_the_initial_weights_prediction_is_not_changed_either(stable, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(train.RECIPES, "toy", replace(train.RECIPES["toy"], prediction=None))  # as the paper's
     train.main(arguments(stable, tmp_path, "--steps", 1, "--held-out", 0))
