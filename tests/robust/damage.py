@@ -280,8 +280,8 @@ def change_tensor(tensors, rng, strange=()):
     name = rng.choice(sorted(tensors))
     x = tensors[name]
     others = [x.long(), x.bool(), x.double(), x.bfloat16(), x.float(), x.to(torch.float8_e4m3fn), x.to(torch.complex64),
-              torch.atleast_1d(x)[:0], x[None], x.flatten(), x * torch.nan, x * 1e9, torch.tensor(1.0), torch.zeros([1] * 9), x.byte(),
-              x.flatten().reshape(x.shape[::-1])]  # fmt: skip
+              torch.atleast_1d(x)[:0], x[None], x.flatten(), x * torch.nan, x * 1e9, torch.tensor(1.0),
+              torch.zeros([1] * 9), x.byte(), x.flatten().reshape(x.shape[::-1])]  # fmt: skip
     how = rng.choice(["value", "value", "value", "drop", "rename", "add"])
     if how == "value":
         tensors[name] = rng.choice(others + [make(x) for make in strange])
