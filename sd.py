@@ -342,7 +342,7 @@ def learn_word(sd, path):
 
 
 def save(sd, folder, dtype=None):
-    """Write the folder that diffusers' StableDiffusionPipeline.from_pretrained opens, and `load`.
+    """Write the folder that `load` opens, and diffusers' pipeline for this model.
 
     dtype  the stored precision, e.g. torch.float16 for half the size; None as it is
 

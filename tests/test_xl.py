@@ -15,6 +15,7 @@ import samplers
 import sd
 import unet
 import vae
+from checkpoints import configs, names
 from checkpoints.parts import SkipInit
 from models import xl
 from tests import small
@@ -106,12 +107,52 @@ def test_parameter_counts_are_the_published_ones():
     assert counts == [2_567_463_684, 2_259_526_660, 83_653_863, 123_060_480, 694_659_840]
 
 
-@pytest.mark.parametrize("name, numbers", [("sdxl", 6), ("sdxl-refiner", 5)])
-def test_the_published_parts_fit(name, numbers):
-    config = unet.CONFIGS[name]
-    texts = [clip.CONFIGS["clip-vit-l"], clip.CONFIGS["openclip-bigg"]][0 if numbers == 6 else 1 :]
-    assert config.context == sum(text.width for text in texts)
-    assert config.added == 1280 + numbers * 256
+@pytest.mark.parametrize("kind", ["base", "refiner"])
+def test_names_and_shapes_at_full_size(kind):
+    """What the published files hold makes the published configurations."""
+    wanted = [clip.CONFIGS["clip-vit-l"], clip.CONFIGS["openclip-bigg"]]
+    with torch.device("meta"), SkipInit():
+        texts = [clip.TextEncoder(config) for config in wanted]
+        u = unet.UNet(unet.CONFIGS["sdxl" if kind == "base" else "sdxl-refiner"])
+        model = sd.StableDiffusion(u, vae.VAE(vae.CONFIGS["sdxl"]), texts[1], None, None, 1024)
+        model.xl = xl.XL(texts[0] if kind == "base" else None, None, True)
+        parts, _ = names.split_parts("it", small.to_original(model))
+    shapes = {part: {name: tuple(x.shape) for name, x in tensors.items()} for part, tensors in parts.items()}
+    assert configs.unet_config_from_shapes(shapes["unet"]) == model.unet.config
+    assert replace(configs.vae_config_from_shapes(shapes["vae"]), **xl.VAE) == model.vae.config
+    for part, config in zip(("text_encoder", "text_encoder_2"), wanted):
+        if part in parts:  # which layer is read, tensors do not say
+            found = configs.text_config_from_shapes(shapes[part])
+            assert replace(found, skip_last=config.skip_last, final_norm=config.final_norm) == config
+    xl.check_fit("it", model)
+    assert model.unet.config.context == sum(text.config.width for text, _ in model.readers())
+
+
+# What the published unet/config.json say of sizes
+PUBLISHED = {
+    "sdxl": {
+        "addition_embed_type": "text_time", "addition_embed_type_num_heads": 64, "addition_time_embed_dim": 256,
+        "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], "in_channels": 4,
+        "layers_per_block": 2, "out_channels": 4, "projection_class_embeddings_input_dim": 2816, "sample_size": 128,
+        "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True, "upcast_attention": None,
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    },
+    "sdxl-refiner": {
+        "addition_embed_type": "text_time", "addition_embed_type_num_heads": 64, "addition_time_embed_dim": 256,
+        "attention_head_dim": [6, 12, 24, 24], "block_out_channels": [384, 768, 1536, 1536],
+        "cross_attention_dim": 1280, "in_channels": 4, "layers_per_block": 2, "out_channels": 4,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "projection_class_embeddings_input_dim": 2560, "sample_size": 128, "transformer_layers_per_block": 4,
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "use_linear_projection": True, "upcast_attention": None,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations(name):
+    assert configs.unet_config_from_json(PUBLISHED[name]) == unet.CONFIGS[name]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

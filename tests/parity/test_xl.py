@@ -6,6 +6,7 @@ import torch
 import diffdiff
 import samplers
 import sd
+from checkpoints import configs, names
 from models.xl import hand_over, make_conditions
 from tests import small
 
@@ -42,6 +43,22 @@ def test_folders_that_the_peers_wrote(pair, tmp_path):
         got = sd.load(tmp_path / kind)
         assert small.same_model(got, pair[i]) and got.xl.zeros == (kind == "base")
         assert [tokenizer.pad for _, tokenizer in got.readers()] == ["<|endoftext|>", "!"][i:]
+
+
+@pytest.mark.parametrize("kind", ["base", "refiner"])
+def test_openclip_as_diffusers_converts_it(kind):
+    convert = pytest.importorskip("diffusers.loaders.single_file_utils")
+    transformers = pytest.importorskip("transformers")
+    model = small.stable_diffusion_xl(kind)
+    tensors = small.to_original(model)
+    parts, _ = names.split_parts("it", tensors)
+    c = transformers.CLIPTextConfig(**configs.text_config_to_json(model.text.config))
+    prefix = f"conditioner.embedders.{len(model.readers()) - 1}.model."
+    peer = transformers.CLIPTextModelWithProjection(c)
+    want = convert.convert_open_clip_checkpoint(peer, dict(tensors), prefix=prefix)
+    want = {name.removeprefix("text_model."): x for name, x in want.items() if "position_ids" not in name}
+    got = {name.removeprefix("text_model."): x for name, x in parts["text_encoder_2"].items()}
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in got)
 
 
 def make_denoiser(model, sampler, negative):
