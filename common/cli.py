@@ -16,6 +16,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from tqdm import tqdm
+
 from common import interrupts
 from common.pictures import KINDS
 
@@ -67,8 +69,8 @@ def tell(line):
 
 
 def shorten_warnings(parser):
-    """From now on a warning is one line as well."""
-    warnings.showwarning = lambda message, *_: print(
+    """From now on a warning is one line as well, above a bar that moves."""
+    warnings.showwarning = lambda message, *_: tqdm.write(
         f"{parser.prog}: warning: {message}", file=sys.stderr
     )
 

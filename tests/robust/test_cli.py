@@ -2,9 +2,12 @@
 
 import argparse
 import signal
+import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
 from common import cli, devices
 from common.interrupts import came, finish_steps
@@ -41,6 +44,14 @@ def test_an_interrupt_that_becomes_another_error_is_still_one(capsys):
     with pytest.raises(SystemExit) as stop, cli.report_errors(cli.Parser(prog="it"), "buy more"):
         raise ValueError("the next one is an error again")
     assert stop.value.code == 2
+
+
+def test_a_warning_beside_a_bar_has_a_line_of_its_own(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", None)
+    cli.shorten_warnings(cli.Parser(prog="it"))
+    with tqdm(total=2, file=sys.stderr):
+        warnings.showwarning("look out", UserWarning, "file", 1)
+    assert "it: warning: look out\n" in capsys.readouterr().err.split("\r")
 
 
 def test_what_nohup_ignores_stays_ignored():
