@@ -172,9 +172,8 @@ def load(path, dtype=None, device="cpu", prediction=None):
 def load_folder(path, dtype, device, prediction):
     """Hugging Face's layout: a folder for each part, and config.json files."""
     index = read_json(path / "model_index.json", default={})
-    encoders = xl.list_encoders(path, index)  # none, if it is no XL
-    main = encoders[-1] if encoders else "text_encoder"
-    for part in ("unet", "vae", *(encoders or [main])):
+    encoders = xl.list_encoders(path, index)
+    for part in ("unet", "vae", *encoders):
         if not (path / part).is_dir():
             raise FileNotFoundError(f"{path} is not a Stable Diffusion: there is no folder {part}/ "
                                     "in it")
@@ -182,7 +181,7 @@ def load_folder(path, dtype, device, prediction):
     vae = load_part(path / "vae", "vae", dtype, device)
     # The UNet's precision: it reads what the text encoder writes.
     stored = unet.conv_in.weight.dtype
-    text = load_part(path / main, "text_encoder", stored, device)
+    texts = [load_part(path / part, "text_encoder", stored, device) for part in encoders]
 
     # Without a scheduler's file it is Stable Diffusion's own.
     file = path / "scheduler/scheduler_config.json"
@@ -192,20 +191,21 @@ def load_folder(path, dtype, device, prediction):
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from None
 
-    folder = path / main.replace("text_encoder", "tokenizer")
-    tokenizer = find_tokenizer([folder])
-    tokenizer_help = ("put vocab.json and merges.txt, of the checkpoint's own "
-                      f"{folder.name}/, into {folder}/")
-    side = read_latent_side(path / "unet", xl.SIDE if encoders else 64)
-    sd = StableDiffusion(unet, vae, text, schedule, tokenizer, side * vae.config.factor,
+    folders = [path / part.replace("text_encoder", "tokenizer") for part in encoders]
+    tokenizers = [find_tokenizer([folder]) for folder in folders]
+    wanted = " and ".join(f"{folder}/" for folder in folders)
+    tokenizer_help = ("put vocab.json and merges.txt, of the checkpoint's own tokenizer, into "
+                      f"{wanted}")
+
+    is_xl = "text_encoder_2" in encoders
+    side = read_latent_side(path / "unet", xl.SIDE if is_xl else 64)
+    sd = StableDiffusion(unet, vae, texts[-1], schedule, tokenizers[-1], side * vae.config.factor,
                          tokenizer_help)
-    if encoders:
-        first = None
-        if len(encoders) == 2:
-            first = load_part(path / "text_encoder", "text_encoder", stored, device)
+    if is_xl:
+        first, tokenizer = (texts[0], tokenizers[0]) if len(encoders) == 2 else (None, None)
         zeros = index.get("force_zeros_for_empty_prompt", first is not None)
         upcast = read_json(path / "vae/config.json", default={}).get("force_upcast", True)
-        xl.complete(sd, first, find_tokenizer([path / "tokenizer"]), zeros, upcast)
+        xl.complete(sd, first, tokenizer, zeros, upcast)
     return sd
 
 

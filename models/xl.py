@@ -134,10 +134,10 @@ def check_refiner(base, refiner, name):
 
 
 def list_encoders(folder, index):
-    """The folders of text encoders in a Hugging Face folder with this model_index.json; none unless it is an XL."""
-    second = folder / "text_encoder_2"
-    if not ("text_encoder_2" in index or second.is_dir()):
-        return []
+    """The folders of text encoders that belong in a Hugging Face folder with this model_index.json, in the order of
+    what the UNet reads: CLIP's alone, unless it is an XL; OpenCLIP's after it, or alone in a refiner."""
+    if not ("text_encoder_2" in index or (folder / "text_encoder_2").is_dir()):
+        return ["text_encoder"]
     first = index["text_encoder"] != [None, None] if "text_encoder" in index else (folder / "text_encoder").is_dir()
     return ["text_encoder", "text_encoder_2"] if first else ["text_encoder_2"]
 

@@ -222,6 +222,14 @@ def test_without_a_tokenizer(tmp_path):
             ask(["a cat"])
 
 
+def test_a_folder_without_one_of_its_tokenizers(tmp_path):
+    sd.save(small.stable_diffusion_xl(), tmp_path)
+    for file in (tmp_path / "tokenizer").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match=f"{tmp_path}/tokenizer/ and {tmp_path}/tokenizer_2/"):
+        sd.load(tmp_path).encode_prompt("cats")
+
+
 def test_an_unet_of_xl_beside_the_encoder_of_another_is_refused(tmp_path):
     model = small.stable_diffusion("sd1")
     model.unet = unet.UNet(replace(small.UNETS["sd1"], added=100)).requires_grad_(False)
