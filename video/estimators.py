@@ -116,7 +116,7 @@ def flow_depth(image, flow):
 
 def raft_flows(model, frames):
     memory = CPU_MEMORY if next(model.parameters()).device.type == "cpu" else raft.MEMORY
-    return raft.clip_flows(model, frames, memory=memory)
+    return check_finite(raft.clip_flows(model, frames, memory=memory), "RAFT")
 
 
 def sam_segments(sam, image):
@@ -125,7 +125,15 @@ def sam_segments(sam, image):
 
 def midas_depth(dpt, image, flow):
     """Inverse depth, negated. Not 1 / x, as its shift is unknown: only the order means anything."""
-    return -midas.depth(dpt, image).numpy()
+    return -check_finite(midas.depth(dpt, image), "MiDaS").numpy()
+
+
+def check_finite(x, network):
+    """-> x. ValueError where it is not finite: it would be taken for a fault of the pair, or for none."""
+    if not x.isfinite().all():
+        raise ValueError(f"what {network} computes is not finite: its file is damaged, or stored in a precision that "
+                         "it overflows in")
+    return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ def test_a_device_that_is_not_there_is_told():
 
 def test_names_and_sizes():
     assert cli.picture_size("512") == 512 and cli.picture_size("640X384") == (640, 384)
-    for read, text in ((cli.file_name, ""), (cli.folder_name, ""), (cli.picture_size, "7"), (cli.picture_size, "8x8x8")):
+    wrong = ((cli.file_name, ""), (cli.folder_name, ""), (cli.picture_size, "7"), (cli.picture_size, "8x8x8"))
+    for read, text in wrong:
         with pytest.raises(argparse.ArgumentTypeError):
             read(text)
 
