@@ -361,7 +361,7 @@ class SAM(nn.Module):
         self.mask_decoder = MaskDecoder(config)
 
     def encode(self, image):
-        """image (H, W, 3) uint8 RGB -> Encoded. ValueError for another kind of picture."""
+        """image (H, W, 3) uint8 RGB -> Encoded. ValueError for another kind of picture, or weights that overflow."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(f"SAM looks at (H, W, 3) uint8, not {tuple(image.shape)} {image.dtype}")
         (H, W), size, weight = image.shape[:2], self.config.size, self.image_encoder.pos_embed
@@ -371,6 +371,9 @@ class SAM(nn.Module):
         mean, std = (torch.tensor(c, device=x.device)[:, None, None] for c in (MEAN, STD))
         x = F.pad((x - mean) / std, (0, size - w, 0, size - h))  # with zeros, to the right and below
         embedding = self.image_encoder(x.to(weight.dtype))
+        if not embedding.isfinite().all():  # no mask would be found, as where there is nothing
+            raise ValueError("what Segment Anything computes is not finite: its file is damaged, or stored in a "
+                             "precision that it overflows in")
         return Encoded(embedding, self.prompt_encoder.grid().to(weight.dtype), (H, W), (h, w))
 
     def attend(self, encoded, points=None, labels=None, boxes=None, masks=None):

@@ -84,7 +84,9 @@ def test_pairs_by_all_three_networks(folder, clip, tmp_path, quick, capsys):
     assert np.abs(coarse[..., :3] - gt)[kept].mean() < 0.25 * np.abs(ref - gt)[kept].mean()
 
 
-@pytest.mark.parametrize("option, kind, name", [("--flow", "raft", "RAFT"), ("--depth", "midas", "MiDaS")])
+@pytest.mark.parametrize("option, kind, name", [
+    ("--flow", "raft", "RAFT"), ("--segments", "sam", "Segment Anything"), ("--depth", "midas", "MiDaS"),
+])
 def test_numbers_that_are_not_finite_are_told(folder, clip, tmp_path, monkeypatch, capsys, option, kind, name):
     small = functools.partial(raft.clip_flows, size=(128, 128), iterations=1)
     monkeypatch.setattr(raft, "clip_flows", small)
