@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import Schedule, T
+from diffusion import RectifiedFlow, Schedule, T
 
 # --------------------------------------------------------------------------------------------------
 # What all samplers share: the ladder of noise levels, and a memory that knows where it is void
@@ -219,6 +219,27 @@ def heun(schedule: Schedule, k: int) -> Sampler:
             _, d_next = ladder.predict(model, z_next, i + 1)  # line 7
             x_next = x + h * (d + d_next) / 2  # line 8
         return ladder.alpha[i + 1] * x_next, None
+
+    return Sampler(ladder, step)
+
+
+class FlowLadder(NamedTuple):
+    """A rectified flow's noise levels: of a `Ladder` what `Sampler` and its callers read."""
+
+    schedule: RectifiedFlow
+    k: int
+    timesteps: list[float]  # T sigma of each step, and not whole
+
+
+def flow_euler(schedule: RectifiedFlow, k: int) -> Sampler:
+    """Rectified flow by Euler's method. The model is asked with t (B,) float, for a velocity."""
+    sigma = schedule.sigmas(k)
+    ladder = FlowLadder(schedule, k, [T * s for s in sigma[:-1]])
+
+    def step(model, z, i, state=None, noise=None, restarted=None):
+        t = torch.full((len(z),), ladder.timesteps[i], device=z.device)
+        v = model(z, t).to(z.dtype)
+        return z + (sigma[i + 1] - sigma[i]) * v, None
 
     return Sampler(ladder, step)
 

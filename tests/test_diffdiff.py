@@ -15,7 +15,7 @@ G = torch.Generator().manual_seed(3)
 Z_INIT, NOISE = torch.randn(SHAPE, generator=G), torch.randn(SHAPE, generator=G)
 STEP_NOISE = samplers.make_step_noise(SHAPE[1:], [5, 6])
 MU = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(4))
-every_sampler = pytest.mark.parametrize("name", samplers.SAMPLERS)
+every_sampler = pytest.mark.parametrize("name", [*samplers.SAMPLERS, "rectified flow"])
 
 
 def denoise(z, t):
@@ -30,6 +30,8 @@ def watch(seen):
 
 
 def make(name="ddim", k=K):
+    if name == "rectified flow":
+        return samplers.flow_euler(diffusion.RectifiedFlow(shift=3), k)
     return samplers.make_sampler(name, diffusion.Schedule(), k)
 
 
@@ -144,12 +146,14 @@ def test_thresholds_survive_binary_fractions():
     assert torch.equal(diffdiff.last_override(mu, k), torch.arange(k + 1))
 
 
-def test_pixels_are_overwritten_with_the_noised_original():
+@pytest.mark.parametrize("name", ["ddim", "rectified flow"])
+def test_pixels_are_overwritten_with_the_noised_original(name):
     """What the network sees at a step is, above that step's threshold, the original at that noise level."""
     seen = []
-    run(MU, model=watch(seen), skip=False)
+    run(MU, name, model=watch(seen), skip=False)
+    assert len(seen) == K
     for i, z in enumerate(seen):
-        kept, original = (MU >= i / K).expand(SHAPE), make().noise_to(i, Z_INIT, NOISE)
+        kept, original = (MU >= i / K).expand(SHAPE), make(name).noise_to(i, Z_INIT, NOISE)
         assert torch.equal(z[kept], original[kept])
         assert i == 0 or (z[~kept] != original[~kept]).all()
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from diffusion import Schedule, T
-from samplers import SAMPLERS, make_sampler, make_step_noise, run_sampler
+from diffusion import RectifiedFlow, Schedule, T, dynamic_shift
+from samplers import SAMPLERS, flow_euler, make_sampler, make_step_noise, run_sampler
 from tests.small import EVERY_SAMPLER, SHAPE, mixture, randn, trajectory
 
 # --------------------------------------------------------------------------------------------------
@@ -57,8 +57,63 @@ def test_timesteps():
     assert all(make_sampler(name, Schedule(), 7).timesteps == seven for name in SAMPLERS)
 
 
+@pytest.mark.parametrize("k", [1, 2, 7, 50])
+def test_levels_of_a_rectified_flow(k):
+    even = RectifiedFlow().sigmas(k)
+    assert even == pytest.approx([1 - i / k for i in range(k + 1)], abs=1e-12)
+    for shift in (0.5, 3.0, dynamic_shift(4096)):
+        sampler = flow_euler(RectifiedFlow(shift), k)
+        sigmas = RectifiedFlow(shift).sigmas(k)
+        assert sigmas[0] == 1 and sigmas[-1] == 0 and all(a > b for a, b in zip(sigmas, sigmas[1:]))
+        assert all((s > e) == (shift > 1) for s, e in zip(sigmas[1:-1], even[1:-1]))
+        assert sampler.k == k and sampler.timesteps == pytest.approx([T * s for s in sigmas[:-1]])
+    assert RectifiedFlow(last=0.01).sigmas(50)[-2:] == pytest.approx([0.01, 0])
+
+
+def test_dynamic_shift_is_log_linear_in_the_tokens():
+    assert dynamic_shift(256) == pytest.approx(math.exp(0.5)) and dynamic_shift(4096) == pytest.approx(math.exp(1.15))
+    assert dynamic_shift(2176) ** 2 == pytest.approx(dynamic_shift(256) * dynamic_shift(4096))
+
+
+def test_noise_on_a_straight_line():
+    x0, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
+    sampler = flow_euler(RectifiedFlow(3.0), 8)
+    assert torch.equal(sampler.noise_to(0, x0, noise), noise)  # nothing is left of the picture
+    for i, sigma in enumerate(RectifiedFlow(3.0).sigmas(8)[:-1]):
+        want = torch.lerp(x0.double(), noise.double(), sigma).float()
+        torch.testing.assert_close(sampler.noise_to(i, x0, noise), want, rtol=1e-5, atol=1e-6)
+
+
 # --------------------------------------------------------------------------------------------------
 # Problems with a known answer
+
+
+@pytest.mark.parametrize("k", [1, 3, 20])
+def test_a_straight_line_is_walked_exactly(k):
+    """Data of a single point: its velocity is constant along every line, and one step of Euler's is enough."""
+    x0, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
+    sampler = flow_euler(RectifiedFlow(3.0), k)
+
+    def model(z, t):
+        assert t.dtype == torch.float32 and t.shape == (2,)
+        return (z - x0) / (t.view(-1, 1, 1, 1) / T)
+
+    for i, z in enumerate(trajectory(model, noise, sampler)[:-1], 1):
+        torch.testing.assert_close(z, sampler.noise_to(i, x0, noise), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run_sampler(model, noise, sampler), x0, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rectified_flow_converges_to_the_datas_deviation():
+    """Data ~ N(0, 4): the exact flow stretches every draw of the noise by 2. Euler's error falls as 1 / k."""
+    noise = randn(1, 1, 1, 64)
+
+    def model(z, t):
+        sigma = t.view(-1, 1, 1, 1) / T
+        var = 4 * (1 - sigma) ** 2 + sigma**2
+        return (sigma - 4 * (1 - sigma)) / var * z  # E[noise - x0 | z]
+
+    error = [(run_sampler(model, noise, flow_euler(RectifiedFlow(), k)) / noise - 2).abs().max() for k in (25, 50, 100)]
+    assert error[2] < 0.05 and all(1.7 < a / b < 2.3 for a, b in zip(error, error[1:]))
 
 
 def gaussian_error(name, k, prediction="epsilon", mean=1.0, std=2.0):

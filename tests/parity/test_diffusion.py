@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from diffusion import Schedule
-from samplers import make_sampler
+from diffusion import RectifiedFlow, Schedule, T, dynamic_shift
+from samplers import flow_euler, make_sampler
 from tests.small import EVERY_SAMPLER, SHAPE, mixture, randn, trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its NumPy 1 spelling
@@ -78,3 +78,48 @@ def test_trajectory_is_diffusers(name, options, k, prediction):
     for i, (a, b) in enumerate(zip(ours, theirs)):
         error = ((a - b).norm() / b.norm()).item()
         assert error <= 1e-4, f"step {i} of {k}: relative error {error:.1e}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Rectified flow
+
+
+@pytest.mark.parametrize("k", [1, 4, 28, 50])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+def test_flow_levels_are_diffusers(shift, k):
+    """As Stable Diffusion 3's pipeline asks for them (from the scheduler's own last level), and as Flux's does."""
+    peer = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(shift=shift)
+    peer.set_timesteps(k)
+    ours = RectifiedFlow(shift, last=shift / (T + shift - 1))
+    torch.testing.assert_close(torch.tensor(ours.sigmas(k)), peer.sigmas, rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.tensor(flow_euler(ours, k).timesteps), peer.timesteps, rtol=1e-4, atol=0)
+    peer.set_timesteps(sigmas=[1 - i / k for i in range(k)])
+    torch.testing.assert_close(torch.tensor(RectifiedFlow(shift).sigmas(k)), peer.sigmas, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 4, 28, 50])
+@pytest.mark.parametrize("tokens", [64, 256, 1024, 4096, 10000])
+def test_flow_levels_of_a_dynamic_shift_are_diffusers(tokens, k):
+    flux = pytest.importorskip("diffusers.pipelines.flux.pipeline_flux")
+    peer = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    peer.set_timesteps(sigmas=[1 - i / k for i in range(k)], mu=flux.calculate_shift(tokens))
+    ours = RectifiedFlow(dynamic_shift(tokens))
+    torch.testing.assert_close(torch.tensor(ours.sigmas(k)), peer.sigmas, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_flow_trajectory_is_diffusers(k):
+    def model(z, t):
+        return torch.tanh(z + 0.3 * z.roll(1, -1)) * (0.5 + t.view(-1, 1, 1, 1) / T)
+
+    peer = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(shift=3.0)
+    peer.set_timesteps(k)
+    x0, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
+    sampler = flow_euler(RectifiedFlow(3.0, last=3 / (T + 2)), k)
+    ours = trajectory(model, noise, sampler)
+    z = noise
+    for i, t in enumerate(peer.timesteps):
+        level = peer.scale_noise(x0, t[None], noise)
+        torch.testing.assert_close(sampler.noise_to(i, x0, noise), level, rtol=1e-4, atol=1e-5)
+        z = peer.step(model(z, t.expand(len(z))), t, z).prev_sample
+        torch.testing.assert_close(ours[i], z, rtol=1e-4, atol=1e-5)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from diffusion import Schedule, T
-from samplers import make_sampler, make_step_noise, run_sampler
+from diffusion import RectifiedFlow, Schedule, T
+from samplers import flow_euler, make_sampler, make_step_noise, run_sampler
 from tests.small import EVERY_SAMPLER, SHAPE, mixture, randn
 
 
@@ -32,6 +32,10 @@ def test_any_number_of_steps_stays_finite(name, options, k):
         (lambda: make_sampler("euler", Schedule("zero_snr"), T), "nothing of the picture"),
         (lambda: make_sampler("ddpm", Schedule(), 10).step(lambda z, t: z, randn(*SHAPE), 0), "stochastic"),
         (lambda: run_sampler(lambda z, t: z, randn(*SHAPE), make_sampler("ddim", Schedule(), 10), start=11), "start"),
+        (lambda: RectifiedFlow(0), "shift .* more than 0, not 0"),
+        (lambda: RectifiedFlow(float("nan")), "shift .* not nan"),
+        (lambda: RectifiedFlow(last=1), "between 0 and 1, not 1"),
+        (lambda: flow_euler(RectifiedFlow(), 0), "1 or more, not 0"),
     ],
 )
 def test_errors_are_one_clear_line(call, words):
