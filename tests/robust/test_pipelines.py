@@ -48,7 +48,7 @@ def make_flux():
          "cosine"),
         (lambda: pipelines.make_sampler(make("StableDiffusionXLPipeline", scheduler={"_class_name": "EDM"}), Z, 5),
          "levels of EDM .* EulerDiscreteScheduler of leading"),
-        (lambda: pipelines.make_sampler(make("StableDiffusionXLPipeline", scheduler=TRAILING), Z, 5), "levels of Euler"),
+        (lambda: pipelines.make_sampler(make("StableDiffusionXLPipeline", scheduler=TRAILING), Z, 5), "of Euler"),
         (lambda: pipelines.make_sampler(make(), Z, 0), "1 or more, not 0"),
     ],
 )
