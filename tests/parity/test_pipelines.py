@@ -4,8 +4,12 @@ An ordinary run is the pipeline's own, latent by latent; a run under a map is a 
 scheduler.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 
 import diffdiff
 import sd
@@ -307,3 +311,19 @@ def test_the_schedulers_levels(kind, options, k):
     pipe = type(name, (), {"scheduler": scheduler, "config": {}})()
     sampler = pipelines.make_sampler(pipe, torch.zeros(1, 16, 60, 40), k)
     torch.testing.assert_close(torch.tensor(sampler.timesteps), scheduler.timesteps, rtol=1e-4, atol=0)
+
+
+def test_the_code_of_the_page_runs(peer, tmp_path, monkeypatch):
+    """docs/with_diffusers.md as it is, but for the model's weights, their device and the size"""
+    page = (Path(__file__).parents[2] / "docs/with_diffusers.md").read_text(encoding="utf-8")
+    first, *blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 3
+    name = type(peer).__name__
+    code = next(block for block in blocks if f"import {name}" in block)
+    monkeypatch.setattr(getattr(diffusers, name), "from_pretrained", lambda *_, **__: peer)
+    monkeypatch.setattr(peer, "to", lambda device: peer)
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((40, 30), 80).convert("RGB").save("photo.jpg")
+    Image.linear_gradient("L").resize((40, 30)).save("map.png")
+    exec(first.replace("1024, 1024", "32, 16") + code.replace("k=28", "k=4").replace("k=50", "k=4"), {})
+    assert Image.open("out.png").size == (32, 16)
