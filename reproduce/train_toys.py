@@ -78,6 +78,7 @@ SMALL = 0.03  # an error, of -1 .. 1
 OBJECTS = 3.0  # weight of pixels inside objects
 # Base and inpainting model
 DROPPED = 0.1  # share of captions left out, so that there is an unconditional model to guide away from
+MIXED = 0.25  # share of pictures of two hours: what a model sees under a change map, where the original shines through
 GAMMA = 5.0  # of Min-SNR: low noise levels, where the weight would grow without bound, count no more than this
 WHOLE = 0.25  # share of the masks that cover the whole picture, as of Stable Diffusion's own inpainting model
 
@@ -160,18 +161,32 @@ def train_vae(recipe, out, resume, device):
 # Stage base
 
 
+def render_mixed(scenes, generator):
+    """-> (n, 3, S, S) in [0, 1]. MIXED of the pictures become another hour on another ground from one side on."""
+    n, frames = len(scenes), world.render(scenes)
+    time, ground = (torch.randint(len(names), (n,), generator=generator) for names in (world.TIMES, world.GROUNDS))
+    other = world.render(replace(scenes, time=time, ground=ground))
+
+    # The other's share: a soft step across the picture, at any place and angle
+    draw = torch.rand(4, n, 1, 1, generator=generator)
+    angle, place, width = 2 * math.pi * draw[0], 1.2 * draw[1] - 0.6, 0.1 + draw[2]
+    p = (torch.arange(frames.image.shape[-1]) + 0.5) / frames.image.shape[-1] * 2 - 1
+    step = ((p * angle.cos() + p[:, None] * angle.sin() - place) / width + 0.5).clamp(0, 1)
+    return frames.image.lerp(other.image, (step * (draw[3] < MIXED))[:, None])
+
+
 def encode_scenes(scenes, path, autoencoder, device):
     """-> latents (N, C, h, w), unscaled: made once, and kept in a file for these scenes and this autoencoder."""
 
     def make():
         parts = []
         for i in tqdm(range(0, len(scenes), 64), desc="latents", unit="batch", mininterval=1):
-            image = world.render(scenes[i : i + 64]).image
+            image = render_mixed(scenes[i : i + 64], generator_at(len(scenes), i))
             with torch.no_grad():
                 parts.append(autoencoder.encode(to_channels_last((image * 2 - 1).to(device)))[0].half().cpu())
         return {"latents": torch.cat(parts).contiguous()}
 
-    return cache_tensors(path, digest(autoencoder, scenes.x.tolist()), make)["latents"]
+    return cache_tensors(path, digest(autoencoder, scenes.x.tolist(), MIXED), make)["latents"]
 
 
 def draws(recipe, scenes, shape, step):
