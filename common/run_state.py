@@ -92,13 +92,14 @@ def open_run(out, stage, resume, model):
     ValueError if `out` cannot be written, or holds a run's states, or its `model`, and this one does not go on.
     """
     check_writable(out)
-    if not resume and list_states(out, stage):
-        raise ValueError(f"{out} holds the states of a run: --resume goes on with it, another --out starts anew")
-    if not resume and model.exists():
-        raise ValueError(f"{model} is there already, and would be written over: choose another --out")
     new = not out.exists()
     try:
         with lock_folder(out):
+            if not resume and list_states(out, stage):
+                raise ValueError(f"{out} holds the states of a run: --resume goes on with it, another --out starts "
+                                 "anew")
+            if not resume and model.exists():
+                raise ValueError(f"{model} is there already, and would be written over: choose another --out")
             remove_leftovers(out, f"{stage}-*")
             yield
     finally:

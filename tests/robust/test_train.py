@@ -263,6 +263,15 @@ def test_two_trainings_do_not_write_to_one_folder(stable, tmp_path, capsys, monk
     train.main([*map(str, argv), "--steps", "1"])
     assert list_states(tmp_path / "out", "mfx")
 
+    # One that waits while the other ends
+    def leave_state(held):
+        (tmp_path / "other" / "mfx-state-0000001.safetensors").touch()
+        return True
+
+    monkeypatch.setattr(files, "try_lock", leave_state)
+    argv = arguments(stable, tmp_path / "other")
+    assert "holds the states of a run" in fails(train.main, argv, capsys)
+
 
 def test_mistakes_get_one_line(stable, tmp_path, capsys):
     mfx.save(random_fixup(stable), tmp_path / "magic")
