@@ -30,8 +30,10 @@ def make_item(run=None, **rest):
 
 def save_ablation(folder):
     """The four models of the ablation on random weights, narrow, for the toy's latents."""
-    config = unet.UNetConfig(12, 12, (16, 16), layers=1, depth=(1, 0), heads=2, context=8, groups=8)
-    narrow = replace(sd.load(TOY, torch.float32), unet=unet.UNet(config))
+    toy = sd.load(TOY, torch.float32)
+    C = toy.vae.config.latent_channels
+    config = unet.UNetConfig(C, C, (16, 16), layers=1, depth=(1, 0), heads=2, context=8, groups=8)
+    narrow = replace(toy, unet=unet.UNet(config))
     for seed, name in enumerate(TRAINED):
         model = mfx.from_stable_diffusion(narrow, cross_reference=name != ALONE)
         for part in (model.synthesizer, model.extractor):

@@ -88,6 +88,12 @@ def half_white(path):
     return save(path, np.tile(ramp, (128, 1)))
 
 
+def black_and_white(z):
+    """Of a latent of a picture edited under `half_white`: the columns that are black in it, and those that are white"""
+    width = z.shape[-1]
+    return z[..., : width // 4], z[..., width // 2 :]
+
+
 def film(path, frames=38, fps=25, size=(96, 64), pan=0.6, seed=0, cut=None):
     """A landscape of blurred noise that pans by `pan` pixels per frame; at frame `cut` it becomes another one.
     A video, or a folder of frames if the path has no ending -> the path"""

@@ -56,7 +56,8 @@ def test_the_layout_at_full_size(tmp_path):
     """Every tensor of the release at Stable Diffusion 1.4's size, each a view of a single number."""
     with torch.device("meta"), SkipInit():
         plain = PlainMagicFixup(width=320, times=(1, 2, 4, 4), attends=(True, True, True, False), context=768)
-        stable = types.SimpleNamespace(unet=unet.UNet(small.SD1), vae=vae.VAE(vae.VAEConfig()), text=nn.Module())
+        parts = dict(unet=unet.UNet(small.SD1), vae=vae.VAE(vae.VAEConfig()), text=nn.Module(), xl=None)
+        stable = types.SimpleNamespace(**parts)
         stable.text.config = small.TEXT
     tensors = {k: torch.zeros(()).expand(v.shape) for k, v in released_tensors(plain, stable).items()}
     torch.save({"state_dict": tensors}, tmp_path / "full.ckpt")

@@ -15,10 +15,12 @@ from common.interrupts import came, finish_steps
 
 @pytest.fixture(autouse=True)
 def heard():
-    """These tests may themselves run under nohup, which has SIGHUP ignored."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """These tests may themselves run under nohup, or in the background, which have signals ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("interrupt, status", [
