@@ -181,7 +181,7 @@ def encode_scenes(scenes, path, autoencoder, device):
     def make():
         parts = []
         for i in tqdm(range(0, len(scenes), 64), desc="latents", unit="batch", mininterval=1):
-            image = render_mixed(scenes[i : i + 64], generator_at(len(scenes), i))
+            image = render_mixed(scenes[i : i + 64], generator_at(len(scenes), i))  # not what the scenes come from
             with torch.no_grad():
                 parts.append(autoencoder.encode(to_channels_last((image * 2 - 1).to(device)))[0].half().cpu())
         return {"latents": torch.cat(parts).contiguous()}

@@ -38,6 +38,18 @@ def words(init, out, *more):
 # Stages vae and base
 
 
+def test_a_mixed_picture_is_one_hour_on_one_side_and_another_on_the_other(monkeypatch):
+    scenes = world.random_scenes(6, torch.Generator().manual_seed(0))
+    plain = world.render(scenes).image
+    monkeypatch.setattr(train_toys, "MIXED", 0.0)
+    assert torch.equal(train_toys.render_mixed(scenes, torch.Generator().manual_seed(1)), plain)
+    monkeypatch.setattr(train_toys, "MIXED", 1.0)
+    off = (train_toys.render_mixed(scenes, torch.Generator().manual_seed(1)) - plain).abs().amax(1)
+    kept, changed = ((off < 1e-6).flatten(1).float().mean(1), (off > 0.05).flatten(1).float().mean(1))
+    assert (kept > 0.05).all() and (changed > 0.05).float().mean() > 0.5  # an hour may be drawn twice
+
+
+
 @pytest.mark.slow
 def test_both_stages_end_to_end(tmp_path):
     """Few and small steps, but everything: crops, latents, vocabulary, sheets, the saved folder, and going on."""

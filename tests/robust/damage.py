@@ -406,7 +406,8 @@ def networks(whole, folder, rng):
     for name in names:
         shutil.copy(whole.folder / name, folder)
     path = folder / rng.choice(names)
-    write_either(path, torch.load(path), rng, lambda x: x if rng.random() < 0.8 else {"state_dict": x})
+    tensors = torch.load(path, weights_only=True)
+    write_either(path, tensors, rng, lambda x: x if rng.random() < 0.8 else {"state_dict": x})
 
     def compare():
         x = torch.rand(1, 3, 32, 32)
