@@ -34,6 +34,7 @@ import diffdiff
 import mfx
 import samplers
 import sd
+from checkpoints.lora import merge_lora
 from checkpoints.magicfixup import looks_like_magic_fixup
 from common.cli import TOY, TOY_MFX, report_errors, shorten_warnings, tell
 from common.devices import choose_device, choose_precision, compile_unets, find_unets, make_fast
@@ -189,6 +190,9 @@ def read_model(args, dtype, device):
     for file in args.words or []:
         names = sd.learn_word(model, file)
         tell(f"sample.py: {file} is the word {' or '.join(names)}")
+    for file, weight in args.lora or []:
+        count = merge_lora(model, file, weight)
+        tell(f"sample.py: {file} changes {count} layers, at weight {weight:g}")
     return model
 
 

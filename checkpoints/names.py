@@ -109,15 +109,15 @@ IGNORED = re.compile(
 )
 
 
-def translate(part, tensors):
+def translate(part, tensors, per_level=None):
     """{original name, without its prefix: tensor} of one part -> {Hugging Face name: tensor}.
 
     part is 'unet', 'vae', 'text_encoder' or 'text_encoder_2'. The tensors are views of those given.
-    Names that are Hugging Face's already stay as they are.
+    Names that are Hugging Face's already stay as they are. per_level is how many blocks make a
+    level of the UNet on the way down, its residual blocks and the step; None: see in the names.
     """
-    # How many blocks make a level, and how many levels there are, is in the names.
     steps_down = find_numbers(r"input_blocks\.(\d+)\.0\.op\.", tensors)
-    per_level = min(steps_down, default=3)  # residual blocks and the step, on the way down
+    per_level = per_level or min(steps_down, default=3)
     finest = max(find_numbers(r"decoder\.up\.(\d+)\.", tensors), default=0)
 
     rows = []

@@ -9,7 +9,7 @@ from editing.change_maps import RIGHT
 
 MAPS = ["change_map", "mask", "strength_fan", "strength"]
 COARSE = ["edit", "collage"]
-TEXT = ["prompt", "negative", "a1111", "words", "guidance", "prediction", "refiner"]
+TEXT = ["prompt", "negative", "a1111", "words", "lora", "guidance", "prediction", "refiner"]
 NEEDS = {  # an option, and others of which at least one must stand beside it
     "edit": ["image"], "mask": ["image"], "strength_fan": ["image"], "strength": ["image"],
     "change_map": ["image", "collage"], "white_is_change": ["change_map", "mask"],
@@ -47,6 +47,8 @@ def parse(argv, description):
     add("--networks", type=file_name, help="folder of SAM's and MiDaS's files (default: weights)")
     add("--weights", type=file_name, help="a folder, .safetensors or .ckpt (default: the toy)")
     add("--refiner", type=file_name, help="Stable Diffusion XL's, likewise, for the last steps")
+    add("--lora", action="append", type=read_lora_option, metavar="FILE[:WEIGHT]", help="a LoRA, LoCon "
+        "or DoRA, merged into the weights; several times for several (default: weight 1)")
     add("--switch", type=number(float, 0, 1), help="the share of the steps before it (default: 0.8)")
     add("--prediction", choices=["epsilon", "v_prediction"], help="of a single-file checkpoint")
     add("--sampler", choices=list(samplers.SAMPLERS), help="(default: ddim; an XL: euler)")
@@ -74,6 +76,14 @@ def read_strengths(text):
         n = number(int, 1, 100)(text)
         return [(i + 1) / n for i in range(n)]
     return [number(float, 0, 1)(strength) for strength in text.split(",")]
+
+
+def read_lora_option(text):
+    """'style.safetensors:0.8' -> the file and 0.8; without a weight, the file and 1."""
+    name, colon, weight = text.rpartition(":")
+    if not colon or "/" in weight or "\\" in weight:  # a colon of the path
+        return file_name(text), 1.0
+    return file_name(name), number(float, -100, 100)(weight)
 
 
 def check(args):
