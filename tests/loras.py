@@ -95,8 +95,8 @@ def diffusers(lora, model, endings="PEFT"):
         if "alpha" in factors:
             out[before.removesuffix("_lora") + ".alpha"] = factors["alpha"]
         if "dora_scale" in factors:
-            magnitudes = factors["dora_scale"].flatten()
-            out[before + ".lora_magnitude_vector"] = magnitudes
+            ones = [1] * (factors["dora_scale"].ndim - 2)
+            out[before + ".lora_magnitude_vector"] = factors["dora_scale"].reshape(*[1][: len(ones)], -1, *ones)
     return out
 
 
