@@ -52,29 +52,34 @@ def merge_lora(model, path, weight=1.0):
     found = {layer: find_layer(layer, layers, model.unet.config.layers + 1) for layer in lora}
     if absent := [layer for layer, name in found.items() if name is None]:
         raise ValueError(f"{path} does not fit this model: {len(absent)} of its {len(lora)} layers are not there, "
-                         f"e.g. {absent[0]:.100}{guess_family(lora, model)}")
+                         f"e.g. {absent[0]!r:.100}{guess_family(lora, model)}")
     if len(set(found.values())) < len(found):
         raise ValueError(f"{path} is damaged: it changes a layer under two names")
 
-    # All are made before the first is taken over: a model is never half merged.
     said = read_config(path)
-    merged = {}
+    alphas = {}
     for layer, name in found.items():
-        W = layers[name].weight
+        factors, W = lora[layer], layers[name].weight
+        if problem := describe_misfit(factors, W):
+            raise ValueError(f"{path} does not fit this model: {layer!r:.100} has {problem}{guess_family(lora, model)}")
+        own = find_alpha(path, said, name, len(factors["down"]))
+        alphas[layer] = factors["alpha"].item() if "alpha" in factors else own
+
+    def make(layer):
+        W = layers[found[layer]].weight
         factors = {role: x.to(W.device, torch.float32) for role, x in lora[layer].items()}
-        problem = describe_misfit(factors, W)
-        if problem:
-            raise ValueError(f"{path} does not fit this model: {layer:.100} has {problem}{guess_family(lora, model)}")
-        alpha = factors["alpha"].item() if "alpha" in factors else find_alpha(path, said, name, len(factors["down"]))
-        changed = change(W.float(), factors, alpha, weight).to(W.dtype)
-        if not changed.isfinite().all():
-            raise ValueError(f"{path} at weight {weight:g} makes {layer:.100} not finite: take less, or --precision "
+        return change(W.float(), factors, alphas[layer], weight).to(W.dtype)
+
+    # All are made once to see that they are finite, so that a model is never half merged, and once more to stay: a
+    # second copy of all weights would not fit beside the first on many a GPU.
+    for layer in found:
+        if not make(layer).isfinite().all():
+            raise ValueError(f"{path} at weight {weight:g} makes {layer!r:.100} not finite: take less, or --precision "
                              "fp32")
-        merged[name] = changed
-    if weight != 0:
-        for name, changed in merged.items():
-            layers[name].weight = nn.Parameter(changed, requires_grad=False)
-    return len(merged)
+    for layer, name in found.items():
+        if weight != 0:
+            layers[name].weight = nn.Parameter(make(layer), requires_grad=False)
+    return len(found)
 
 
 def change(W, factors, alpha, weight):
@@ -110,26 +115,27 @@ def read_lora(path):
         if not match:
             unknown.append(str(name))
             continue
-        x = torch.tensor(float(x)) if type(x) in (int, float) else x
+        if type(x) in (int, float) and abs(x) < 1e9:  # an alpha, in a pickle
+            x = torch.tensor(float(x))
         if not torch.is_tensor(x) or x.dtype not in FLOATS or x.nbytes > x.untyped_storage().nbytes():
-            raise ValueError(f"{path} is damaged: {name:.100} is no tensor of numbers with a point")
+            raise ValueError(f"{path} is damaged: {name!r:.100} is no tensor of floating-point numbers")
         if not x.float().isfinite().all():
-            raise ValueError(f"{path} is damaged: {name:.100} is not finite")
+            raise ValueError(f"{path} is damaged: {name!r:.100} is not finite")
         role = match[2] or match[3]
         if role == "magnitude_vector":
             x = x.flatten()  # PEFT's of a convolution are (1, out, 1, 1)
         role = "magnitude" if role in ("magnitude_vector", "dora_scale") else ROLES.get(role, role)
         factors = lora.setdefault(match[1], {})
         if role in factors:
-            raise ValueError(f"{path} is damaged: {match[1]:.100} has two tensors {role}")
+            raise ValueError(f"{path} is damaged: {match[1]!r:.100} has two tensors {role}")
         factors[role] = x
     if not lora:
-        raise ValueError(f"{path} is no LoRA: its first entry is {str(next(iter(content), 'missing')):.100}")
+        raise ValueError(f"{path} is no LoRA: its first entry is {next(iter(content), None)!r:.100}")
     if unknown:
-        raise ValueError(f"{path} has {len(unknown)} entries that no LoRA, LoCon or DoRA has, e.g. {unknown[0]:.100}")
+        raise ValueError(f"{path} has {len(unknown)} entries that no LoRA, LoCon or DoRA has, e.g. {unknown[0]!r:.100}")
     for layer, factors in lora.items():
         if missing := {"down", "up"} - factors.keys():
-            raise ValueError(f"{path} is not whole: {layer:.100} has no {sorted(missing)[0]}")
+            raise ValueError(f"{path} is not whole: {layer!r:.100} has no {sorted(missing)[0]}")
     return lora
 
 
@@ -152,8 +158,8 @@ def find_alpha(path, said, name, rank):
     for other in pattern if isinstance(pattern, dict) else ():
         if f"_{layer}".endswith("_" + other.replace(".", "_")):
             alpha = pattern[other]
-    if type(alpha) not in (int, float):
-        raise ValueError(f"{path} is damaged: {name} has the alpha {str(alpha):.60}")
+    if type(alpha) not in (int, float) or not abs(alpha) < 1e9:
+        raise ValueError(f"{path} is damaged: {name} has the alpha {alpha!r:.60}")
     return alpha * math.sqrt(rank) if said.get(f"{part}.use_rslora") else alpha
 
 

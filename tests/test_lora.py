@@ -126,6 +126,13 @@ def test_alpha(tmp_path):
     assert same(got, twice, "attn1.to_q") and same(got, rank, "attn2.to_q")
     assert same(merged(4.0, {"unet.lora_alpha": 99}), rank)
 
+    # A pickle may have numbers in place of tensors.
+    model = small.stable_diffusion()
+    lora = loras.make(model, rank=4, only="to_q|q_proj")
+    numbers = {name: 8 if name.endswith(".alpha") else x for name, x in loras.kohya(lora, model).items()}
+    merge_lora(model, loras.save(tmp_path / "it.pt", numbers))
+    assert same(loras.weights(model), twice)
+
 
 @pytest.mark.parametrize("dora", [None, "out"])
 def test_weight_0_changes_nothing(tmp_path, dora):

@@ -394,6 +394,21 @@ def words(whole, folder, rng):
     return sample(whole, folder, "--prompt", "a <cat> beside a cat", "--words", path)
 
 
+def lora(whole, folder, rng):
+    """One of a few layers, in any layout"""
+    import sd
+    from tests import loras
+
+    model = sd.load(whole.folder / "sd")
+    dora = rng.choice([None, "out", "in"])
+    factors = loras.make(model, mid=rng.random() < 0.5, dora=dora, only="mid_block|layers.0")
+    write = rng.choice([loras.kohya, loras.original, loras.diffusers])
+    path = folder / rng.choice(["style.pt", "style.safetensors"])
+    write_either(path, write(factors, model), rng, lambda x: x if rng.random() < 0.8 else {"state_dict": x})
+    weight = rng.choice(["", ":0", ":0.5", ":-1", ":100", ":nan", ":", ":1:1"])
+    return sample(whole, folder, "--prompt", "a cat", "--lora", f"{path}{weight}")
+
+
 def networks(whole, folder, rng):
     """A file of RAFT, Segment Anything or MiDaS, or one of the two of LPIPS"""
     import torch
@@ -562,5 +577,5 @@ def planted(whole, folder, rng):
                        lambda: bytearray(4 * 2**30).find(b"x")])  # fmt: skip
 
 
-READERS = (pictures, edits, safetensors, pickles, configurations, words, networks, videos, shards, states)
+READERS = (pictures, edits, safetensors, pickles, configurations, words, lora, networks, videos, shards, states)
 KINDS = {kind.__name__: kind for kind in READERS}

@@ -45,33 +45,35 @@ def test_a_file_that_is_damaged_or_something_else(tmp_path):
     nan = numbers.clone()
     nan[1, 3] = float("nan")
     for change, words in (
-        ({down: nan}, "lora_down.weight is not finite"),
-        ({alpha: torch.tensor(float("inf"))}, "alpha is not finite"),
+        ({down: nan}, "lora_down.weight' is not finite"),
+        ({alpha: torch.tensor(float("inf"))}, "alpha' is not finite"),
         ({alpha: torch.ones(2)}, r"alpha of the shape \(2,\)"),
         ({down: numbers[:, :-1]}, "down of the shape"),
         ({down: numbers[:-1]}, "up of the shape"),
         ({down: numbers[:0], up: good[up][:, :0]}, "up of the shape"),
         ({down: torch.tensor(1.0)}, "of the shape"),
         ({down: numbers[..., None]}, "down of the shape"),
-        ({down: numbers.long()}, "no tensor of numbers"),
+        ({down: numbers.long()}, "no tensor of floating-point"),
         ({f"{Q}.lora_mid.weight": torch.ones(3, 3, 3, 3)}, "mid of the shape"),
         ({f"{Q}.dora_scale": torch.ones(3, 1)}, "magnitudes of the shape"),
         ({f"{Q}.dora_scale": torch.tensor(1.0)}, "magnitudes of the shape"),
+        ({"a\nb.lora_up.weight": numbers}, "1 entries that no LoRA"),
         ({f"{Q}.lora_B.bias": torch.ones(64)}, "1 entries that no LoRA"),
         ({f"{Q}.hada_w1_a": torch.ones(64, 2)}, "1 entries that no LoRA.*hada_w1_a"),
         ({f"{Q}_A.lora_up.weight": numbers}, "is not whole: .* has no down"),
         ({f"{Q}.lora_A.weight": numbers}, "has two tensors down"),
         ({"unet." + Q[10:] + ".lora.down.weight": numbers, "unet." + Q[10:] + ".lora.up.weight": good[up]},
          "a layer under two names"),
-        ({"lora_te3_x.lora_down.weight": numbers, "lora_te3_x.lora_up.weight": numbers}, "1 of its .* e.g. lora_te3_x"),
+        ({"lora_te3_x.lora_down.weight": numbers, "lora_te3_x.lora_up.weight": numbers}, "1 of .* 'lora_te3_x'"),
         ({up: 3e38 * torch.ones_like(good[up]), down: 1e5 * torch.ones_like(numbers)}, "not finite: take less"),
     ):
         refused(model, loras.save(tmp_path / "it.safetensors", good | change), words)
-    refused(model, loras.save(tmp_path / "it.safetensors", {"<x>": torch.ones(64)}), "is no LoRA: its first .* <x>")
+    refused(model, loras.save(tmp_path / "it.safetensors", {"<x>": torch.ones(64)}), "is no LoRA: .* '<x>'")
     refused(model, loras.save(tmp_path / "model.safetensors", small.to_original(model)), "is no LoRA")
     other = {"a.lokr_w1": torch.ones(4), "a.alpha": torch.ones(1)}
-    refused(model, loras.save(tmp_path / "it.safetensors", other), "no LoRA, LoCon or DoRA has, e.g. a.lokr_w1")
-    for said in ("[1]", "{", "[" * 100_000, '{"unet.lora_alpha": "4"}'):
+    refused(model, loras.save(tmp_path / "it.safetensors", other), "no LoRA, LoCon or DoRA has, e.g. 'a.lokr_w1'")
+    alphas = ["NaN", '"4"', "1" + "0" * 400, "[4]"]
+    for said in ("[1]", "{", "[" * 100_000, *(f'{{"unet.lora_alpha": {alpha}}}' for alpha in alphas)):
         tensors = {name: x for name, x in good.items() if not name.endswith("alpha")}
         refused(model, loras.save(tmp_path / "it.safetensors", tensors, lora_adapter_metadata=said), "is damaged")
 
@@ -81,6 +83,9 @@ def test_a_pickle_that_claims_more_than_it_has(tmp_path):
     tensors = {f"{Q}.lora_down.weight": torch.ones(1, 1).expand(2**28, 64),
                f"{Q}.lora_up.weight": torch.ones(1, 1).expand(64, 2**28)}
     torch.save(tensors, tmp_path / "it.pt")
+    refused(model, tmp_path / "it.pt", "is damaged")
+    whole = {f"{Q}.lora_down.weight": torch.ones(1, 64), f"{Q}.lora_up.weight": torch.ones(64, 1)}
+    torch.save(whole | {f"{Q}.alpha": 10**400}, tmp_path / "it.pt")
     refused(model, tmp_path / "it.pt", "is damaged")
     torch.save({f"{Q}.alpha": torch.nn.Linear(2, 2)}, tmp_path / "it.pt")  # which would run code
     refused(model, tmp_path / "it.pt", "is refused")
