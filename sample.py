@@ -187,6 +187,8 @@ def read_model(args, dtype, device):
     if model.xl and model.xl.refines:
         raise ValueError(f"{args.weights} is a refiner of Stable Diffusion XL: it goes with "
                          "--refiner, and its base with --weights")
+    if args.vae:
+        sd.replace_vae(model, args.vae)
     for file in args.words or []:
         names = sd.learn_word(model, file)
         tell(f"sample.py: {file} is the word {' or '.join(names)}")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import clip
 from checkpoints.configs import schedule_from_json, schedule_to_json
 from checkpoints.names import split_parts
-from checkpoints.parts import build_part, load_part, read_latent_side, save_part
+from checkpoints.parts import build_part, load_part, load_vae, read_latent_side, save_part
 from checkpoints.read import read_metadata, read_tensors
 from checkpoints.words import add_words, drop_words, load_tokenizer, read_word
 from common.files import read_json, write_json
@@ -335,6 +335,19 @@ def learn_word(sd, path):
     sd.text.config = replace(sd.text.config, vocab_size=len(table.weight))
     sd.tokenizer = add_words(sd.tokenizer, added)
     return words
+
+
+def replace_vae(sd, path):
+    """Give a model another autoencoder, in place: from the files that `load_vae` reads. ValueError
+    if its latents are of another size."""
+    old, weight = sd.vae.config, sd.vae.quant_conv.weight
+    known = {"scaling_factor": old.scaling_factor, "size": old.size}
+    vae = load_vae(path, weight.dtype, weight.device, **known)
+    new = vae.config
+    if (new.latent_channels, new.factor) != (old.latent_channels, old.factor):
+        raise ValueError(f"{path} has latents of {new.latent_channels} channels at 1/{new.factor}, "
+                         f"and this model's have {old.latent_channels} at 1/{old.factor}")
+    sd.vae = vae
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints import configs
-from checkpoints.names import IGNORED, translate
-from checkpoints.read import copy_tensors, describe_misfits, read_folder
+from checkpoints.names import IGNORED, PREFIX, translate
+from checkpoints.read import copy_tensors, describe_misfits, read_folder, read_tensors
 from clip import TextEncoder
 from common.devices import choose_stored
 from common.files import atomic_write, read_json, write_json
@@ -99,6 +99,19 @@ def load_part(folder, part, dtype=None, device="cpu"):
     tensors = read_folder(folder)
     tensors = {name: tensors[name] for name in tensors if not IGNORED.fullmatch(name)}
     return build_part(part, translate(part, tensors), folder, config, dtype, device)
+
+
+def load_vae(path, dtype, device, **known):
+    """An autoencoder -> its network. A folder of Hugging Face's, of it alone or of a whole model, or a
+    file in either layout, likewise. `known` is what a file alone does not say, e.g. the scaling factor.
+    """
+    path = Path(path)
+    if path.is_dir():
+        inside = path / "vae"
+        return load_part(inside if inside.is_dir() else path, "vae", dtype, device)
+    tensors = {name: x for name, x in read_tensors(path).items() if not IGNORED.fullmatch(name)}
+    whole = {n.removeprefix(PREFIX["vae"]): x for n, x in tensors.items() if n.startswith(PREFIX["vae"])}
+    return build_part("vae", translate("vae", whole or tensors), path, None, dtype, device, **known)
 
 
 def read_latent_side(folder, default=64):

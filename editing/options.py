@@ -9,7 +9,7 @@ from editing.change_maps import RIGHT
 
 MAPS = ["change_map", "mask", "strength_fan", "strength"]
 COARSE = ["edit", "collage"]
-TEXT = ["prompt", "negative", "a1111", "words", "lora", "guidance", "prediction", "refiner"]
+TEXT = ["prompt", "negative", "a1111", "words", "lora", "guidance", "prediction", "vae", "refiner"]
 NEEDS = {  # an option, and others of which at least one must stand beside it
     "edit": ["image"], "mask": ["image"], "strength_fan": ["image"], "strength": ["image"],
     "change_map": ["image", "collage"], "white_is_change": ["change_map", "mask"],
@@ -46,6 +46,7 @@ def parse(argv, description):
     add("--segments", choices=["classical", "sam"], help="who resolves a collage's clicks")
     add("--networks", type=file_name, help="folder of SAM's and MiDaS's files (default: weights)")
     add("--weights", type=file_name, help="a folder, .safetensors or .ckpt (default: the toy)")
+    add("--vae", type=file_name, help="another autoencoder in place of theirs: a folder or a file")
     add("--refiner", type=file_name, help="Stable Diffusion XL's, likewise, for the last steps")
     add("--lora", action="append", type=read_lora_option, metavar="FILE[:WEIGHT]", help="a LoRA, LoCon "
         "or DoRA, merged into the weights; several times for several (default: weight 1)")

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import clip
+import sample
 import sd
 from checkpoints import read
 from checkpoints.parts import load_part, save_part
@@ -138,6 +139,30 @@ def test_the_precision_of_a_cpu_unless_said(tmp_path, stored):
 def test_the_precision_of_other_devices(monkeypatch, device, stored, computed):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert devices.choose_stored(stored, device) == computed
+
+
+def test_another_autoencoder(tmp_path):
+    """From its own folder, a whole model's, a file of it alone or of a whole model, in either layout."""
+    wanted, other = small.stable_diffusion("sd2"), small.stable_diffusion("sd1")
+    small.randomise(wanted.vae, seed=5)
+    sd.save(wanted, tmp_path / "model")
+    original = small.to_original(wanted, openclip=True)
+    alone = {n.removeprefix("first_stage_model."): x for n, x in original.items() if n.startswith("first_stage_model.")}
+    save_file(alone, tmp_path / "alone.safetensors")
+    save_file(original, tmp_path / "whole.safetensors")
+    folder = tmp_path / "model/vae"
+    for path in (tmp_path / "model", folder, folder / "diffusion_pytorch_model.safetensors",
+                 tmp_path / "alone.safetensors", tmp_path / "whole.safetensors"):
+        model = small.stable_diffusion("sd1")
+        sd.replace_vae(model, path)
+        assert model.vae.config == wanted.vae.config
+        z = torch.ones(1, 4, 4, 4)
+        assert torch.equal(model.decode(z), wanted.decode(z))
+        assert small.same_weights(model.unet, other.unet)
+
+    toy = sd.load(sample.TOY)
+    with pytest.raises(ValueError, match="latents of 4 channels"):
+        sd.replace_vae(toy, folder)
 
 
 def test_the_posterior(tmp_path):
