@@ -1,0 +1,86 @@
+"""models/t5.py: both files of a tokenizer, how it cuts a text, and what padding does to the encoder."""
+
+import json
+
+import pytest
+import torch
+
+from checkpoints.parts import SkipInit
+from models import t5
+from tests import small
+from tests import small_deepfloyd as small_if
+
+TOKENIZER = t5.Tokenizer(small_if.PIECES, small_if.CHARMAP)
+
+
+@pytest.mark.parametrize("write", [small_if.write_spiece, small_if.write_json,
+                                   lambda folder: small_if.write_json(folder, nested=True)])
+def test_files(tmp_path, write):
+    write(tmp_path)
+    got = t5.Tokenizer.load(tmp_path)
+    assert got.pieces == TOKENIZER.pieces and got.unknown == 2 and got.unknown_score == TOKENIZER.unknown_score
+    assert [got.encode(text) for text in small_if.TEXTS] == [TOKENIZER.encode(text) for text in small_if.TEXTS]
+
+
+def test_files_that_are_not_whole(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"put spiece\.model, or tokenizer\.json"):
+        t5.Tokenizer.load(tmp_path)
+    small_if.write_json(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    c = json.loads(file.read_text())
+    for change in ({"model": {"type": "BPE", "vocab": {"a": 1}}}, {"normalizer": {"precompiled_charsmap": "AAAA"}},
+                   {"added_tokens": None}):
+        file.write_text(json.dumps(c | change))
+        with pytest.raises(ValueError, match=r"tokenizer\.json is damaged .*: copy it again"):
+            t5.Tokenizer.load(tmp_path)
+    small_if.write_spiece(tmp_path)
+    file = tmp_path / "spiece.model"
+    whole = file.read_bytes()
+    for damaged in (b"", b"<html>", b"\xff" * 99, whole[1:]):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"spiece\.model is damaged"):
+            t5.Tokenizer.load(tmp_path)
+
+
+def test_a_word_is_cut_in_the_likeliest_way():
+    words = ["circle", "sandy", "theresand", "zcircle", "redzzzblue", "z", "isn't;", "aaaaaaaaaaaa"]
+    for word in words:
+        assert TOKENIZER.encode(word) == small_if.cut_by_trying_all("▁" + word)
+    sentence = TOKENIZER.encode("  sandy zcircle ")
+    assert sentence == TOKENIZER.encode("sandy") + TOKENIZER.encode("zcircle")
+    assert TOKENIZER.encode("xzxz").count(2) == 1  # what is unknown is one piece
+    assert 0 not in TOKENIZER.encode("<pad>") and 1 not in TOKENIZER.encode("</s>")  # texts, not tokens
+
+
+def test_characters_are_replaced():
+    assert TOKENIZER.normalize("ﬁ①㎞\tx\u3000e\u0301\u200b語") == "fi1km x é語"
+    assert t5.Tokenizer(small_if.PIECES).normalize("ﬁ") == "ﬁ"
+    assert TOKENIZER.normalize("\ud800") == "?"  # half of a character, from a broken command line
+
+
+def test_length():
+    ids, mask = TOKENIZER(["", "red circle"])
+    n = len(TOKENIZER.encode("red circle"))
+    assert ids.shape == mask.shape == (2, 77) and ids.dtype == torch.int64
+    assert ids[0].tolist() == [1] + [0] * 76 and mask.sum(dim=1).tolist() == [1, n + 1]
+    assert ids[1, : n + 2].tolist() == TOKENIZER.encode("red circle") + [1, 0]
+    with pytest.warns(UserWarning, match="the prompt has 90 tokens, and 76 are read"):
+        ids, mask = TOKENIZER(["z " * 45])
+    assert mask.all() and ids[0, -1] == 1 and ids[0, :76].tolist() == TOKENIZER.encode("z " * 45)[:76]
+
+
+@torch.no_grad()
+def test_no_token_looks_at_padding():
+    model = small.randomise(t5.T5(small_if.T5))
+    ids, mask = TOKENIZER(["red circle", "a dog"])
+    want = model(ids, mask)
+    other = model(torch.where(mask, ids, 7), mask)
+    torch.testing.assert_close(want[mask], other[mask])
+    short = model(ids[:, :40], mask[:, :40])
+    torch.testing.assert_close(want[:, :40], short, rtol=1e-4, atol=1e-4)
+
+
+def test_full_size():
+    with torch.device("meta"), SkipInit():
+        model = t5.T5(t5.T5Config())
+    assert sum(p.numel() for p in model.parameters()) == 4_762_310_656
