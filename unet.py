@@ -58,14 +58,15 @@ def timestep_embedding(t, width):
 class Embedding(nn.Module):
     """Two layers that turn an embedding of the time, or XL's vector, into what all blocks read."""
 
-    def __init__(self, c_in, c_out):
+    def __init__(self, c_in, c_out, activation=F.silu):
         super().__init__()
+        self.activation = activation
         self.linear_1 = nn.Linear(c_in, c_out)
         self.linear_2 = nn.Linear(c_out, c_out)
 
     def forward(self, x):
         """x (B, c_in) -> (B, c_out)"""
-        return self.linear_2(F.silu(self.linear_1(x)))
+        return self.linear_2(self.activation(self.linear_1(x)))
 
 
 # --------------------------------------------------------------------------------------------------
