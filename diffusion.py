@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 T = 1000  # training timesteps, in every model that this project reads
+SPACINGS = "leading", "trailing", "linspace", "lcm"  # `Schedule.space_timesteps`
+LCM_TIMESTEPS = 50  # those that a latent consistency model is distilled at
 
 
 def zero_terminal_snr(betas: Tensor) -> Tensor:
@@ -45,24 +47,59 @@ class Schedule:
                 signal at all)
     prediction  'epsilon' (the noise) or 'v_prediction' (alpha eps - sigma x0: Progressive
                 Distillation, 2202.00512)
+    spacing     one of SPACINGS, and `offset`, 0 or 1: see `space_timesteps`
 
     .alphas_cumprod  (T,) float32, abar at t = 0 .. T-1
 
-    ValueError for an unknown name or prediction.
+    ValueError for an unknown name, prediction or spacing.
     """
 
-    def __init__(self, name: str = "scaled_linear", prediction: str = "epsilon"):
+    def __init__(self, name: str = "scaled_linear", prediction: str = "epsilon",
+                 spacing: str = "leading", offset: int = 1):
         if name not in BETAS:
             raise ValueError(f"unknown noise schedule {name!r}: choose one of {', '.join(BETAS)}")
         if prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"the prediction is epsilon or v_prediction, not {prediction!r}")
+        if spacing not in SPACINGS or offset not in (0, 1):
+            raise ValueError(f"timesteps are spaced as one of {', '.join(SPACINGS)}, with an "
+                             f"offset of 0 or 1, not {spacing!r:.60} with {offset!r:.60}")
         self.name = name
         self.prediction = prediction
+        self.spacing = spacing
+        self.offset = offset
         abar = torch.cumprod(1 - BETAS[name], dim=0)  # float64: 1 - abar cancels badly near t = 0
         self.abar = abar.tolist()  # for the samplers' scalars
         self.alphas_cumprod = abar.float()
         self.alpha = abar.sqrt().float()  # (T,)
         self.sigma = (1 - abar).sqrt().float()
+
+    def space_timesteps(self, k: int, spacing: str | None = None) -> list[int]:
+        """The k timesteps that k steps visit, falling, as diffusers computes them: 2305.08891,
+        table 2. spacing None: the schedule's own.
+
+        leading   Stable Diffusion's: 981, 961, .., 21, 1 for k = 50. The stride is the whole number
+                  T // k. So a few steps start well below the noisiest level, at t = 751 for k = 4,
+                  and so does a large k that does not divide T, at t = 600 for k = 600
+        trailing  from the noisiest level, for models of few steps: 999, 749, 499, 249 for k = 4
+        linspace  from the noisiest level to the cleanest: 999, 666, 333, 0
+        lcm       those that a latent consistency model knows: 999, 759, 499, 259. ValueError for a
+                  k above LCM_TIMESTEPS
+        """
+        spacing = spacing or self.spacing
+        if spacing == "leading":
+            offset = self.offset if k < T else 0  # k = T visits every timestep
+            return [i * (T // k) + offset for i in reversed(range(k))]
+        if spacing == "trailing":
+            stride = T - (T - T / k)  # rounded as NumPy's arange rounds it
+            return [round(T - i * stride) - 1 for i in range(k)]
+        if spacing == "linspace":
+            stride = (T - 1) / max(k - 1, 1)
+            return [round(i * stride) for i in reversed(range(k))]
+        if k > LCM_TIMESTEPS:
+            raise ValueError(f"a latent consistency model knows {LCM_TIMESTEPS} timesteps: take at "
+                             f"most as many steps, not {k}")
+        stride = T // LCM_TIMESTEPS
+        return [T - 1 - stride * int(i * (LCM_TIMESTEPS / k)) for i in range(k)]
 
     def alpha_sigma(self, t: int | Tensor, like: Tensor):
         """alpha, sigma at t: floats for an int, (B, 1, 1, 1) as `like` is for a (B,) LongTensor"""

@@ -52,8 +52,8 @@ from models import xl
 from prompts import list_texts
 
 # Defaults of what is left out: with a prompt, as in the one paper; with an edit, as in the other
-WITH_PROMPT = {"prompt": "", "negative": "", "guidance": 7.5, "steps": 100, "weights": TOY}
-WITH_EDIT = {"steps": 50, "weights": TOY_MFX}
+WITH_PROMPT = {"prompt": "", "negative": "", "weights": TOY}
+WITH_EDIT = {"weights": TOY_MFX}
 
 # -------------------------------------------------------------------------------------------------
 # The edits
@@ -206,6 +206,22 @@ def read_refiner(args, base, dtype, device):
     return refiner
 
 
+def choose_steps(args, model):
+    """Spacing, sampler, steps and guidance: what is left out is as the model asks for."""
+    schedule = model.schedule
+    schedule.spacing = args.spacing or schedule.spacing
+    is_xl = getattr(model, "xl", None) is not None
+    usual = "lcm" if schedule.spacing == "lcm" else "euler" if is_xl else "ddim"
+    args.sampler = args.sampler or usual
+    # Models of few steps are distilled from one that was guided.
+    few = args.sampler == "lcm" or schedule.spacing in ("trailing", "lcm")
+    coarse = args.edit or args.collage
+    args.steps = args.steps or (4 if few else 50 if coarse else 100)
+    if args.guidance is None and not coarse:
+        args.guidance = 1.0 if few else 7.5
+    options.check_guidance(args)
+
+
 def draw_predictions(model, predictions, columns=8):
     """A strip of what the model believed along the way, decoded."""
     count = min(columns, len(predictions))
@@ -226,8 +242,7 @@ def run(args):
     dtype = choose_precision(args.precision, device)
     original, coarse, mu = inputs.read(args, dtype, device)
     model = make_fast(read_model(args, dtype, device), device)
-    is_xl = getattr(model, "xl", None) is not None
-    args.sampler = args.sampler or ("euler" if is_xl else "ddim")
+    choose_steps(args, model)
     refiner = None
     if args.refiner:
         refiner = read_refiner(args, model, dtype, device)
@@ -237,7 +252,7 @@ def run(args):
     first = samplers.make_sampler(args.sampler, model.schedule, args.steps).timesteps[0]
     if first < 900:
         warnings.warn(f"{args.steps} steps start at t = {first}, far below full noise: use 10 to "
-                      "100, or a divisor of 1000", stacklevel=2)
+                      "100, a divisor of 1000, or --spacing trailing", stacklevel=2)
 
     # What the model is given, at its size, and what a sheet shows of it
     size = fitted_size(original, args.size or model.size, model.vae.config.factor)

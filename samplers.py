@@ -11,17 +11,18 @@ the velocity that it predicts.
 Latents are z = alpha x0 + sigma eps, and rho = sigma / alpha. EDM, whose latents are x0 + rho eps,
 is converted inside its two samplers, so a caller never needs to know which sampler it holds.
 
-All samplers walk the same k timesteps, so one ladder of change-map thresholds i / k serves them
-all. Step i in 0 .. k-1 takes a latent from level i to level i+1; it may call the model more than
-once (Heun, PNDM).
+All samplers walk k timesteps, LCM its own and the others the schedule's, so one ladder of
+change-map thresholds i / k serves them all. Step i in 0 .. k-1 takes a latent from level i to level
+i+1; it may call the model more than once (Heun, PNDM).
 
 Papers: DDPM 2006.11239, DDIM 2010.02502, PNDM 2202.09778, EDM 2206.00364, DPM-Solver++ 2211.01095,
-DEIS 2204.13902.
+DEIS 2204.13902, LCM 2310.04378.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -37,24 +38,20 @@ from diffusion import RectifiedFlow, Schedule, T
 class Ladder:
     """The k + 1 noise levels that k steps visit: k timesteps of the schedule, then `end`, an abar.
 
-    The timesteps are Stable Diffusion's own ('leading' spacing with an offset of 1): 981, 961, ..,
-    21, 1 for k = 50. As there, the stride is the whole number T // k. So a few steps start well
-    below the noisiest level, at t = 751 for k = 4, and so does a large k that does not divide T, at
-    t = 600 for k = 600. Choose 10 to 100, or a divisor of T.
+    spacing  of the timesteps, as for `Schedule.space_timesteps`; None: the schedule's
 
     ValueError where the first level has no signal at all, as in 'zero_snr' for k = 500, 999 and
     1000: there eps says nothing about the picture.
     """
 
-    def __init__(self, schedule: Schedule, k: int, end: float):
-        offset = 1 if k < T else 0  # k = T visits every timestep
+    def __init__(self, schedule: Schedule, k: int, end: float, spacing: str | None = None):
         self.schedule = schedule
         self.k = k
-        self.timesteps = [i * (T // k) + offset for i in reversed(range(k))]
+        self.timesteps = schedule.space_timesteps(k, spacing)
         self.abar = [schedule.abar[t] for t in self.timesteps] + [end]
         if not self.abar[0]:
             raise ValueError(f"{k} steps start at t = {self.timesteps[0]}, where this noise "
-                             "schedule leaves nothing of the picture: take another number of steps")
+                             "schedule leaves nothing of the picture: take other steps or spacing")
         self.alpha = [math.sqrt(a) for a in self.abar]
         self.sigma = [math.sqrt(1 - a) for a in self.abar]
         # EDM's sigma, DEIS's rho, DPM-Solver's exp(-lambda)
@@ -189,6 +186,24 @@ def ddim(schedule: Schedule, k: int, eta: float = 0.0) -> Sampler:
     return Sampler(ladder, step, stochastic=eta > 0)
 
 
+def lcm(schedule: Schedule, k: int) -> Sampler:
+    """A latent consistency model's, mostly in 4 steps: to x0, and in new noise to the next level.
+
+    Stochastic. ValueError for more than 50 steps.
+    """
+    ladder = Ladder(schedule, k, end=1.0, spacing="lcm")
+
+    def step(model, z, i, state=None, noise=None, restarted=None):
+        x0, _ = ladder.predict(model, z, i)
+        # f(z, t) of eq. 9: at t = 0 it is z itself. Sigma_data is 1/2; the release multiplies t by
+        # 10, so that c_skip is next to nothing at all other t.
+        t = 10 * ladder.timesteps[i]
+        f = 0.25 / (t**2 + 0.25) * z + t / math.sqrt(t**2 + 0.25) * x0
+        return ladder.alpha[i + 1] * f + ladder.sigma[i + 1] * require_noise(noise, z), None
+
+    return Sampler(ladder, step, stochastic=True)
+
+
 def euler(schedule: Schedule, k: int) -> Sampler:
     """EDM's ODE by Euler's method. It is DDIM at eta = 0, but for ending at zero noise."""
     ladder = Ladder(schedule, k, end=1.0)
@@ -223,18 +238,11 @@ def heun(schedule: Schedule, k: int) -> Sampler:
     return Sampler(ladder, step)
 
 
-class FlowLadder(NamedTuple):
-    """A rectified flow's noise levels: of a `Ladder` what `Sampler` and its callers read."""
-
-    schedule: RectifiedFlow
-    k: int
-    timesteps: list[float]  # T sigma of each step, and not whole
-
-
 def flow_euler(schedule: RectifiedFlow, k: int) -> Sampler:
     """Rectified flow by Euler's method. The model is asked with t (B,) float, for a velocity."""
     sigma = schedule.sigmas(k)
-    ladder = FlowLadder(schedule, k, [T * s for s in sigma[:-1]])
+    # Of a `Ladder` what `Sampler` and its callers read. These timesteps are not whole.
+    ladder = SimpleNamespace(schedule=schedule, k=k, timesteps=[T * s for s in sigma[:-1]])
 
     def step(model, z, i, state=None, noise=None, restarted=None):
         t = torch.full((len(z),), ladder.timesteps[i], device=z.device)
@@ -377,6 +385,7 @@ SAMPLERS = {  # name: (schedule, k, options) -> Sampler
     "heun": heun,
     "dpm++": dpmpp,
     "deis": deis,
+    "lcm": lcm,
 }
 
 

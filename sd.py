@@ -198,6 +198,8 @@ def load_folder(path, dtype, device, prediction):
                       f"{wanted}")
 
     is_xl = "text_encoder_2" in encoders
+    if not is_xl:
+        schedule.offset = 1  # whatever the file says, as in diffusers' pipelines
     side = read_latent_side(path / "unet", xl.SIDE if is_xl else 64)
     sd = StableDiffusion(unet, vae, texts[-1], schedule, tokenizers[-1], side * vae.config.factor,
                          tokenizer_help)
@@ -387,6 +389,8 @@ def save(sd, folder, dtype=None):
         index |= {"_class_name": "StableDiffusionInpaintPipeline", "_diffusers_version": "0.6.0"}
     if sd.xl:
         index |= xl.make_index(sd)
+    if sd.schedule.spacing == "lcm":
+        index["scheduler"] = ["diffusers", "LCMScheduler"]
     scheduler = schedule_to_json(sd.schedule) | {"_class_name": index["scheduler"][1]}
     write_json(folder / "scheduler/scheduler_config.json", scheduler)
     write_json(folder / "model_index.json", index)

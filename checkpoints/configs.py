@@ -11,7 +11,7 @@ Reading raises KeyError where a size is missing, ValueError where the network is
 """
 
 from clip import TextConfig
-from diffusion import BETAS, Schedule, T
+from diffusion import BETAS, LCM_TIMESTEPS, Schedule, T
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -359,8 +359,12 @@ def text_config_to_json(config):
 def schedule_from_json(c, prediction=None):
     """The content of a scheduler_config.json -> Schedule; `prediction` wins over what it says.
 
-    ValueError for a noise schedule that is none of BETAS.
+    ValueError for a noise schedule that is none of BETAS, and other timesteps than SPACINGS.
     """
+    refuse_other_options(c, {"original_inference_steps": LCM_TIMESTEPS})
+    spacing = c.get("timestep_spacing", "leading")
+    if c.get("_class_name") == "LCMScheduler":
+        spacing = "lcm"  # whatever its entry says: it has no other
     name = c.get("beta_schedule", "linear")
     if not isinstance(name, str):
         raise ValueError(f"beta_schedule should be a name, not {show(name)}")
@@ -374,13 +378,14 @@ def schedule_from_json(c, prediction=None):
     if c.get("num_train_timesteps", T) != T or own:
         raise ValueError("a noise schedule of other than 1000 steps, or with betas of its own, is "
                          "not implemented")
-    return Schedule(name, prediction or c.get("prediction_type", "epsilon"))
+    prediction = prediction or c.get("prediction_type", "epsilon")
+    return Schedule(name, prediction, spacing, c.get("steps_offset", 1))
 
 
 def schedule_to_json(schedule):
     """Schedule -> the content of a scheduler_config.json: DDIM, as Stable Diffusion runs it.
 
-    Its timesteps are 1, 21, 41, .., and it ends at the first noise level.
+    It ends at the first noise level. Of a schedule for LCM the class has to be LCMScheduler.
     """
     betas = BETAS[schedule.name]
     return {
@@ -390,8 +395,8 @@ def schedule_to_json(schedule):
         "beta_start": round(float(betas[0]), 8),
         "beta_end": round(float(betas[-1]), 8),
         "prediction_type": schedule.prediction,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
+        "steps_offset": schedule.offset,
+        "timestep_spacing": schedule.spacing.replace("lcm", "leading"),
         "set_alpha_to_one": False,
         "clip_sample": False,
     }

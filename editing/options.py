@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import diffusion
 import samplers
 import vae
 from common.cli import Parser, check_needs, check_outputs, file_name, given, number, picture_size
@@ -52,10 +53,14 @@ def parse(argv, description):
         "or DoRA, merged into the weights; several times for several (default: weight 1)")
     add("--switch", type=number(float, 0, 1), help="the share of the steps before it (default: 0.8)")
     add("--prediction", choices=["epsilon", "v_prediction"], help="of a single-file checkpoint")
-    add("--sampler", choices=list(samplers.SAMPLERS), help="(default: ddim; an XL: euler)")
-    add("--steps", type=number(int, 1, 1000), help="k of the paper (default: 100; an edit: 50)")
+    add("--sampler", choices=list(samplers.SAMPLERS), help="(default: ddim; an XL: euler; a latent consistency model: "
+        "lcm)")
+    add("--spacing", choices=diffusion.SPACINGS, help="which timesteps it visits: trailing for Turbo, Lightning and "
+        "Hyper-SD (default: what a folder says, or leading)")
+    add("--steps", type=number(int, 1, 1000), help="k of the paper (default: 100; an edit: 50; trailing and lcm: 4)")
     add("--no-skip", action="store_true", help="run also the steps that the map overwrites")
-    add("--guidance", type=number(float, 0, 100), help="classifier-free; 1 = none (default: 7.5)")
+    add("--guidance", type=number(float, 0, 100), help="classifier-free; 1 = none (default: 7.5; trailing "
+        "and lcm: 1)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0)
     add("--samples", type=number(int, 1, 100), default=1, help="results, from as many seeds")
     add("--size", type=picture_size, help="side of a square of equal area, or WxH")
@@ -100,10 +105,14 @@ def check(args):
                          "--strength-fan or --strength; or what it becomes: --edit or --collage")
     if not (args.image or args.collage or args.prompt):
         raise ValueError('say what to draw: --prompt "a red ball on grass at noon"')
-    if args.negative and args.guidance == 1:
-        raise ValueError("--negative has no effect with --guidance 1: say more than 1")
+    check_guidance(args)
     check_outputs([*result_paths(args), args.sheet, args.steps_strip],
                   [args.image, args.edit, args.collage, args.change_map, args.mask])
+
+
+def check_guidance(args):
+    if args.negative and args.guidance == 1:
+        raise ValueError("--negative has no effect with --guidance 1: say more than 1")
 
 
 def result_paths(args):

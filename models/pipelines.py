@@ -146,10 +146,13 @@ def make_sampler(pipe, z, k):
     own = [option for option in UNKNOWN if config.get(option)]
     plain = "beta_schedule" if kind == "xl" else "shift"
     spacing = config.get("timestep_spacing", "leading")
-    if own or plain not in config or spacing != "leading" or config.get("num_train_timesteps", T) != T:
+    known = spacing in ("leading", "trailing") and plain in config
+    if own or not known or config.get("num_train_timesteps", T) != T:
         said = f" with {' and '.join(own)}" if own else ""
         name = config.get("_class_name", type(pipe.scheduler).__name__)
-        other = "an EulerDiscreteScheduler of leading steps" if kind == "xl" else "a FlowMatchEulerDiscreteScheduler"
+        other = "a FlowMatchEulerDiscreteScheduler"
+        if kind == "xl":
+            other = "an EulerDiscreteScheduler of leading or trailing steps"
         raise ValueError(f"the noise levels of {name}{said} are not known here: give the pipeline {other}, or make a "
                          "sampler with samplers.py")
     if kind == "xl":

@@ -54,7 +54,14 @@ def test_timesteps():
     assert make_sampler("ddim", Schedule(), 50).timesteps == list(range(981, 0, -20))
     assert make_sampler("ddim", Schedule(), T).timesteps == list(range(999, -1, -1))
     seven = make_sampler("ddim", Schedule(), 7).timesteps
-    assert all(make_sampler(name, Schedule(), 7).timesteps == seven for name in SAMPLERS)
+    assert all(make_sampler(name, Schedule(), 7).timesteps == seven for name in SAMPLERS if name != "lcm")
+
+
+def test_few_steps_start_at_the_noisiest_level():
+    assert Schedule(spacing="trailing").space_timesteps(4) == [999, 749, 499, 249]
+    assert Schedule(spacing="linspace").space_timesteps(4) == [999, 666, 333, 0]
+    assert make_sampler("lcm", Schedule(), 4).timesteps == [999, 759, 499, 259]
+    assert Schedule(offset=0).space_timesteps(4) == [750, 500, 250, 0]
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 50])
@@ -133,7 +140,7 @@ def gaussian_error(name, k, prediction="epsilon", mean=1.0, std=2.0):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_converges_and_higher_order_is_better(prediction):
-    names = [name for name in SAMPLERS if name != "ddpm"]
+    names = [name for name in SAMPLERS if name not in ("ddpm", "lcm")]
     error = {name: [gaussian_error(name, k, prediction) for k in (10, 20, 50, 100, 200)] for name in names}
     for name in names:
         assert error[name][-1] < 0.02 and error[name][-1] < error[name][0] / 10, f"{name}: {error[name]}"

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+import unet
+from diffdiff import differential_diffusion
 from diffusion import RectifiedFlow, Schedule, T, dynamic_shift
 from samplers import flow_euler, make_sampler
-from tests.small import EVERY_SAMPLER, SHAPE, mixture, randn, trajectory
+from tests.small import EVERY_SAMPLER, SHAPE, UNETS, mixture, randn, randomise, relative_error, trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its NumPy 1 spelling
 
@@ -23,7 +25,7 @@ def peer_trajectory(name, options, schedule, k, timesteps, model, z, generator):
     """The same run in diffusers, as latents in our space: one per timestep, the last of each."""
     diffusers = pytest.importorskip("diffusers")
     config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    config |= {"steps_offset": 1, "timestep_spacing": "leading", "prediction_type": schedule.prediction}
+    config |= {"steps_offset": 1, "timestep_spacing": schedule.spacing, "prediction_type": schedule.prediction}
     if name == "ddpm":
         peer = diffusers.DDPMScheduler(**config, clip_sample=False)
     elif name == "ddim":
@@ -32,6 +34,8 @@ def peer_trajectory(name, options, schedule, k, timesteps, model, z, generator):
         peer = diffusers.PNDMScheduler(**config | {"prediction_type": "epsilon"}, skip_prk_steps=True)
     elif name in ("euler", "heun"):
         peer = getattr(diffusers, f"{name.title()}DiscreteScheduler")(**config)
+    elif name == "lcm":
+        peer = diffusers.LCMScheduler(**config)
     elif name == "dpm++":
         peer = diffusers.DPMSolverMultistepScheduler(**config)
     else:
@@ -41,7 +45,7 @@ def peer_trajectory(name, options, schedule, k, timesteps, model, z, generator):
         peer.timesteps = torch.tensor(timesteps)
         abar = peer.alphas_cumprod[timesteps + [0]]
         peer.sigmas = ((1 - abar) / abar) ** 0.5
-    step = {"generator": generator} if name in ("ddpm", "ddim") else {}
+    step = {"generator": generator} if name in ("ddpm", "ddim", "lcm") else {}
 
     edm = name in ("euler", "heun")
     if edm:
@@ -69,9 +73,66 @@ def test_trajectory_is_diffusers(name, options, k, prediction):
     schedule = Schedule(prediction=prediction)
     model, z = mixture(schedule), randn(*SHAPE)
     sampler = make_sampler(name, schedule, k, **options)
-    assert len(sampler.timesteps) == sampler.k == k and sampler.timesteps[-1] == 1
+    assert len(sampler.timesteps) == sampler.k == k and (sampler.timesteps[-1] == 1) == (name != "lcm")
+    check_trajectory(name, options, schedule, sampler, model, z)
+
+
+@pytest.mark.parametrize("name, spacing, k", [
+    *((name, "trailing", k) for name in ("ddim", "euler", "heun") for k in (1, 2, 4, 8)),
+    *((name, "linspace", k) for name in ("euler", "heun") for k in (2, 4, 10)),  # no peer's DDIM meets these levels
+])
+def test_trajectory_of_few_steps_is_diffusers(name, spacing, k):
+    """With a network, of random weights, as Turbo, Lightning and Hyper-SD run theirs."""
+    schedule = Schedule(spacing=spacing)
+    network = randomise(unet.UNet(UNETS["sd1"]))
+    context = randn(2, 77, 64)
+    sampler = make_sampler(name, schedule, k)
+    with torch.no_grad():
+        check_trajectory(name, {}, schedule, sampler, lambda z, t: network(z, t, context), randn(2, 4, 8, 8))
+
+
+def test_algorithm_1_in_few_steps_is_a_loop_over_diffusers():
+    """A latent consistency model under a random map: every latent, and white bit for bit."""
+    peer = pytest.importorskip("diffusers").LCMScheduler(beta_schedule="scaled_linear")
+    peer.set_timesteps(4)
+    network = randomise(unet.UNet(UNETS["sd1"]))
+    z_init, noise, context = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1), randn(2, 77, 64)
+    mu = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    mu[..., 5:] = 1
+    ours, theirs = [], []
     draws = torch.Generator().manual_seed(7)
-    ours = trajectory(model, z, sampler, step_noise=lambda i: torch.randn(SHAPE, generator=draws))
+    options = {"skip": False, "step_noise": lambda i: torch.randn(z_init.shape, generator=draws)}
+    z_0 = differential_diffusion(lambda z, t: network(z, t, context), z_init, mu, make_sampler("lcm", Schedule(), 4),
+                                 noise, callback=lambda i, z: ours.append(z), **options)
+    assert torch.equal(z_0[..., 5:], z_init[..., 5:])
+    draws = torch.Generator().manual_seed(7)
+    z = peer.add_noise(z_init, noise, peer.timesteps[:1])
+    with torch.no_grad():
+        for i, t in enumerate(peer.timesteps):
+            z = torch.where(mu < i / 4, z, peer.add_noise(z_init, noise, t[None]))
+            z = peer.step(network(z, t.expand(2), context), t, z, generator=draws).prev_sample
+            theirs.append(z)
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) <= 1e-4
+
+
+@pytest.mark.parametrize("k", [*range(1, 51), 200, 600, T])
+def test_timesteps_are_diffusers(k):
+    diffusers = pytest.importorskip("diffusers")
+    for spacing in ("leading", "trailing", "linspace"):
+        peer = diffusers.DDIMScheduler(timestep_spacing=spacing, steps_offset=int(k < T))
+        peer.set_timesteps(k)
+        assert Schedule().space_timesteps(k, spacing) == peer.timesteps[:k].tolist()  # its arange may go too far
+    if k <= 50:
+        peer = diffusers.LCMScheduler()
+        peer.set_timesteps(k)
+        assert Schedule().space_timesteps(k, "lcm") == peer.timesteps.tolist()
+
+
+def check_trajectory(name, options, schedule, sampler, model, z):
+    k = sampler.k
+    draws = torch.Generator().manual_seed(7)
+    ours = trajectory(model, z, sampler, step_noise=lambda i: torch.randn(z.shape, generator=draws))
     generator = torch.Generator().manual_seed(7)
     theirs = peer_trajectory(name, options, schedule, k, sampler.timesteps, model, z, generator)
     assert len(ours) == len(theirs) == k

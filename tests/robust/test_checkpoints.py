@@ -183,6 +183,7 @@ def test_sizes_that_no_network_has(tmp_path, part, key, more):
 @pytest.mark.parametrize("key, value", [
     ("beta_schedule", [1]), ("beta_start", True), ("beta_start", 10**400), ("beta_start", float("nan")),
     ("beta_end", [0.012]), ("prediction_type", ["epsilon"]), ("num_train_timesteps", "1000"),
+    ("timestep_spacing", "sideways"), ("timestep_spacing", ["leading"]), ("original_inference_steps", 100),
 ])
 def test_schedules_of_a_wrong_type(tmp_path, key, value):
     sd.save(small.stable_diffusion(), tmp_path)

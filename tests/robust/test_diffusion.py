@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusion import RectifiedFlow, Schedule, T
+from diffusion import LCM_TIMESTEPS, RectifiedFlow, Schedule, T
 from samplers import flow_euler, make_sampler, make_step_noise, run_sampler
 from tests.small import EVERY_SAMPLER, SHAPE, mixture, randn
 
@@ -13,6 +13,7 @@ from tests.small import EVERY_SAMPLER, SHAPE, mixture, randn
 def test_any_number_of_steps_stays_finite(name, options, k):
     schedule = Schedule("linear")
     z = randn(1, 1, 1, 2)
+    k = min(k, LCM_TIMESTEPS) if name == "lcm" else k
     sampler = make_sampler(name, schedule, k, **options)
     out = run_sampler(mixture(schedule), z, sampler, step_noise=make_step_noise((1, 1, 2), [0]))
     assert torch.isfinite(out).all()
@@ -24,6 +25,8 @@ def test_any_number_of_steps_stays_finite(name, options, k):
     [
         (lambda: Schedule("cosine"), "cosine"),
         (lambda: Schedule(prediction="x0"), "x0"),
+        (lambda: Schedule(spacing=["trailing"]), "leading, trailing, linspace, lcm, .* not \\['trailing'\\] with 1"),
+        (lambda: make_sampler("lcm", Schedule(), 51), "at most as many steps, not 51"),
         (lambda: make_sampler("plms", Schedule(), 10), "plms.*ddpm, ddim, pndm"),
         (lambda: make_sampler("ddim", Schedule(), 0), "1 .. 1000, not 0"),
         (lambda: make_sampler("ddim", Schedule(), T + 1), "not 1001"),

@@ -11,7 +11,7 @@ import torch
 from models import pipelines
 
 Z = torch.zeros(1, 4, 8, 8)
-TRAILING = {"_class_name": "Euler", "beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}
+LINSPACE = {"_class_name": "Euler", "beta_schedule": "scaled_linear", "timestep_spacing": "linspace"}
 
 
 def make(name="FluxPipeline", config=None, scheduler=None):
@@ -48,7 +48,7 @@ def make_flux():
          "cosine"),
         (lambda: pipelines.make_sampler(make("StableDiffusionXLPipeline", scheduler={"_class_name": "EDM"}), Z, 5),
          "levels of EDM .* EulerDiscreteScheduler of leading"),
-        (lambda: pipelines.make_sampler(make("StableDiffusionXLPipeline", scheduler=TRAILING), Z, 5), "of Euler"),
+        (lambda: pipelines.make_sampler(make("StableDiffusionXLPipeline", scheduler=LINSPACE), Z, 5), "of Euler"),
         (lambda: pipelines.make_sampler(make(), Z, 0), "1 or more, not 0"),
     ],
 )
