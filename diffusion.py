@@ -31,11 +31,21 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - abar / F.pad(abar[:-1], (1, 0), value=1.0)
 
 
+def cosine_betas() -> Tensor:
+    """betas (T,) of Improved DDPM, 2102.09672, section 3.2"""
+    t = torch.arange(T + 1, dtype=torch.float64) / T
+    abar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2  # eq. 17
+    return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
+
+
 # beta_t, t = 0 .. T-1 (the papers' t = 1 .. T): Stable Diffusion's, DDPM's and the text of Magic
-# Fixup's, and what Magic Fixup's release trains and samples with.
+# Fixup's, Kandinsky's, those of DeepFloyd IF and of Kandinsky's prior, and what Magic Fixup's
+# release trains and samples with.
 BETAS = {
     "scaled_linear": torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2,
     "linear": torch.linspace(1e-4, 0.02, T, dtype=torch.float64),
+    "kandinsky": torch.linspace(0.00085, 0.012, T, dtype=torch.float64),
+    "squaredcos_cap_v2": cosine_betas(),
 }
 BETAS["zero_snr"] = zero_terminal_snr(BETAS["scaled_linear"])
 
@@ -43,11 +53,12 @@ BETAS["zero_snr"] = zero_terminal_snr(BETAS["scaled_linear"])
 class Schedule:
     """How much noise there is at each timestep, and what the network was trained to say about it.
 
-    name        'scaled_linear' (Stable Diffusion), 'linear' (DDPM) or 'zero_snr' (the first, to no
-                signal at all)
-    prediction  'epsilon' (the noise) or 'v_prediction' (alpha eps - sigma x0: Progressive
-                Distillation, 2202.00512)
+    name        'scaled_linear' (Stable Diffusion), 'zero_snr' (the same, to no signal at all), or
+                another of BETAS
+    prediction  'epsilon' (the noise), 'v_prediction' (alpha eps - sigma x0: Progressive
+                Distillation, 2202.00512) or 'sample' (x0)
     spacing     one of SPACINGS, and `offset`, 0 or 1: see `space_timesteps`
+    clip        the largest absolute value of an x0, where the model was trained for that
 
     .alphas_cumprod  (T,) float32, abar at t = 0 .. T-1
 
@@ -55,11 +66,12 @@ class Schedule:
     """
 
     def __init__(self, name: str = "scaled_linear", prediction: str = "epsilon",
-                 spacing: str = "leading", offset: int = 1):
+                 spacing: str = "leading", offset: int = 1, clip: float | None = None):
         if name not in BETAS:
             raise ValueError(f"unknown noise schedule {name!r}: choose one of {', '.join(BETAS)}")
-        if prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(f"the prediction is epsilon or v_prediction, not {prediction!r}")
+        if prediction not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError("the prediction is epsilon, v_prediction or sample, not "
+                             f"{prediction!r}")
         if spacing not in SPACINGS or offset not in (0, 1):
             raise ValueError(f"timesteps are spaced as one of {', '.join(SPACINGS)}, with an "
                              f"offset of 0 or 1, not {spacing!r:.60} with {offset!r:.60}")
@@ -67,6 +79,7 @@ class Schedule:
         self.prediction = prediction
         self.spacing = spacing
         self.offset = offset
+        self.clip = clip
         abar = torch.cumprod(1 - BETAS[name], dim=0)  # float64: 1 - abar cancels badly near t = 0
         self.abar = abar.tolist()  # for the samplers' scalars
         self.alphas_cumprod = abar.float()
@@ -116,12 +129,22 @@ class Schedule:
         return alpha * x0 + sigma * noise.to(x0)
 
     def convert_output(self, output: Tensor, z: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
-        """The network's output at (z, t), of either prediction -> x0, eps, both (B, C, h, w)"""
+        """The network's output at (z, t), of any prediction -> x0, eps, both (B, C, h, w)
+
+        Channels beyond those of z are a learned variance: they are left to samplers.ddpm.
+        """
         alpha, sigma = self.alpha_sigma(t, z)
+        output = output[:, : z.shape[1]]
         if self.prediction == "epsilon":
-            return (z - sigma * output) / alpha, output  # DDPM eq. 15
+            return self.limit((z - sigma * output) / alpha), output  # DDPM eq. 15
+        if self.prediction == "sample":
+            return self.limit(output), (z - alpha * output) / sigma
         # (z, v) is (x0, eps) rotated by atan(rho)
-        return alpha * z - sigma * output, alpha * output + sigma * z
+        return self.limit(alpha * z - sigma * output), alpha * output + sigma * z
+
+    def limit(self, x0: Tensor) -> Tensor:
+        """x0 within what its model was trained for"""
+        return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
 
 
 # --------------------------------------------------------------------------------------------------

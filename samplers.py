@@ -16,7 +16,7 @@ change-map thresholds i / k serves them all. Step i in 0 .. k-1 takes a latent f
 i+1; it may call the model more than once (Heun, PNDM).
 
 Papers: DDPM 2006.11239, DDIM 2010.02502, PNDM 2202.09778, EDM 2206.00364, DPM-Solver++ 2211.01095,
-DEIS 2204.13902, LCM 2310.04378.
+DEIS 2204.13902, LCM 2310.04378, IDDPM 2102.09672.
 """
 
 import math
@@ -40,8 +40,7 @@ class Ladder:
 
     spacing  of the timesteps, as for `Schedule.space_timesteps`; None: the schedule's
 
-    ValueError where the first level has no signal at all, as in 'zero_snr' for k = 500, 999 and
-    1000: there eps says nothing about the picture.
+    ValueError where the first level has no signal at all, as in 'zero_snr' for k = 500 and 1000.
     """
 
     def __init__(self, schedule: Schedule, k: int, end: float, spacing: str | None = None):
@@ -57,12 +56,13 @@ class Ladder:
         # EDM's sigma, DEIS's rho, DPM-Solver's exp(-lambda)
         self.rho = [s / a for s, a in zip(self.sigma, self.alpha)]
 
+    def ask(self, model, z: Tensor, i: int) -> Tensor:
+        """One call of the model, of any precision, on z (B, C, h, w) at level i < k -> output"""
+        return model(z, torch.full((len(z),), self.timesteps[i], device=z.device)).to(z.dtype)
+
     def predict(self, model, z: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        """One call of the model on z (B, C, h, w) at level i < k -> x0, eps (B, C, h, w)"""
-        t = self.timesteps[i]
-        output = model(z, torch.full((len(z),), t, device=z.device))
-        # The network may be in half precision, the sampler is not.
-        return self.schedule.convert_output(output.to(z.dtype), z, t)
+        """The same -> x0, eps (B, C, h, w)"""
+        return self.schedule.convert_output(self.ask(model, z, i), z, self.timesteps[i])
 
     def transfer(self, z: Tensor, eps: Tensor, i: int) -> Tensor:
         """From level i to i+1 along a constant eps: DDIM's step, PNDM's 'transfer part'."""
@@ -139,13 +139,12 @@ class Sampler:
 
 def require_noise(noise: Tensor | None, z: Tensor) -> Tensor:
     if noise is None:
-        raise ValueError("this sampler is stochastic: pass noise, for example "
-                         "make_step_noise(z.shape[1:], seeds)")
+        raise ValueError("this sampler is stochastic: pass noise, as make_step_noise draws it")
     return noise.to(z)
 
 
 def ddpm(schedule: Schedule, k: int) -> Sampler:
-    """Ancestral sampling with the posterior's own variance ('fixed small'). Stochastic."""
+    """Ancestral sampling, of the posterior's variance or one behind the output. Stochastic."""
     ladder = Ladder(schedule, k, end=1.0)
     constants = []
     for abar, abar_next in zip(ladder.abar, ladder.abar[1:]):
@@ -153,11 +152,16 @@ def ddpm(schedule: Schedule, k: int) -> Sampler:
         c_x0 = math.sqrt(abar_next) * (1 - a) / (1 - abar)
         c_z = math.sqrt(a) * (1 - abar_next) / (1 - abar)
         beta_tilde = (1 - abar_next) / (1 - abar) * (1 - a)
-        constants.append((c_x0, c_z, math.sqrt(beta_tilde)))
+        constants.append((c_x0, c_z, beta_tilde, 1 - a))
 
     def step(model, z, i, state=None, noise=None, restarted=None):
-        x0, _ = ladder.predict(model, z, i)
-        c_x0, c_z, std = constants[i]
+        output = ladder.ask(model, z, i)
+        x0, _ = schedule.convert_output(output, z, ladder.timesteps[i])
+        c_x0, c_z, least, most = constants[i]
+        std = math.sqrt(least)
+        if output.shape[1] > z.shape[1] and i + 1 < k:  # learned, but for the last step's: 0
+            v = (output[:, z.shape[1] :] + 1) / 2
+            std = (v * math.log(most) + (1 - v) * math.log(least)).div(2).exp()  # IDDPM, eq. 15
         return c_x0 * x0 + c_z * z + std * require_noise(noise, z), None  # eq. 7
 
     return Sampler(ladder, step, stochastic=True)
@@ -188,7 +192,6 @@ def ddim(schedule: Schedule, k: int, eta: float = 0.0) -> Sampler:
 
 def lcm(schedule: Schedule, k: int) -> Sampler:
     """A latent consistency model's, mostly in 4 steps: to x0, and in new noise to the next level.
-
     Stochastic. ValueError for more than 50 steps.
     """
     ladder = Ladder(schedule, k, end=1.0, spacing="lcm")
@@ -288,8 +291,7 @@ def pndm(schedule: Schedule, k: int) -> Sampler:
 def dpmpp(schedule: Schedule, k: int) -> Sampler:
     """DPM-Solver++ (2M): second order, on x0. lambda = log(alpha / sigma), h = its step."""
     ladder = Ladder(schedule, k, end=1.0)
-    # D = x0 + dx0 / (2 r), r = h_previous / h. The last step is first order, as in diffusers: h is
-    # infinite there.
+    # D = x0 + dx0 / (2 r), r = h_previous / h. The last step, whose h is infinite, is first order.
     lam = [-math.log(rho) for rho in ladder.rho[:-1]]
     half_inverse_r = [0.0] * k
     for i in range(1, k - 1):

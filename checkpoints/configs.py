@@ -379,6 +379,8 @@ def schedule_from_json(c, prediction=None):
         raise ValueError("a noise schedule of other than 1000 steps, or with betas of its own, is "
                          "not implemented")
     prediction = prediction or c.get("prediction_type", "epsilon")
+    if prediction == "sample":
+        raise ValueError("no Stable Diffusion predicts the sample: only epsilon and v_prediction are implemented")
     return Schedule(name, prediction, spacing, c.get("steps_offset", 1))
 
 

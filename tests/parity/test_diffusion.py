@@ -12,9 +12,11 @@ from tests.small import EVERY_SAMPLER, SHAPE, UNETS, mixture, randn, randomise, 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its NumPy 1 spelling
 
 
-@pytest.mark.parametrize("name, ends", [("linear", (1e-4, 0.02)), ("scaled_linear", (0.00085, 0.012))])
+@pytest.mark.parametrize("name, ends", [("linear", (1e-4, 0.02)), ("scaled_linear", (0.00085, 0.012)),
+                                        ("kandinsky", (0.00085, 0.012)), ("squaredcos_cap_v2", (0, 0))])
 def test_schedule_is_diffusers(name, ends):
-    peer = pytest.importorskip("diffusers").DDPMScheduler(beta_schedule=name, beta_start=ends[0], beta_end=ends[1])
+    kind = "linear" if name == "kandinsky" else name
+    peer = pytest.importorskip("diffusers").DDPMScheduler(beta_schedule=kind, beta_start=ends[0], beta_end=ends[1])
     torch.testing.assert_close(Schedule(name).alphas_cumprod, peer.alphas_cumprod, rtol=1e-4, atol=0)
     t = torch.tensor([0, 999])
     z = Schedule(name).add_noise(randn(*SHAPE), randn(*SHAPE, seed=1), t)
@@ -139,6 +141,31 @@ def check_trajectory(name, options, schedule, sampler, model, z):
     for i, (a, b) in enumerate(zip(ours, theirs)):
         error = ((a - b).norm() / b.norm()).item()
         assert error <= 1e-4, f"step {i} of {k}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("k", [2, 5, 50])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+def test_learned_variance_and_clipping_are_diffusers(prediction, k):
+    """Kandinsky's. The network is any function."""
+    schedule = Schedule("kandinsky", prediction, offset=0, clip=0.8)
+    peer = pytest.importorskip("diffusers").DDPMScheduler(
+        beta_schedule="linear", beta_start=0.00085, beta_end=0.012, variance_type="learned_range",
+        prediction_type=prediction, clip_sample_range=0.8)
+    peer.alphas_cumprod = torch.tensor(schedule.abar, dtype=torch.float64)  # its own cancel near t = 0
+    peer.set_timesteps(k)
+
+    def model(z, t):
+        return torch.cat([torch.tanh(z + 0.3 * z.roll(1, -1)), torch.sin(3 * z)], dim=1)
+
+    sampler, z = make_sampler("ddpm", schedule, k), randn(*SHAPE)
+    assert sampler.timesteps == peer.timesteps.tolist()
+    ours = trajectory(model, z, sampler, step_noise=lambda i: randn(*SHAPE, seed=i))
+    fixed = trajectory(lambda z, t: model(z, t)[:, :4], z, sampler, step_noise=lambda i: randn(*SHAPE, seed=i))
+    for i, t in enumerate(peer.timesteps):
+        generator = torch.Generator().manual_seed(i)
+        z = peer.step(model(z, t), t, z, generator=generator).prev_sample.float()
+        torch.testing.assert_close(ours[i], z, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ours[-2], fixed[-2], atol=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------
