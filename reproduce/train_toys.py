@@ -78,7 +78,9 @@ SMALL = 0.03  # an error, of -1 .. 1
 OBJECTS = 3.0  # weight of pixels inside objects
 # Base and inpainting model
 DROPPED = 0.1  # share of captions left out, so that there is an unconditional model to guide away from
-MIXED = 0.25  # share of pictures of two hours: what a model sees under a change map, where the original shines through
+# Share of pictures of two hours: what a model sees under a change map, where the original shines through. They have no
+# caption. So the unconditional model takes what it sees for what is there, and the captioned one believes its words.
+MIXED = 0.25
 GAMMA = 5.0  # of Min-SNR: low noise levels, where the weight would grow without bound, count no more than this
 WHOLE = 0.25  # share of the masks that cover the whole picture, as of Stable Diffusion's own inpainting model
 
@@ -162,7 +164,8 @@ def train_vae(recipe, out, resume, device):
 
 
 def render_mixed(scenes, generator):
-    """-> (n, 3, S, S) in [0, 1]. MIXED of the pictures become another hour on another ground from one side on."""
+    """-> (n, 3, S, S) in [0, 1], (n,) bool: MIXED of the pictures become another hour on another ground from one side
+    on, and which these are."""
     n, frames = len(scenes), world.render(scenes)
     time, ground = (torch.randint(len(names), (n,), generator=generator) for names in (world.TIMES, world.GROUNDS))
     other = world.render(replace(scenes, time=time, ground=ground))
@@ -170,23 +173,27 @@ def render_mixed(scenes, generator):
     # The other's share: a soft step across the picture, at any place and angle
     draw = torch.rand(4, n, 1, 1, generator=generator)
     angle, place, width = 2 * math.pi * draw[0], 1.2 * draw[1] - 0.6, 0.1 + draw[2]
+    mixed = draw[3] < MIXED
     p = (torch.arange(frames.image.shape[-1]) + 0.5) / frames.image.shape[-1] * 2 - 1
     step = ((p * angle.cos() + p[:, None] * angle.sin() - place) / width + 0.5).clamp(0, 1)
-    return frames.image.lerp(other.image, (step * (draw[3] < MIXED))[:, None])
+    return frames.image.lerp(other.image, (step * mixed)[:, None]), mixed.flatten()
 
 
 def encode_scenes(scenes, path, autoencoder, device):
-    """-> latents (N, C, h, w), unscaled: made once, and kept in a file for these scenes and this autoencoder."""
+    """-> a dict of latents (N, C, h, w), unscaled, and mixed (N,) bool: made once, and kept in a file for these scenes
+    and this autoencoder."""
 
     def make():
         parts = []
         for i in tqdm(range(0, len(scenes), 64), desc="latents", unit="batch", mininterval=1):
-            image = render_mixed(scenes[i : i + 64], generator_at(len(scenes), i))  # not what the scenes come from
+            image, mixed = render_mixed(scenes[i : i + 64], generator_at(len(scenes), i))  # not what they come from
             with torch.no_grad():
-                parts.append(autoencoder.encode(to_channels_last((image * 2 - 1).to(device)))[0].half().cpu())
-        return {"latents": torch.cat(parts).contiguous()}
+                z = autoencoder.encode(to_channels_last((image * 2 - 1).to(device)))[0].half().cpu()
+            parts.append((z, mixed))
+        latents, mixed = (torch.cat(x).contiguous() for x in zip(*parts))
+        return {"latents": latents, "mixed": mixed}
 
-    return cache_tensors(path, digest(autoencoder, scenes.x.tolist(), MIXED), make)["latents"]
+    return cache_tensors(path, digest(autoencoder, scenes.x.tolist(), "mixed", MIXED), make)
 
 
 def draws(recipe, scenes, shape, step):
@@ -247,13 +254,15 @@ def train_base(recipe, out, resume, device):
     """Text encoder and UNet together (Stable Diffusion's came trained, ours has to learn) -> OUT/model, as fp16"""
     scenes = world.random_scenes(recipe.scenes, generator_at(recipe.seed, 0))
     toy = given(recipe.init, device) if recipe.init else new_base(out, scenes, device)
-    latents = encode_scenes(scenes, out / "latents.safetensors", toy.vae, device)
+    kept = encode_scenes(scenes, out / "latents.safetensors", toy.vae, device)
+    latents, mixed = kept["latents"], kept["mixed"].tolist()
     tokenizer, schedule, factor = toy.tokenizer, toy.schedule, toy.vae.config.scaling_factor
     model = nn.ModuleDict({"unet": toy.unet, "text": toy.text}).requires_grad_(True)
     model = model.to(device, memory_format=torch.channels_last)
 
     def loss(step, _):
         index, told, t, noise, _ = draws(recipe, scenes, latents.shape[1:], step)
+        told = ["" if mixed[i] else caption for i, caption in zip(index.tolist(), told)]
         z, t, noise = (to_channels_last(x.to(device)) for x in (latents[index].float() * factor, t, noise))
         return base_loss(model["unet"], schedule, z, model["text"](tokenizer(told).to(device)), t, noise)
 

@@ -41,10 +41,12 @@ def words(init, out, *more):
 def test_a_mixed_picture_is_one_hour_on_one_side_and_another_on_the_other(monkeypatch):
     scenes = world.random_scenes(6, torch.Generator().manual_seed(0))
     plain = world.render(scenes).image
-    monkeypatch.setattr(train_toys, "MIXED", 0.0)
-    assert torch.equal(train_toys.render_mixed(scenes, torch.Generator().manual_seed(1)), plain)
+    image, mixed = train_toys.render_mixed(scenes, torch.Generator().manual_seed(1))
+    assert 0 < mixed.sum() < len(mixed) and torch.equal(image[~mixed], plain[~mixed])
     monkeypatch.setattr(train_toys, "MIXED", 1.0)
-    off = (train_toys.render_mixed(scenes, torch.Generator().manual_seed(1)) - plain).abs().amax(1)
+    image, mixed = train_toys.render_mixed(scenes, torch.Generator().manual_seed(1))
+    assert mixed.all()
+    off = (image - plain).abs().amax(1)
     kept, changed = ((off < 1e-6).flatten(1).float().mean(1), (off > 0.05).flatten(1).float().mean(1))
     assert (kept > 0.05).all() and (changed > 0.05).float().mean() > 0.5  # an hour may be drawn twice
 
