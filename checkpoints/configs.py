@@ -117,7 +117,7 @@ UNET_OPTIONS = {  # options of that class which published Stable Diffusions leav
     "mid_block_only_cross_attention": None, "only_cross_attention": False,
     "dual_cross_attention": False, "class_embed_type": None, "num_class_embeds": None,
     "encoder_hid_dim": None, "flip_sin_to_cos": True, "freq_shift": 0,
-    "time_embedding_type": "positional", "time_embedding_dim": None, "time_cond_proj_dim": None,
+    "time_embedding_type": "positional", "time_embedding_dim": None,
     "resnet_time_scale_shift": "default", "center_input_sample": False,
 }
 

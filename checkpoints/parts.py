@@ -9,6 +9,8 @@ are views of the file, mapped into memory: a page is read when it is first compu
 system can drop it again. So loading takes no memory to speak of, unless `dtype` asks for a cast.
 """
 
+import contextlib
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,7 +100,34 @@ def load_part(folder, part, dtype=None, device="cpu"):
             raise ValueError(f"{file}: {e}") from None
     tensors = read_folder(folder)
     tensors = {name: tensors[name] for name in tensors if not IGNORED.fullmatch(name)}
-    return build_part(part, translate(part, tensors), folder, config, dtype, device)
+    tensors = translate(part, tensors)
+    if part == "unet":
+        fold_guidance(tensors)
+    return build_part(part, tensors, folder, config, dtype, device)
+
+
+def fold_guidance(tensors, guidance=8.5):
+    """A latent consistency model's UNet is told its guidance with the time (2310.04378, section 4.2). At one strength
+    that is a bias: make it so, in place, and an ordinary UNet is left.
+
+    tensors   {name: tensor} of a UNet; one without such an input stays as it is
+    guidance  w of classifier-free guidance: 8.5 where diffusers' pipeline is told none
+    """
+    told = "time_embedding.cond_proj.weight"
+    first = "time_embedding.linear_1."
+    if told not in tensors:
+        return
+    # Damaged tensors stay as they are, and `build_part` names them.
+    with contextlib.suppress(LookupError, RuntimeError, ArithmeticError):
+        project = tensors[told].float()  # (c, D)
+        # Embedded as a timestep is, but with sines before cosines, and to a lowest frequency of 1/10000
+        i = torch.arange(project.shape[1] // 2)
+        angle = 1000 * (guidance - 1) * torch.exp(-math.log(10000) / (len(i) - 1) * i)
+        embedded = torch.cat([angle.sin(), angle.cos()])  # (D,)
+        bias = tensors[first + "bias"]
+        more = tensors[first + "weight"].float() @ (project @ embedded)
+        tensors[first + "bias"] = (bias.float() + more).to(bias)
+        del tensors[told]
 
 
 def load_vae(path, dtype, device, **known):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import unet
+from checkpoints.parts import load_part
 from tests.small import randomise, relative_error
 from unet import UNet, UNetConfig
 
@@ -23,10 +24,9 @@ SMALL = {
 }
 
 
-def make_peer(c):
+def make_peer(c, **options):
     """diffusers' model for that configuration. Its options are written out here, independently of configs.py."""
     cross = [d > 0 for d in c.depth]
-    options = {}
     if c.added:
         options["addition_embed_type"] = "text_time"
         options["addition_time_embed_dim"] = 8
@@ -69,3 +69,17 @@ def test_same_numbers_as_diffusers(name, size):
     got = model(z, t, context, added)
     assert got.shape == (2, config.out_channels, *size)
     assert relative_error(got, peer(z, t, context, added_cond_kwargs=extra).sample) <= 1e-4
+
+
+@torch.no_grad()
+def test_a_latent_consistency_model_is_told_its_guidance(tmp_path):
+    config = SMALL["sd1"]
+    peer = randomise(make_peer(config, time_cond_proj_dim=256))
+    peer.save_pretrained(tmp_path)
+    model = load_part(tmp_path, "unet")
+    w = torch.tensor([8.5 - 1] * 2)
+    told = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, 256)
+    z, t, context = torch.randn(2, 4, 8, 8), torch.tensor([259, 999]), torch.randn(2, 7, config.context)
+    want = peer(z, t, context, timestep_cond=told).sample
+    assert relative_error(model(z, t, context), want) <= 1e-4
+    assert relative_error(peer(z, t, context).sample, want) > 1e-3  # it matters
