@@ -39,6 +39,7 @@ from checkpoints.magicfixup import looks_like_magic_fixup
 from common.cli import TOY, TOY_MFX, report_errors, shorten_warnings, tell
 from common.devices import choose_device, choose_precision, compile_unets, find_unets, make_fast
 from common.pictures import (
+    enlarge,
     fitted_size,
     labelled,
     labelled_columns,
@@ -311,7 +312,8 @@ def run(args):
     if args.sheet:
         named = coarse or args.samples > 1
         labels = [f"seed {seed}" for seed in seeds] if named else [args.prompt]
-        sheet = labelled([*shown.values(), *results], [*shown, *labels])
+        pictures = [enlarge(picture) for picture in (*shown.values(), *results)]
+        sheet = labelled(pictures, [*shown, *labels])
         files.append((sheet, args.sheet, parameters))
     if predictions:
         files.append((draw_predictions(model, predictions), args.steps_strip, parameters))

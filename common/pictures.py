@@ -229,6 +229,15 @@ def labelled(pictures, labels, gap=2):
     return sheet
 
 
+def enlarge(picture, least=256):
+    """A small picture, to be looked at: a whole number of times as large, by Lanczos, until its
+    longer side has `least` pixels."""
+    times = -(-least // max(picture.size))
+    if times == 1:
+        return picture
+    return picture.resize((times * picture.width, times * picture.height), Image.Resampling.LANCZOS)
+
+
 def find_font(text, size):
     """The first font that draws all of the text; None if no font here does."""
     for name in (None, *FONTS):

@@ -144,6 +144,13 @@ def test_saved_by_the_names_ending_with_parameters_and_profile(tmp_path, ending)
         assert note.startswith(b'ASCII\0\0\0{"prompt": "\\u96ea at night", "long": "long ')
 
 
+def test_small_pictures_are_enlarged_for_a_sheet():
+    red = Image.new("RGB", (100, 40), "red")
+    assert pictures.enlarge(red) == Image.new("RGB", (300, 120), "red")
+    large = Image.new("RGB", (256, 40))
+    assert pictures.enlarge(large) is large
+
+
 def test_a_sheet_too_long_for_its_format_is_made_smaller(tmp_path):
     pictures.save_picture(Image.new("RGB", (20_000, 10)), tmp_path / "x.webp", {})
     assert Image.open(tmp_path / "x.webp").size == (16383, 8)

@@ -158,7 +158,7 @@ def test_sheet_strip_and_parameters(tmp_path):
         "--sheet", tmp_path / "sheet.png", "--steps-strip", tmp_path / "strip.png")
     parameters = json.loads(Image.open(tmp_path / "out.png").text["parameters"])
     assert parameters["seed"] == 7 and parameters["prompt"] == "snow at night" and parameters["steps"] == 4
-    assert Image.open(tmp_path / "sheet.png").width > 3 * 128
+    assert Image.open(tmp_path / "sheet.png").width > 3 * 256
     assert Image.open(tmp_path / "strip.png").width > 4 * 128
     assert not list(tmp_path.glob(".*"))
 

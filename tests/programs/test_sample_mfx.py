@@ -121,9 +121,9 @@ def test_samples_sheet_strip_and_parameters(tmp_path, model, edit):
     alone = run(tmp_path, *argv, "--seed", 7, "--change-map", GRADIENT, "--steps", 10)
     assert np.abs(alone - np.asarray(third, int)).max() <= 1  # a sample depends on its seed alone
     sheet = Image.open(tmp_path / "sheet.png")
-    assert sheet.width == 6 * 128 + 5 * 2  # reference, coarse edit, map, three results
-    hole = np.asarray(sheet)[-128:, 130:258][70:90, 30:50]
-    assert (hole == hole[..., :1]).all() and set(np.unique(hole)) == {190, 255}  # a checkerboard
+    assert sheet.width == 6 * 256 + 5 * 2  # reference, coarse edit, map, three results; all enlarged
+    hole = np.asarray(sheet)[-256:, 258:514][140:180, 60:100]
+    assert (hole == hole[..., :1]).all() and {190, 255} <= set(np.unique(hole))  # a checkerboard
     assert Image.open(tmp_path / "strip.png").width == 8 * 128 + 7 * 2  # of ten steps
 
 
