@@ -59,6 +59,7 @@ class Schedule:
                 Distillation, 2202.00512) or 'sample' (x0)
     spacing     one of SPACINGS, and `offset`, 0 or 1: see `space_timesteps`
     clip        the largest absolute value of an x0, where the model was trained for that
+    threshold   (ratio, most): dynamic thresholding in its place, for models of pixels
 
     .alphas_cumprod  (T,) float32, abar at t = 0 .. T-1
 
@@ -66,7 +67,8 @@ class Schedule:
     """
 
     def __init__(self, name: str = "scaled_linear", prediction: str = "epsilon",
-                 spacing: str = "leading", offset: int = 1, clip: float | None = None):
+                 spacing: str = "leading", offset: int = 1, clip: float | None = None,
+                 threshold: tuple[float, float] | None = None):
         if name not in BETAS:
             raise ValueError(f"unknown noise schedule {name!r}: choose one of {', '.join(BETAS)}")
         if prediction not in ("epsilon", "v_prediction", "sample"):
@@ -80,6 +82,7 @@ class Schedule:
         self.spacing = spacing
         self.offset = offset
         self.clip = clip
+        self.threshold = threshold
         abar = torch.cumprod(1 - BETAS[name], dim=0)  # float64: 1 - abar cancels badly near t = 0
         self.abar = abar.tolist()  # for the samplers' scalars
         self.alphas_cumprod = abar.float()
@@ -144,6 +147,10 @@ class Schedule:
 
     def limit(self, x0: Tensor) -> Tensor:
         """x0 within what its model was trained for"""
+        if self.threshold:  # Imagen, 2205.11487, section 2.3
+            ratio, most = self.threshold
+            s = x0.flatten(1).abs().quantile(ratio, dim=1).clamp(1, most).view(-1, 1, 1, 1)
+            return x0.clamp(-s, s) / s
         return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
 
 

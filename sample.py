@@ -15,7 +15,8 @@ the paper on Differential Diffusion. --white-is-change takes them the other way 
 tools do. Without --weights the toy models run that this project trained and ships. --weights
 takes any Stable Diffusion 1.x, 2.x or XL (a folder, .safetensors or .ckpt), or for --edit and
 --collage a Magic Fixup (a folder, or the released file). With --refiner the base of an XL runs
-the first share of the steps, and a refiner the rest.
+the first share of the steps, and a refiner the rest. With --super-resolution the two folders are
+the stages of a DeepFloyd IF.
 """
 
 if __name__ == "__main__":
@@ -47,7 +48,7 @@ from common.pictures import (
     save_pictures,
     tensor_to_picture,
 )
-from editing import inputs, options, paste
+from editing import cascade, inputs, options, paste
 from kernels.memory import hold_memory
 from models import xl
 from prompts import list_texts
@@ -242,6 +243,10 @@ def run(args):
     device = choose_device(args.device)
     dtype = choose_precision(args.precision, device)
     original, coarse, mu = inputs.read(args, dtype, device)
+    if args.super_resolution:
+        x = cascade.edit(args, original, mu, dtype, device)
+        save_results(args, [tensor_to_picture(one) for one in x], describe(args, device, dtype))
+        return
     model = make_fast(read_model(args, dtype, device), device)
     choose_steps(args, model)
     refiner = None
@@ -296,33 +301,46 @@ def run(args):
     x = make(change_map, sampler=args.sampler, steps=args.steps, skip=not args.no_skip,
              predictions=predictions)
 
-    # All files are saved, or none
+    # What is saved beside the results
     results = [tensor_to_picture(one) for one in x]
     outputs = [over_photo(result) for result in results] if over_photo else results
-    if args.strength_fan:
-        strengths = [f"{s:.2g}" for s in args.strength_fan]
-        outputs = [labelled_columns(output, strengths) for output in outputs]
-    parameters = {name: value for name, value in vars(args).items() if value is not None}
-    parameters["weights"] = str(args.weights)
-    parameters["device"] = device.type
-    parameters["precision"] = str(dtype).removeprefix("torch.")
-    paths = options.result_paths(args)
-    files = [(output, path, parameters | {"seed": seed})
-             for output, path, seed in zip(outputs, paths, seeds)]
+    parameters = describe(args, device, dtype)
+    beside = []
     if args.sheet:
         named = coarse or args.samples > 1
         labels = [f"seed {seed}" for seed in seeds] if named else [args.prompt]
         pictures = [enlarge(picture) for picture in (*shown.values(), *results)]
         sheet = labelled(pictures, [*shown, *labels])
-        files.append((sheet, args.sheet, parameters))
+        beside.append((sheet, args.sheet, parameters))
     if predictions:
-        files.append((draw_predictions(model, predictions), args.steps_strip, parameters))
+        beside.append((draw_predictions(model, predictions), args.steps_strip, parameters))
     elif args.steps_strip:
         warnings.warn("no --steps-strip: a white map needs no step", stacklevel=2)
-    save_pictures(files)
-    for output, path, seed in zip(outputs, paths, seeds):
-        what = f"{output.width}x{output.height}, seed {seed}, {args.sampler} in {args.steps} steps"
-        tell(f"{path}: {what}, {device.type} in {parameters['precision']}")
+    save_results(args, outputs, parameters, beside)
+
+
+def describe(args, device, dtype):
+    """What a picture's file says of how it was made."""
+    parameters = {name: value for name, value in vars(args).items() if value is not None}
+    parameters["weights"] = str(args.weights)
+    parameters["device"] = device.type
+    parameters["precision"] = str(dtype).removeprefix("torch.")
+    return parameters
+
+
+def save_results(args, outputs, parameters, beside=()):
+    """A picture for each seed, and other files: all are saved, or none."""
+    if args.strength_fan:
+        strengths = [f"{s:.2g}" for s in args.strength_fan]
+        outputs = [labelled_columns(output, strengths) for output in outputs]
+    files = []
+    for i, path in enumerate(options.result_paths(args)):
+        files.append((outputs[i], path, parameters | {"seed": args.seed + i}))
+    save_pictures([*files, *beside])
+    for output, path, said in files:
+        what = f"{output.width}x{output.height}, seed {said['seed']}"
+        how = f"{args.sampler} in {args.steps} steps, {said['device']} in {said['precision']}"
+        tell(f"{path}: {what}, {how}")
 
 
 def main(argv=None):

@@ -67,6 +67,7 @@ def show(value):
 
 
 MAY_BE_ZERO = "depth", "context", "added", "skip_last", "eos"
+NO_SIZES = "activation", "linear_proj", "final_norm", "attention", "text", "noised", "self_attention"
 
 
 def check_sizes(config, tensors):
@@ -75,9 +76,9 @@ def check_sizes(config, tensors):
     What a file says is checked before it is built. The names are those of our configurations.
     """
     for name, value in vars(config).items():
-        if name in ("activation", "linear_proj", "final_norm"):
+        if name in NO_SIZES:
             continue
-        if name == "scaling_factor":
+        if name in ("scaling_factor", "scale"):
             if not (isinstance(value, float) and 1e-4 < value < 1e4):
                 raise ValueError(f"its {name} should be a number about 1, not {show(value)}")
             continue
@@ -89,12 +90,13 @@ def check_sizes(config, tensors):
 
     depth = getattr(config, "depth", (0,))
     levels = len(getattr(config, "channels", (0,)))
-    blocks = levels * config.layers * (1 + max(depth)) + getattr(config, "mid_depth", 0)
+    layers = sum(config.layers) if isinstance(config.layers, tuple) else levels * config.layers
+    blocks = layers * (1 + max(depth)) + getattr(config, "mid_depth", 0)
     if blocks > len(tensors):
         raise ValueError(f"{blocks} blocks are more than its {len(tensors)} tensors are for")
 
     # Heads share a width evenly. (A text encoder looks at that itself.)
-    if hasattr(config, "head_width"):
+    if hasattr(config, "heads_at"):
         for width, transformers in zip(config.channels, (*depth[:-1], config.mid_depth)):
             heads = config.heads_at(width)
             if transformers and (heads < 1 or width % heads):
@@ -368,7 +370,7 @@ def schedule_from_json(c, prediction=None):
     name = c.get("beta_schedule", "linear")
     if not isinstance(name, str):
         raise ValueError(f"beta_schedule should be a name, not {show(name)}")
-    if name in BETAS:
+    if name in BETAS and name != "squaredcos_cap_v2":  # which is a formula, and has no ends to choose
         for key, beta in (("beta_start", BETAS[name][0]), ("beta_end", BETAS[name][-1])):
             said = c.get(key, float(beta))
             if not (isinstance(said, float) and abs(said - beta) <= 1e-6):
@@ -381,7 +383,18 @@ def schedule_from_json(c, prediction=None):
     prediction = prediction or c.get("prediction_type", "epsilon")
     if prediction == "sample":
         raise ValueError("no Stable Diffusion predicts the sample: only epsilon and v_prediction are implemented")
-    return Schedule(name, prediction, spacing, c.get("steps_offset", 1))
+    return Schedule(name, prediction, spacing, c.get("steps_offset", 1), threshold=read_threshold(c))
+
+
+def read_threshold(c):
+    """`Schedule.threshold` by a scheduler_config.json; None: it limits nothing"""
+    if not c.get("thresholding"):
+        return None
+    ratio = read_number(c.get("dynamic_thresholding_ratio", 0.995))
+    most = read_number(c.get("sample_max_value", 1.0))
+    if not (isinstance(ratio, float) and 0 <= ratio <= 1 and isinstance(most, float) and most >= 1):
+        raise ValueError(f"dynamic thresholding at a ratio of {show(ratio)}, up to {show(most)}, is not implemented")
+    return ratio, most
 
 
 def schedule_to_json(schedule):

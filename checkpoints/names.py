@@ -102,7 +102,7 @@ NAMES = {
 # training loss, and what CLIP sees and compares pictures with.
 IGNORED = re.compile(
     r"model_ema\..*|first_stage_model\.loss\..*|(\w+_)?alphas_cumprod(_prev)?|betas|posterior_\w+"
-    r"|lvlb_weights|logvar|(.*\.)?(position_ids|logit_scale)|v_pred|ztsnr"
+    r"|lvlb_weights|logvar|(.*\.)?(position_ids|logit_scale)|v_pred|ztsnr|encoder\.embed_tokens\.weight"
     r"|(.*\.)?(vision_model|visual_projection)\..*"
     r"|cond_stage_model\..*\.text_projection(\.weight)?|denoiser\.sigmas"
     r"|conditioner\.embedders\.0\.(transformer\.)?text_projection(\.weight)?"
@@ -121,7 +121,7 @@ def translate(part, tensors, per_level=None):
     finest = max(find_numbers(r"decoder\.up\.(\d+)\.", tensors), default=0)
 
     rows = []
-    for old, new in NAMES[part.removesuffix("_2")].items():
+    for old, new in NAMES.get(part.removesuffix("_2"), {}).items():
         rows.append((re.compile(r"(?<![^.])" + re.escape(old).replace("N", r"(\d+)")), new))
 
     out = {}

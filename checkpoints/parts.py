@@ -23,6 +23,7 @@ from checkpoints.read import copy_tensors, describe_misfits, read_folder, read_t
 from clip import TextEncoder
 from common.devices import choose_stored
 from common.files import atomic_write, read_json, write_json
+from models import adm, t5
 from unet import UNet
 from vae import VAE
 
@@ -33,6 +34,9 @@ PARTS = {  # folder: (network, configuration from shapes, from config.json, to c
             configs.vae_config_from_json, configs.vae_config_to_json),
     "text_encoder": (TextEncoder, configs.text_config_from_shapes,
                      configs.text_config_from_json, configs.text_config_to_json),
+    # What is in no single file: their config.json says it all, and they are not written.
+    "adm": (adm.ADM, None, adm.config_from_json, None),
+    "t5": (t5.T5, None, t5.config_from_json, None),
 }
 
 
@@ -53,7 +57,7 @@ class SkipInit(torch.overrides.TorchFunctionMode):
 def build_part(part, tensors, where, config=None, dtype=None, device="cpu", **known):
     """{Hugging Face name: tensor} -> the network of that part, frozen, which takes them over.
 
-    part    'unet', 'vae' or 'text_encoder'
+    part    one of PARTS
     where   the file or folder, for the errors. ValueError names the tensors that are missing,
             unexpected or of another shape than the configuration says
     config  None: read off the shapes, but for what is `known`, e.g. activation="gelu"
@@ -90,8 +94,8 @@ def load_part(folder, part, dtype=None, device="cpu"):
     folder = Path(folder)
     file = folder / "config.json"
     config = None
-    if file.is_file():
-        _, _, from_json, _ = PARTS[part]
+    _, from_shapes, from_json, _ = PARTS[part]
+    if file.is_file() or from_shapes is None:
         try:
             config = from_json(read_json(file))
         except KeyError as missing:

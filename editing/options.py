@@ -18,6 +18,10 @@ NEEDS = {  # an option, and others of which at least one must stand beside it
     "no_skip": MAPS + COARSE, "paste_back": MAPS, "switch": ["refiner"],
 }
 
+# What DeepFloyd IF, which has pixels for latents and a sampler of its own, does not go with
+NOT_IF = COARSE + ["a1111", "words", "lora", "vae", "vae_memory", "refiner", "prediction", "sampler", "spacing",
+                   "no_skip", "paste_back", "size", "compile", "sheet", "steps_strip"]
+
 
 def parse(argv, description):
     """-> the parser, the options; None for what is left out and has its default in sample.py"""
@@ -49,6 +53,8 @@ def parse(argv, description):
     add("--weights", type=file_name, help="a folder, .safetensors or .ckpt (default: the toy)")
     add("--vae", type=file_name, help="another autoencoder in place of theirs: a folder or a file")
     add("--refiner", type=file_name, help="Stable Diffusion XL's, likewise, for the last steps")
+    add("--super-resolution", type=file_name, help="DeepFloyd IF's second stage, a folder; --weights "
+        "is its first")
     add("--lora", action="append", type=read_lora_option, metavar="FILE[:WEIGHT]", help="a LoRA, LoCon "
         "or DoRA, merged into the weights; several times for several (default: weight 1)")
     add("--switch", type=number(float, 0, 1), help="the share of the steps before it (default: 0.8)")
@@ -106,8 +112,17 @@ def check(args):
     if not (args.image or args.collage or args.prompt):
         raise ValueError('say what to draw: --prompt "a red ball on grass at noon"')
     check_guidance(args)
+    if args.super_resolution:
+        check_cascade(args)
     check_outputs([*result_paths(args), args.sheet, args.steps_strip],
                   [args.image, args.edit, args.collage, args.change_map, args.mask])
+
+
+def check_cascade(args):
+    if other := given(args, NOT_IF):
+        raise ValueError(f"{other[0]} does not go with --super-resolution, which is DeepFloyd IF's")
+    if not (args.image and args.weights):
+        raise ValueError("--super-resolution needs --image, and DeepFloyd IF's first stage as --weights")
 
 
 def check_guidance(args):

@@ -7,8 +7,11 @@ import random
 import struct
 import zlib
 
-from models import t5
-from tests.small import CAPTIONS
+import torch
+from safetensors.torch import save_file
+
+from models import adm, t5
+from tests.small import CAPTIONS, randomise
 
 # What SentencePiece 0.2.3 makes of seven rules: the ligature fi, a tab, e with a combining acute, a circled 1, a square
 # km, an ideographic space, and a space of no width, which goes
@@ -87,3 +90,65 @@ def cut_by_trying_all(word):
             found = [known.get(part, (2, unknown)) for part in parts]
             best = max(best, (sum(score for _, score in found), [i for i, _ in found]))
     return [i for n, i in enumerate(best[1]) if not (i == 2 and n and best[1][n - 1] == 2)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Both stages, in the layout of DeepFloyd's repositories
+
+UNET = {
+    "_class_name": "UNet2DConditionModel", "act_fn": "gelu", "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 2, "attention_head_dim": 8, "block_out_channels": [32, 64],
+    "class_embed_type": None, "cross_attention_dim": 64, "cross_attention_norm": "group_norm", "encoder_hid_dim": 32,
+    "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"], "in_channels": 3,
+    "layers_per_block": 1, "mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "out_channels": 6, "sample_size": 8,
+    "resnet_time_scale_shift": "scale_shift", "up_block_types": ["SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
+}
+ENLARGES = {
+    "class_embed_type": "timestep", "in_channels": 6, "layers_per_block": [1, 2], "mid_block_scale_factor": 1 / 0.7071,
+    "only_cross_attention": True, "resnet_out_scale_factor": 1 / 0.7071, "resnet_skip_time_act": True,
+    "sample_size": 16, "time_embedding_act_fn": "gelu", "time_embedding_dim": 48,
+}
+SCHEDULER = {
+    "_class_name": "DDPMScheduler", "beta_end": 0.02, "beta_schedule": "squaredcos_cap_v2", "beta_start": 0.0001,
+    "clip_sample": True, "clip_sample_range": 1.0, "dynamic_thresholding_ratio": 0.95, "num_train_timesteps": 1000,
+    "prediction_type": "epsilon", "sample_max_value": 1.5, "thresholding": True, "variance_type": "learned_range",
+}
+TEXT = {
+    "architectures": ["T5EncoderModel"], "d_ff": T5.mlp_width, "d_kv": T5.head_width, "d_model": T5.width,
+    "feed_forward_proj": "gated-gelu", "is_encoder_decoder": False, "layer_norm_epsilon": 1e-6, "model_type": "t5",
+    "num_heads": T5.heads, "num_layers": T5.layers, "relative_attention_max_distance": 128,
+    "relative_attention_num_buckets": 32, "use_cache": False, "vocab_size": T5.vocab_size,
+}
+
+
+def write_stage(folder, second=False):
+    """unet/ and scheduler/"""
+    c = UNET | ENLARGES if second else UNET
+    torch.manual_seed(0)
+    unet = randomise(adm.ADM(adm.config_from_json(c)))
+    (folder / "unet").mkdir(parents=True)
+    save_file(unet.state_dict(), folder / "unet/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    write_file(folder / "unet/config.json", c)
+    write_file(folder / "scheduler/scheduler_config.json", SCHEDULER | {"sample_max_value": 1.0 if second else 1.5})
+
+
+def write_cascade(folder):
+    """-> the folders of both stages. The text encoder is in two files, as the large one is."""
+    first, second = folder / "IF-I", folder / "IF-II"
+    write_stage(first)
+    write_stage(second, second=True)
+    write_spiece(first / "tokenizer")
+    tensors = randomise(t5.T5(T5)).state_dict()
+    write_file(first / "text_encoder/config.json", TEXT)
+    names, files = list(tensors), {}
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-{i:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, first / "text_encoder" / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(part, file)
+    write_file(first / "text_encoder/model.safetensors.index.json", {"metadata": {}, "weight_map": files})
+    return first, second
+
+
+def write_file(file, content):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
