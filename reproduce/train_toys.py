@@ -59,8 +59,8 @@ class ToyRecipe(train.Recipe):
     widths: tuple = vae.CONFIGS["toy"].channels  # of the autoencoder's levels: each but the last halves the side
     latent: int = vae.CONFIGS["toy"].latent_channels
     scenes: int = 24_000  # that a base or inpainting model sees; captions are worded anew every time
-    # Noise of one value per channel and picture, beside the white noise. Stable Diffusion's noisiest level still shows
-    # a picture's mean, which a model learns to trust over the words: noon would never turn into night.
+    # How much smooth noise stands beside the white noise. Stable Diffusion's noisiest level still shows how bright a
+    # picture is, and each side of it, which a model learns to trust over the words: noon would never turn into night.
     offset: float = 0.2
 
 
@@ -78,6 +78,7 @@ SMALL = 0.03  # an error, of -1 .. 1
 OBJECTS = 3.0  # weight of pixels inside objects
 # Base and inpainting model
 DROPPED = 0.1  # share of captions left out, so that there is an unconditional model to guide away from
+OFFSETS = 1, 2, 4  # values along a side of the smooth noise, per channel
 # Share of pictures of two hours: what a model sees under a change map, where the original shines through. They have no
 # caption. So the unconditional model takes what it sees for what is there, and the captioned one believes its words.
 MIXED = 0.25
@@ -206,8 +207,9 @@ def draws(recipe, scenes, shape, step):
     told = ["" if d else c for c, d in zip(told, dropped)]
     t = draw_timesteps(recipe.batch, g)
     noise = torch.randn(recipe.batch, *shape, generator=g)
-    if recipe.offset:
-        noise = noise + recipe.offset * torch.randn(recipe.batch, shape[0], 1, 1, generator=g)
+    for side in OFFSETS if recipe.offset else ():
+        rough = torch.randn(recipe.batch, shape[0], side, side, generator=g)
+        noise = noise + recipe.offset * F.interpolate(rough, shape[1:], mode="bilinear")
     return index, told, t, noise, g
 
 
@@ -384,7 +386,7 @@ def main(argv=None):
     parser.add_argument("--widths", type=read_widths, help="of the autoencoder's levels, e.g. 24,64,128")
     parser.add_argument("--latent", type=number(int, 1, 64), help="its latent channels")
     parser.add_argument("--scenes", type=number(int, 1, 10**9), help="to learn from")
-    parser.add_argument("--offset", type=number(float, 0, 1), help="noise of one value per channel and picture")
+    parser.add_argument("--offset", type=number(float, 0, 1), help="how much smooth noise beside the white")
     args = parser.parse_args(argv)
     # A folder of its own for inpainting: it would write its model over the one that it is made of.
     out = args.out or Path("runs/toy-inpainting" if args.stage == "inpainting" else "runs/toy")
