@@ -138,7 +138,8 @@ def number_tokens(rows, columns):
 
 
 def make_sampler(pipe, z, k):
-    """The noise levels that the pipeline's scheduler has for k steps on latents z (B, C, h, w) -> a Sampler, of Euler's
+    """The noise levels that the pipeline's scheduler has for k steps on latents z (B, C, h, w) -> a Sampler, of Euler
+    or, for an LCMScheduler, lcm, which is stochastic
 
     ValueError for a scheduler whose levels are not made here.
     """
@@ -156,7 +157,8 @@ def make_sampler(pipe, z, k):
         raise ValueError(f"the noise levels of {name}{said} are not known here: give the pipeline {other}, or make a "
                          "sampler with samplers.py")
     if kind == "xl":
-        return samplers.make_sampler("euler", schedule_from_json(config), k)
+        name = "lcm" if type(pipe.scheduler).__name__ == "LCMScheduler" else "euler"
+        return samplers.make_sampler(name, schedule_from_json(config), k)
 
     shift = static = config["shift"]
     if config.get("use_dynamic_shifting"):

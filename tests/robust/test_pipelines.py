@@ -63,6 +63,14 @@ def test_a_subclass_is_what_it_was_made_from():
     assert pipelines.recognise(type("MyFlux", (base,), {})()) == "flux"
 
 
+def test_an_xl_of_few_steps_has_the_steps_that_it_was_distilled_for():
+    pipe = make("StableDiffusionXLPipeline", scheduler=LINSPACE | {"timestep_spacing": "trailing"})
+    assert pipelines.make_sampler(pipe, Z, 4).timesteps == [999, 749, 499, 249]
+    pipe.scheduler = type("LCMScheduler", (), {"config": LINSPACE | {"timestep_spacing": "leading"}})()
+    sampler = pipelines.make_sampler(pipe, Z, 4)
+    assert sampler.timesteps == [999, 759, 499, 259] and sampler.stochastic
+
+
 def test_an_autoencoder_that_overflows_computes_in_full_precision():
     for dtype, upcast, want in ((torch.float16, True, torch.float32), (torch.float16, False, torch.float16),
                                 (torch.bfloat16, True, torch.bfloat16)):
