@@ -50,6 +50,8 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 
 
 class Attention(nn.Module):
+    causal = True  # a token sees itself and those before it; CLIP's network for pictures sees all
+
     def __init__(self, c: TextConfig):
         super().__init__()
         self.heads = c.heads
@@ -59,11 +61,10 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(c.width, c.width)
 
     def forward(self, x):
-        """x (B, L, D) -> (B, L, D). A token sees itself and those before it."""
-        # There is no mask for the padding: its vectors are part of what Stable Diffusion reads.
+        """x (B, L, D) -> (B, L, D). Padding is not masked: Stable Diffusion reads its vectors."""
         qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, L, D / heads)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, heads, L, d)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -132,8 +133,7 @@ class TextEncoder(nn.Module):
         if self.config.final_norm:
             context = m.final_layer_norm(context)
 
-        # The first end token: the padding may be the same token.
-        end = (ids == self.config.eos).int().argmax(dim=1)  # (B,)
+        end = (ids == self.config.eos).int().argmax(dim=1)  # (B,), the first: padding may be it
         pooled = m.final_layer_norm(x)[torch.arange(len(ids), device=ids.device), end]
         if self.config.projection:
             pooled = self.text_projection(pooled)

@@ -16,7 +16,7 @@ tools do. Without --weights the toy models run that this project trained and shi
 takes any Stable Diffusion 1.x, 2.x or XL (a folder, .safetensors or .ckpt), or for --edit and
 --collage a Magic Fixup (a folder, or the released file). With --refiner the base of an XL runs
 the first share of the steps, and a refiner the rest. With --super-resolution the two folders are
-the stages of a DeepFloyd IF.
+the stages of a DeepFloyd IF; with --prior they are the prior and the decoder of a Kandinsky 2.2.
 """
 
 if __name__ == "__main__":
@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 import functools
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ from common.pictures import (
 )
 from editing import cascade, inputs, options, paste
 from kernels.memory import hold_memory
-from models import xl
+from models import kandinsky, xl
 from prompts import list_texts
 
 # Defaults of what is left out: with a prompt, as in the one paper; with an edit, as in the other
@@ -105,6 +106,8 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
         height, width = picture.shape[-2:]
         shape = z_init.shape[1:]
     said = dict(timesteps=sampler.timesteps, a1111=a1111, size=(height, width))
+    if isinstance(model, kandinsky.Kandinsky):
+        said["seeds"] = seeds
     denoise = model.denoiser(prompts, negative, guidance, beside, **said)
     if refiner:
         second = refiner.denoiser(prompts, negative, guidance, **said)
@@ -179,12 +182,16 @@ def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, pr
 def read_model(args, dtype, device):
     if args.edit or args.collage:
         return mfx.load(args.weights, dtype, device)
+    if args.prior:
+        return kandinsky.load(args.prior, args.weights, dtype, device)
     try:
         model = sd.load(args.weights, dtype, device, args.prediction)
     except (ValueError, OSError):
         if looks_like_magic_fixup(args.weights):
             what = f"{args.weights} is a Magic Fixup"
             raise ValueError(f"{what}: it goes with --edit or --collage") from None
+        if (Path(args.weights) / "movq").is_dir():
+            raise ValueError(f"{args.weights} is Kandinsky's: it goes with --prior") from None
         raise
     if model.xl and model.xl.refines:
         raise ValueError(f"{args.weights} is a refiner of Stable Diffusion XL: it goes with "
@@ -214,13 +221,13 @@ def choose_steps(args, model):
     schedule.spacing = args.spacing or schedule.spacing
     is_xl = getattr(model, "xl", None) is not None
     usual = "lcm" if schedule.spacing == "lcm" else "euler" if is_xl else "ddim"
-    args.sampler = args.sampler or usual
+    args.sampler = args.sampler or ("ddpm" if args.prior else usual)
     # Models of few steps are distilled from one that was guided.
     few = args.sampler == "lcm" or schedule.spacing in ("trailing", "lcm")
     coarse = args.edit or args.collage
     args.steps = args.steps or (4 if few else 50 if coarse else 100)
     if args.guidance is None and not coarse:
-        args.guidance = 1.0 if few else 7.5
+        args.guidance = 1.0 if few else kandinsky.GUIDANCE if args.prior else 7.5
     options.check_guidance(args)
 
 

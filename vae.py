@@ -204,7 +204,11 @@ class VAE(nn.Module):
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % f or x.shape[3] % f:
             wanted = f"(B, 3, H, W) with H, W multiples of {f}"
             raise ValueError(f"the autoencoder takes {wanted}, not {tuple(x.shape)}")
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return self.split_moments(self.quant_conv(self.encoder(x)))
+
+    def split_moments(self, moments):
+        """(B, 2C, h, w) -> mean, logvar"""
+        mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)  # exp(logvar / 2) is finite in every precision
 
     def decode(self, z):

@@ -95,6 +95,7 @@ NAMES = {
         "encoder.": "text_model.encoder.",
         "final_layer_norm.": "text_model.final_layer_norm.",
     },
+    "movq": {"spatial_norm.": "group_norm."},  # Hugging Face's own name, where ours is vae.Attention's
 }
 
 # What checkpoints hold besides, and nobody needs here: moving averages (the plain weights are there
@@ -104,9 +105,10 @@ IGNORED = re.compile(
     r"model_ema\..*|first_stage_model\.loss\..*|(\w+_)?alphas_cumprod(_prev)?|betas|posterior_\w+"
     r"|lvlb_weights|logvar|(.*\.)?(position_ids|logit_scale)|v_pred|ztsnr|encoder\.embed_tokens\.weight"
     r"|(.*\.)?(vision_model|visual_projection)\..*"
-    r"|cond_stage_model\..*\.text_projection(\.weight)?|denoiser\.sigmas"
+    r"|cond_stage_model\..*\.text_projection(\.weight)?|denoiser\.sigmas|quantize\..*"
     r"|conditioner\.embedders\.0\.(transformer\.)?text_projection(\.weight)?"
 )
+IGNORED_BESIDE_IMAGES = re.compile(r".*\.position_ids|logit_scale|text_(model|projection)\..*")  # Kandinsky's
 
 
 def translate(part, tensors, per_level=None):

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints import configs
-from checkpoints.names import IGNORED, PREFIX, translate
+from checkpoints.names import IGNORED, IGNORED_BESIDE_IMAGES, PREFIX, translate
 from checkpoints.read import copy_tensors, describe_misfits, read_folder, read_tensors
 from clip import TextEncoder
 from common.devices import choose_stored
 from common.files import atomic_write, read_json, write_json
-from models import adm, t5
+from models import adm, movq, prior, t5
 from unet import UNet
 from vae import VAE
 
@@ -37,6 +37,9 @@ PARTS = {  # folder: (network, configuration from shapes, from config.json, to c
     # What is in no single file: their config.json says it all, and they are not written.
     "adm": (adm.ADM, None, adm.config_from_json, None),
     "t5": (t5.T5, None, t5.config_from_json, None),
+    "movq": (movq.MOVQ, None, movq.config_from_json, None),
+    "prior": (prior.Prior, None, prior.config_from_json, None),
+    "image_encoder": (prior.ImageEncoder, None, prior.image_config_from_json, None),
 }
 
 
@@ -79,7 +82,7 @@ def build_part(part, tensors, where, config=None, dtype=None, device="cpu", **kn
         raise ValueError(f"{where}, the {part}: {problems}")
     dtype = dtype or choose_stored({tensor.dtype for tensor in tensors.values()}, device)
     there = copy_tensors(where, tensors, device, dict.fromkeys(tensors, dtype))
-    if part == "vae" and dtype == torch.float16 and not all(x.isfinite().all() for x in there.values()):
+    if part in ("vae", "movq") and dtype == torch.float16 and not all(x.isfinite().all() for x in there.values()):
         # What does not fit into fp16 stays in single precision: an autoencoder takes pictures and latents of any.
         return build_part(part, tensors, where, config, torch.float32, device)
     model.load_state_dict(there, assign=True)
@@ -102,8 +105,8 @@ def load_part(folder, part, dtype=None, device="cpu"):
             raise ValueError(f"{file} has no {missing}") from None
         except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError) as e:
             raise ValueError(f"{file}: {e}") from None
-    tensors = read_folder(folder)
-    tensors = {name: tensors[name] for name in tensors if not IGNORED.fullmatch(name)}
+    ignored = IGNORED_BESIDE_IMAGES if part == "image_encoder" else IGNORED
+    tensors = {name: tensor for name, tensor in read_folder(folder).items() if not ignored.fullmatch(name)}
     tensors = translate(part, tensors)
     if part == "unet":
         fold_guidance(tensors)

@@ -16,11 +16,13 @@ NEEDS = {  # an option, and others of which at least one must stand beside it
     "change_map": ["image", "collage"], "white_is_change": ["change_map", "mask"],
     "softness": ["mask"], "a1111": ["prompt", "negative"], "words": ["prompt"], "segments": ["collage"],
     "no_skip": MAPS + COARSE, "paste_back": MAPS, "switch": ["refiner"],
+    "prior": ["weights"],
 }
 
 # What DeepFloyd IF, which has pixels for latents and a sampler of its own, does not go with
 NOT_IF = COARSE + ["a1111", "words", "lora", "vae", "vae_memory", "refiner", "prediction", "sampler", "spacing",
                    "no_skip", "paste_back", "size", "compile", "sheet", "steps_strip"]
+NOT_KANDINSKY = COARSE + ["a1111", "words", "lora", "vae", "refiner", "prediction", "spacing", "super_resolution"]
 
 
 def parse(argv, description):
@@ -55,6 +57,7 @@ def parse(argv, description):
     add("--refiner", type=file_name, help="Stable Diffusion XL's, likewise, for the last steps")
     add("--super-resolution", type=file_name, help="DeepFloyd IF's second stage, a folder; --weights "
         "is its first")
+    add("--prior", type=file_name, help="Kandinsky 2.2's, a folder; --weights is its decoder")
     add("--lora", action="append", type=read_lora_option, metavar="FILE[:WEIGHT]", help="a LoRA, LoCon "
         "or DoRA, merged into the weights; several times for several (default: weight 1)")
     add("--switch", type=number(float, 0, 1), help="the share of the steps before it (default: 0.8)")
@@ -112,6 +115,8 @@ def check(args):
     if not (args.image or args.collage or args.prompt):
         raise ValueError('say what to draw: --prompt "a red ball on grass at noon"')
     check_guidance(args)
+    if args.prior and (other := given(args, NOT_KANDINSKY)):
+        raise ValueError(f"{other[0]} does not go with --prior, which is Kandinsky's")
     if args.super_resolution:
         check_cascade(args)
     check_outputs([*result_paths(args), args.sheet, args.steps_strip],
