@@ -10,6 +10,8 @@ are three functions for each of UNet, VAE and text encoder:
 Reading raises KeyError where a size is missing, ValueError where the network is not one of ours.
 """
 
+import math
+
 from clip import TextConfig
 from diffusion import BETAS, LCM_TIMESTEPS, Schedule, T
 from unet import UNetConfig
@@ -391,7 +393,8 @@ def read_threshold(c):
     if not c.get("thresholding"):
         return None
     ratio = read_number(c.get("dynamic_thresholding_ratio", 0.995))
-    most = read_number(c.get("sample_max_value", 1.0))
+    most = c.get("sample_max_value", 1.0)
+    most = math.inf if most is None else read_number(most)
     if not (isinstance(ratio, float) and 0 <= ratio <= 1 and isinstance(most, float) and most >= 1):
         raise ValueError(f"dynamic thresholding at a ratio of {show(ratio)}, up to {show(most)}, is not implemented")
     return ratio, most

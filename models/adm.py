@@ -36,7 +36,7 @@ class ADMConfig:
     head_width: int = 64
     states: int = 1280  # width of what it is conditioned on
     context: int = 768  # and of the tokens that this becomes
-    text: bool = False  # the states are a text's, and their sum is pooled by attention; else an image embedding
+    text: bool = False  # the states are a text's, and are pooled by attention; else an image embedding
     pool_heads: int = 64
     activation: str = "silu"  # IF: gelu
     time_width: int = 1536
@@ -47,43 +47,28 @@ class ADMConfig:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is made of a text
-
-
-class Pool(nn.Module):
-    """(B, L, c) -> (B, c): the mean of the tokens looks at itself and at each of them."""
-
-    def __init__(self, c, heads):
-        super().__init__()
-        self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.zeros(1, c))
-        self.k_proj = nn.Linear(c, c)
-        self.q_proj = nn.Linear(c, c)
-        self.v_proj = nn.Linear(c, c)
-
-    def forward(self, x):
-        mean = x.mean(1, keepdim=True) + self.positional_embedding
-        x = torch.cat([mean, x], dim=1)
-        qkv = self.q_proj(mean), self.k_proj(x), self.v_proj(x)
-        return F.scaled_dot_product_attention(*(split_heads(y, self.heads) for y in qkv)).flatten(1)
+# Blocks
 
 
 class TextVector(nn.Module):
-    """A text's states (B, L, c_in) -> (B, c_out), which is added to the time"""
+    """A text's states (B, L, c_in) -> (B, c_out), which is added to the time: what their mean finds among them"""
 
     def __init__(self, c_in, c_out, heads):
         super().__init__()
+        self.heads = heads
         self.norm1 = nn.LayerNorm(c_in)
-        self.pool = Pool(c_in, heads)
+        self.pool = nn.ModuleDict({name: nn.Linear(c_in, c_in) for name in ("k_proj", "q_proj", "v_proj")})
+        self.pool.positional_embedding = nn.Parameter(torch.zeros(1, c_in))
         self.proj = nn.Linear(c_in, c_out)
         self.norm2 = nn.LayerNorm(c_out)
 
     def forward(self, x):
-        return self.norm2(self.proj(self.pool(self.norm1(x))))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Blocks
+        x = self.norm1(x)
+        mean = x.mean(1, keepdim=True) + self.pool.positional_embedding
+        x = torch.cat([mean, x], dim=1)
+        qkv = self.pool.q_proj(mean), self.pool.k_proj(x), self.pool.v_proj(x)
+        pooled = F.scaled_dot_product_attention(*(split_heads(y, self.heads) for y in qkv))  # (B, heads, 1, d)
+        return self.norm2(self.proj(pooled.flatten(1)))
 
 
 class ResnetBlock(nn.Module):
@@ -341,8 +326,6 @@ def config_from_json(c):
     if activation not in ACTIVATIONS:
         raise ValueError(f"its act_fn is silu or gelu, not {activation!r:.60}")
 
-    # IF's second stage applies its activation once, before the blocks; the others in each block: it is the same.
-    once = c.get("resnet_skip_time_act", False)
     refuse_other_options(c, OPTIONS | {
         "down_block_types": [DOWN_BLOCKS[x] for x in attention],
         "up_block_types": [UP_BLOCKS[x] for x in reversed(attention)],
@@ -352,7 +335,8 @@ def config_from_json(c):
         "class_embed_type": "timestep" if noised else None,
         "mid_block_only_cross_attention": None if middle is None else only_cross,
         "mid_block_scale_factor": scale,
-        "time_embedding_act_fn": activation if once else None,
+        # IF's second stage applies it once, before the blocks, the others in each block, which is the same.
+        "time_embedding_act_fn": activation if c.get("resnet_skip_time_act") else None,
     })
     config = ADMConfig(
         in_channels=c["in_channels"],
@@ -372,8 +356,6 @@ def config_from_json(c):
         scale=scale,
         groups=c.get("norm_num_groups", 32),
     )
-    if not len(channels) == len(attention) == len(config.layers):
-        raise ValueError("its block_out_channels, down_block_types and layers_per_block are of different lengths")
     for width, attends in zip(channels, attention[:-1] + (True,)):
         if attends and width % config.head_width:
             raise ValueError(f"heads of {config.head_width} do not share a width of {width}")

@@ -63,6 +63,15 @@ def test_a_variance_that_is_not_learned_is_left_out(folders, model, tmp_path):
     torch.testing.assert_close(outputs[0], outputs[1][:, :4], rtol=1e-4, atol=1e-4)
 
 
+def test_how_a_scheduler_says_what_limits_the_picture(model):
+    assert (model.schedule.clip, model.prior_schedule.clip) == (2.0, 10.0)
+    said = small_kandinsky.SCHEDULERS["decoder"]
+    dynamic, _ = kandinsky.read_decoder_schedule(said | {"thresholding": True, "sample_max_value": None})
+    assert dynamic.threshold == (0.995, float("inf")) and dynamic.clip is None
+    nothing, _ = kandinsky.read_decoder_schedule(said | {"clip_sample": False})
+    assert nothing.clip is None and nothing.name == "kandinsky" and nothing.offset == 0
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Wrong inputs: each is one line
 

@@ -80,9 +80,9 @@ def test_guidance_is_for_the_noise_and_the_variance_is_the_prompts(name):
 
 WRONG = [("kandinsky", "act_fn", "mish"), ("kandinsky", "resnet_time_scale_shift", "default"),
          ("kandinsky", "mid_block_scale_factor", 2.0), ("kandinsky", "down_block_types", ["DownBlock2D"] * 2),
-         ("kandinsky", "attention_head_dim", 24), ("kandinsky", "layers_per_block", [1]),
-         ("if-1", "cross_attention_norm", None), ("if-2", "time_embedding_act_fn", None),
-         ("if-2", "class_embed_type", "projection"), ("if-2", "mid_block_only_cross_attention", False)]
+         ("kandinsky", "attention_head_dim", 24), ("if-1", "cross_attention_norm", None),
+         ("if-2", "time_embedding_act_fn", None), ("if-2", "class_embed_type", "projection"),
+         ("if-2", "mid_block_only_cross_attention", False)]
 
 
 @pytest.mark.parametrize("name, option, value", WRONG)
