@@ -9,7 +9,7 @@ Ours and the peer have the same weights and the same inputs, and are called in t
 ratio ours / peer's (below 1: ours is faster), its spread over the rounds, and how far the two results differ, relative
 to the largest number in them. Without --rounds there are five, and fewer of what is slow. An idle machine measures
 best. Where a peer is not installed our time stands alone. Weights that are not shipped are random: nothing is
-downloaded. `load` writes 6 GB of them into the system's folder for temporary files (TMPDIR).
+downloaded.
 """
 
 if __name__ == "__main__":
@@ -31,16 +31,15 @@ from pathlib import Path
 
 import torch
 
-from bench import edits, models, networks, training, warp
+from bench import edits, models, training, warp
 from bench.clock import HEADER, format_row
 from common.cli import Parser, number, report_errors
 from common.devices import choose_device
 
 # {name: function of the options that yields Rows; its docstring says what is measured}
-TOPICS = models.TOPICS | edits.TOPICS | training.TOPICS | warp.TOPICS | networks.TOPICS
-CPU_ALONE = ("load", "pairs", "networks")  # they run on the CPU, whatever there is
+TOPICS = models.TOPICS | edits.TOPICS | training.TOPICS | warp.TOPICS
 WIDTHS = 66, 9, 9, 5, 16, 10, 0  # of the columns of HEADER
-PACKAGES = ("torch", "diffusers", "transformers", "torchvision", "segment_anything", "lpips")
+PACKAGES = ("torch", "diffusers", "transformers")
 
 
 def read_numbers(text):
@@ -53,7 +52,7 @@ def parse(argv):
     parser.add_argument("--rounds", type=number(int, 1, 1000), help="timed calls of each (default: 5, fewer if slow)")
     parser.add_argument("--model", choices=["toy", "full"], help="one alone: the toy, or Stable Diffusion 1.4's size")
     parser.add_argument("--steps", type=number(int, 1, 1000), help="of edits (default: 50 of the toy, 4 at full size)")
-    parser.add_argument("--batch", type=read_numbers, metavar="N,N", help="unet, vae, text, train: batch sizes")
+    parser.add_argument("--batch", type=read_numbers, metavar="N,N", help="unet, vae, train: batch sizes")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "auto"], help="one alone; auto: what sample.py takes here")
     parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
     args = parser.parse_args(argv)
@@ -99,7 +98,7 @@ def measure(args):
         device = torch.device("cpu")
     print(describe_machine(device))
     for name in dict.fromkeys(args.topics):
-        args.device = torch.device("cpu") if name in CPU_ALONE else device
+        args.device = device
         print(f"\n{name}: {inspect.getdoc(TOPICS[name])}\n")
         print_cells(HEADER)
         for row in TOPICS[name](args):

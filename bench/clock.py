@@ -2,7 +2,7 @@
 
     row = compare(o, "the UNet", ours, peer, "diffusers")           times of both, and how far their results differ
     seconds, last = time_in_turn({"ours": f, "peer": g}, o)         {name: [seconds of a call, one per round]}
-    made = run_in_own_process("bench.models.load_once", path=...)   what that function returns, as a dict
+    made = run_in_own_process("bench.edits.edit_once", who=...)     what that function returns, as a dict
     with watch(device) as w: ...                                    then w.seconds, w.peak
 
 `o` holds the options of the command line. Here its `device` and `rounds` are read.
@@ -118,24 +118,15 @@ def compute_difference(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def compare(o, what, ours, peer, name, same=True):
-    """Two functions -> Row.
+def compare(o, what, ours, peer, name):
+    """Two functions that return the same tensor, but for rounding -> Row.
 
     peer  None where it is not installed: then our time stands alone
     name  the peer's
-    same  both return the same tensor, but for rounding
     """
     seconds, last = time_in_turn({"ours": ours} | ({"peer": peer} if peer else {}), o)
-    difference = compute_difference(last["ours"], last["peer"]) if peer and same else None
+    difference = compute_difference(last["ours"], last["peer"]) if peer else None
     return Row(what, seconds["ours"], seconds.get("peer"), name, difference=difference)
-
-
-def make_if_installed(make, *args):
-    """make(*args), or None where a peer that it imports is not installed."""
-    try:
-        return make(*args)
-    except ImportError:
-        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

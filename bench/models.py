@@ -1,14 +1,11 @@
-"""python -m bench's topics of single models: loading a checkpoint; one pass of UNet, autoencoder, text encoder.
+"""python -m bench's topics of single networks: one pass of the UNet, and of the autoencoder.
 
 The weights are random, so nothing is downloaded. The other topics build their models here as well.
 """
 
-import tempfile
 from functools import partial
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 import clip
 import diffusion
@@ -16,7 +13,7 @@ import sd
 import unet
 import vae
 from bench import peers
-from bench.clock import Row, call_in_turn, compare, make_if_installed, run_in_own_process, watch
+from bench.clock import compare
 from checkpoints.parts import PARTS, build_part
 from common.cli import TOY
 from common.devices import choose_precision, make_fast
@@ -47,16 +44,14 @@ def make_part(name, kind, dtype, device):
     return build_part(name, network(config).state_dict(), "random weights", config, dtype, device)
 
 
-def make_random(kind, dtype, device):
-    """A whole Stable Diffusion on random weights, with a small vocabulary."""
+def make_stable_diffusion(kind, dtype, device):
+    """The shipped toy, or random weights at full size with a small vocabulary; fast, as sample.py makes it."""
+    if kind == "toy":
+        return make_fast(sd.load(TOY, dtype, device), device)
     parts = [make_part(name, kind, dtype, device) for name in PARTS]
     tokenizer = clip.Tokenizer(*learn_bpe(["a photo of snow at night", "a red ball on grass"], 560))
-    return sd.StableDiffusion(*parts, diffusion.Schedule(), tokenizer, SIDES[kind])
-
-
-def make_stable_diffusion(kind, dtype, device):
-    """The shipped toy, or random weights at full size; fast, as sample.py makes it."""
-    return make_fast(sd.load(TOY, dtype, device) if kind == "toy" else make_random(kind, dtype, device), device)
+    model = sd.StableDiffusion(*parts, diffusion.Schedule(), tokenizer, SIDES[kind])
+    return make_fast(model, device)
 
 
 def make_without_text(kind):
@@ -68,152 +63,66 @@ def make_without_text(kind):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loading
-
-
-def write_checkpoints(folder, kind, dtype):
-    """A random Stable Diffusion in three layouts -> {layout: path}"""
-    from tests.small import to_original  # the original layout, which this project reads and never writes
-
-    model = make_random(kind, dtype, "cpu")
-    paths = {"folder": folder / "folder", ".safetensors": folder / "sd.safetensors", ".ckpt": folder / "sd.ckpt"}
-    sd.save(model, paths["folder"])
-    tensors = to_original(model)
-    save_file(tensors, paths[".safetensors"])
-    torch.save({"state_dict": tensors}, paths[".ckpt"])
-    model.tokenizer.save(folder / "tokenizer")
-    return paths
-
-
-def load_once(who, path, dtype, configs):
-    """Load, then run one step of the UNet, both measured. In a process of its own."""
-    if who == "ours":
-        with watch() as loading:
-            network = sd.load(path).unet
-        channels, width = network.config.in_channels, network.config.context
-    else:
-        import diffusers
-
-        diffusers.utils.logging.disable_progress_bar()
-        options = {"torch_dtype": getattr(torch, dtype), "safety_checker": None, "local_files_only": True}
-        read = diffusers.StableDiffusionPipeline.from_pretrained
-        if Path(path).is_file():
-            read = diffusers.StableDiffusionPipeline.from_single_file
-            options["config"] = configs
-        with watch() as loading:
-            network = read(path, **options).unet
-        channels, width = network.config.in_channels, network.config.cross_attention_dim
-
-    # The step reads the file's pages, which loading only mapped. Half precision is slow on many CPUs.
-    torch.manual_seed(0)
-    with torch.no_grad(), watch() as step:
-        network.float()
-        out = network(torch.randn(1, channels, 64, 64), torch.tensor([500]), torch.randn(1, 77, width))
-    out = out if torch.is_tensor(out) else out.sample
-    return {"load": loading.seconds, "load, peak GiB": loading.peak,
-            "load and step": loading.seconds + step.seconds,
-            "load and step, peak GiB": step.peak + step.start - loading.start,
-            "norm": out.norm().item()}
-
-
-def load(o):
-    """Loading a random checkpoint of Stable Diffusion 1.4's size, and one step of its UNet in fp32.
-
-    The file is in fp16 without --dtype. The step is there because loading only maps a file, and the step reads it.
-    Each load has a process of its own. Peaks are above the bare program and include the pages that are read.
-    """
-    kind = o.model or "full"
-    dtype = DTYPES.get(o.dtype, torch.float16)
-    who = ("ours", "peer") if peers.is_installed() else ("ours",)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = write_checkpoints(Path(folder), kind, dtype)
-        for layout, path in paths.items():
-            common = dict(path=str(path), dtype=str(dtype).removeprefix("torch."), configs=str(paths["folder"]))
-            runs = {one: partial(run_in_own_process, "bench.models.load_once", who=one, **common) for one in who}
-            done = call_in_turn(runs, o)
-            norms = [made[0].pop("norm") for made in done.values()]
-            for key in done["ours"][0]:
-                ours, theirs = ([made[key] for made in done.get(one, ())] for one in ("ours", "peer"))
-                apart = abs(norms[0] / norms[-1] - 1) if theirs and key == "load and step" else None
-                unit = "" if "GiB" in key else "s"
-                yield Row(f"{NAMES[kind]}, {layout}: {key}", ours, theirs, "diffusers", unit, apart)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # One pass
 
 
-def compare_passes(o, name, batches, make_inputs, ways):
-    """Rows of one part, for each precision, batch size and way.
+def compare_passes(o, name, batches, ways):
+    """Rows of the UNet or the autoencoder beside diffusers', for each precision, batch size and way.
 
-    make_inputs  (kind, batch, way) -> tensors; the floating ones get the precision
-    ways         {name: (ours, the peer's)}, functions of (model, *inputs) that return a tensor
+    ways  {name: (inputs, ours, the peer's)}: a function (kind, batch) -> tensors, of which the floating ones get the
+          precision, and two functions (model, *inputs) -> tensor
     """
     kind = o.model or "full"
-    make_peer = {"unet": peers.make_unet_peer, "vae": peers.make_vae_peer, "text_encoder": peers.make_text_peer}[name]
-    peer_name = "transformers" if name == "text_encoder" else "diffusers"
-    of = "77 tokens" if name == "text_encoder" else f"{SIDES[kind]}x{SIDES[kind]}"
 
     def compare_at(precision, dtype):  # a function of its own, so that one precision's models go before the next's come
         model = make_part(name, kind, dtype, o.device)
-        peer = make_if_installed(make_peer, model)
+        peer = None
+        if peers.is_installed():
+            peer = peers.make_unet_peer(model) if name == "unet" else peers.make_vae_peer(model)
         if o.device.type == "cpu":  # as make_fast has it
             quicken(model, keep=name == "unet")
         for batch in o.batch or batches:
-            for way, functions in ways.items():
+            for way, (make_inputs, run_ours, run_theirs) in ways.items():
                 torch.manual_seed(1)
-                inputs = make_inputs(kind, batch, way)
-                inputs = [x.to(o.device, dtype if x.is_floating_point() else None) for x in inputs]
-                ours, theirs = (partial(f, m, *inputs) for f, m in zip(functions, (model, peer)))
-                what = f"{NAMES[kind]}, {of}, {way + ', ' if way else ''}{precision}, batch {batch}"
-                yield compare(o, what, ours, theirs if peer else None, peer_name)
+                inputs = [x.to(o.device, dtype if x.is_floating_point() else None) for x in make_inputs(kind, batch)]
+                ours = partial(run_ours, model, *inputs)
+                theirs = partial(run_theirs, peer, *inputs) if peer else None
+                what = f"{NAMES[kind]}, {SIDES[kind]}x{SIDES[kind]}, {way}, {precision}, batch {batch}"
+                yield compare(o, what, ours, theirs, "diffusers")
 
     for precision, dtype in choose_dtypes(o).items():
         yield from compare_at(precision, dtype)
 
 
+def make_latents(kind, batch):
+    config = CONFIGS[kind]["vae"]
+    side = SIDES[kind] // config.factor
+    return torch.randn(batch, config.latent_channels, side, side)
+
+
 def unet_step(o):
     """One step of the UNet, on latents of pictures of that size, with a text of 77 tokens."""
 
-    def make_inputs(kind, batch, _):
-        config = CONFIGS[kind]["unet"]
-        side = SIDES[kind] // CONFIGS[kind]["vae"].factor
-        z = torch.randn(batch, config.in_channels, side, side)
-        return z, torch.full((batch,), 500), torch.randn(batch, 77, config.context)
+    def make_inputs(kind, batch):
+        text = torch.randn(batch, 77, CONFIGS[kind]["unet"].context)
+        return make_latents(kind, batch), torch.full((batch,), 500), text
 
-    ways = {"": (lambda model, *x: model(*x), lambda peer, *x: peer(*x).sample)}
-    return compare_passes(o, "unet", (1, 2, 8), make_inputs, ways)
+    step = make_inputs, lambda model, *x: model(*x), lambda peer, *x: peer(*x).sample
+    return compare_passes(o, "unet", (1, 2, 8), {"a step": step})
 
 
 def autoencoder(o):
     """The autoencoder: to the mean of a picture's latent, and back."""
 
-    def make_inputs(kind, batch, way):
-        config = CONFIGS[kind]["vae"]
-        if way == "encode":
-            return [torch.rand(batch, 3, SIDES[kind], SIDES[kind]) * 2 - 1]
-        side = SIDES[kind] // config.factor
-        return [torch.randn(batch, config.latent_channels, side, side)]
+    def make_pictures(kind, batch):
+        return [torch.rand(batch, 3, SIDES[kind], SIDES[kind]) * 2 - 1]
 
     ways = {
-        "encode": (lambda model, x: model.encode(x)[0], lambda peer, x: peer.encode(x).latent_dist.mean),
-        "decode": (lambda model, z: model.decode(z), lambda peer, z: peer.decode(z).sample),
+        "encode": (make_pictures, lambda model, x: model.encode(x)[0], lambda peer, x: peer.encode(x).latent_dist.mean),
+        "decode": (lambda *given: [make_latents(*given)], lambda model, z: model.decode(z),
+                   lambda peer, z: peer.decode(z).sample),
     }
-    return compare_passes(o, "vae", (1, 2), make_inputs, ways)
+    return compare_passes(o, "vae", (1, 2), ways)
 
 
-def text(o):
-    """The text encoder. Classifier-free guidance asks for two texts."""
-
-    def make_inputs(kind, batch, _):
-        end = CONFIGS[kind]["text_encoder"].eos
-        ids = torch.randint(0, end - 1, (batch, 77))
-        ids[:, 0] = end - 1
-        ids[:, 20:] = end
-        return [ids]
-
-    ways = {"": (lambda model, ids: model(ids), lambda peer, ids: peer(ids).last_hidden_state)}
-    return compare_passes(o, "text_encoder", (1, 2, 8), make_inputs, ways)
-
-
-TOPICS = {"load": load, "unet": unet_step, "vae": autoencoder, "text": text}
+TOPICS = {"unet": unet_step, "vae": autoencoder}

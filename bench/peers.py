@@ -10,7 +10,6 @@ a peer is not installed.
 """
 
 import importlib.util
-import sys
 import tempfile
 import types
 
@@ -41,14 +40,6 @@ except RuntimeError:
 def is_installed():
     """Whether whole pipelines of diffusers can be built here."""
     return all(importlib.util.find_spec(name) for name in ("diffusers", "transformers"))
-
-
-def import_lpips():
-    """The lpips package, without its training, which asks for scipy."""
-    sys.modules.setdefault("lpips.trainer", types.ModuleType("lpips.trainer"))
-    import lpips
-
-    return lpips
 
 
 def build_peer(build, model):

@@ -1,7 +1,4 @@
-"""python -m bench's topics of training: a step of Magic Fixup, and the pairs that it is trained on.
-
-No other program does the same, so these numbers stand alone.
-"""
+"""python -m bench's topic of training: a step of Magic Fixup. No other program does the same: its numbers stand alone."""
 
 import contextlib
 import itertools
@@ -14,14 +11,10 @@ import torch
 
 import mfx
 import train
-from bench.clock import Row, run_in_own_process, synchronize, time_in_turn, watch
+from bench.clock import Row, run_in_own_process, synchronize, watch
 from bench.models import NAMES, SIDES, make_without_text
 from common.run_state import generator_at
-from toy import pairs
 from video.batches import encode_pairs
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A step
 
 
 class Enough(Exception):
@@ -81,17 +74,4 @@ def steps(o):
         yield Row(f"{what}: peak GiB", [done["GiB"]], unit="")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pairs
-
-
-def toy_pairs(o, n=32):
-    """Training pairs out of the toy world, made by one thread, as a data loader's worker makes them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    seconds, _ = time_in_turn({"toy": lambda: pairs.toy_pairs(n, torch.Generator().manual_seed(0))}, o)
-    torch.set_num_threads(threads)
-    yield Row("pairs of 128x128 a second", [n / s for s in seconds["toy"]], unit="")
-
-
-TOPICS = {"train": steps, "pairs": toy_pairs}
+TOPICS = {"train": steps}

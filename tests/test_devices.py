@@ -101,15 +101,6 @@ def frames():
     return sum(torch._dynamo.utils.counters["frames"].values())
 
 
-@pytest.mark.slow
-def test_no_compiler(monkeypatch):
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **options: real(f, backend=broken, **options))
-    unet = torch.nn.Linear(3, 3)
-    with pytest.raises(ValueError, match="--compile does not work here, leave it out: no C.. compiler$"):
-        devices.compile_unets(SimpleNamespace(unet=unet), lambda: unet(torch.zeros(1, 3)))
-
-
 def test_a_compiled_step_gives_memory_of_its_own():
     """As with CUDA graphs, which have one memory for all results."""
     memory = torch.zeros(2)

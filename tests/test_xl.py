@@ -72,12 +72,6 @@ def test_a_folder_that_says_little(tmp_path, kind):
     assert (got.xl.refines, got.xl.zeros, got.size) == (model.xl.refines, model.xl.zeros, 256)
 
 
-def test_one_layout_makes_the_other(tmp_path):
-    file, model = xl_file(tmp_path, "base")
-    sd.save(sd.load(file), tmp_path / "folder")
-    assert small.same_model(sd.load(tmp_path / "folder"), model)
-
-
 def test_names_that_merged_files_have_besides(tmp_path):
     file, model = xl_file(tmp_path, "base")
     more = {"conditioner.embedders.0.transformer.text_projection.weight": torch.ones(2),
@@ -126,33 +120,6 @@ def test_names_and_shapes_at_full_size(kind):
             assert replace(found, skip_last=config.skip_last, final_norm=config.final_norm) == config
     xl.check_fit("it", model)
     assert model.unet.config.context == sum(text.config.width for text, _ in model.readers())
-
-
-# What the published unet/config.json say of sizes
-PUBLISHED = {
-    "sdxl": {
-        "addition_embed_type": "text_time", "addition_embed_type_num_heads": 64, "addition_time_embed_dim": 256,
-        "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], "in_channels": 4,
-        "layers_per_block": 2, "out_channels": 4, "projection_class_embeddings_input_dim": 2816, "sample_size": 128,
-        "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True, "upcast_attention": None,
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    },
-    "sdxl-refiner": {
-        "addition_embed_type": "text_time", "addition_embed_type_num_heads": 64, "addition_time_embed_dim": 256,
-        "attention_head_dim": [6, 12, 24, 24], "block_out_channels": [384, 768, 1536, 1536],
-        "cross_attention_dim": 1280, "in_channels": 4, "layers_per_block": 2, "out_channels": 4,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-        "projection_class_embeddings_input_dim": 2560, "sample_size": 128, "transformer_layers_per_block": 4,
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "use_linear_projection": True, "upcast_attention": None,
-    },
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_configurations(name):
-    assert configs.unet_config_from_json(PUBLISHED[name]) == unet.CONFIGS[name]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -289,12 +256,6 @@ def test_white_is_the_original_and_black_the_ordinary_run(name, options):
     ordinary = samplers.run_sampler(BOTH, sampler.noise_to(0, Z_INIT, NOISE), sampler, step_noise=step_noise)
     assert torch.equal(run_under(BOTH, torch.zeros(1, 1), name, options), ordinary)
     assert torch.equal(z[..., 2:, :2], ordinary[..., 2:, :2])  # a pixel of its own
-
-
-@pytest.mark.parametrize("name, options", small.EVERY_SAMPLER)
-def test_a_refiner_that_is_the_base_changes_nothing(name, options):
-    both = xl.hand_over(BASE, BASE, SWITCH)
-    assert torch.equal(run_under(both, MAP, name, options), run_under(BASE, MAP, name, options))
 
 
 @pytest.mark.parametrize("name, options", small.EVERY_SAMPLER)

@@ -13,6 +13,7 @@ import torch
 from checkpoints import published
 from networks import midas
 from tests.midas_file import LARGE, SMALL, published_shapes, random_tensors
+from tests.small import relative_error
 
 
 def peer_of(tensors, config):
@@ -56,10 +57,6 @@ def peer_of(tensors, config):
             renamed[theirs] = part
     peer.load_state_dict(renamed, assign=True)
     return peer.requires_grad_(False).eval()
-
-
-def relative_error(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 def check_against_transformers(config, sizes, folder):

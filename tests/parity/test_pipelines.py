@@ -232,34 +232,6 @@ def test_a_change_map_as_a_plain_loop_over_the_peer(peer):
     assert small.relative_error(last, torch.where(MU >= 1, Z_INIT, want[-1])) <= 1e-4
 
 
-@pytest.mark.parametrize("skip", [True, False])
-def test_a_white_map_returns_the_original(peer, skip):
-    assert torch.equal(run(peer, torch.ones(H, W), skip=skip)[0], Z_INIT)
-    last, _ = run(peer, MU, skip=skip)
-    kept = (MU == 1).expand_as(last)
-    assert torch.equal(last[kept], Z_INIT[kept]) and (last[~kept] != Z_INIT[~kept]).all()
-
-
-def test_masks_are_nested_in_what_the_network_sees(peer):
-    """A pixel that has left the original never comes back to it."""
-    seen = []
-    denoise = make_denoiser(peer)
-    run(peer, MU, lambda z, t: seen.append(z) or denoise(z, t), skip=False)
-    sampler = pipelines.make_sampler(peer, Z_INIT, K)
-    free = [(z != sampler.noise_to(i, Z_INIT, NOISE)).any(1, keepdim=True) for i, z in enumerate(seen)]
-    assert len(free) == K and not free[0].any()
-    for i in range(1, K):
-        assert torch.equal(free[i], MU < i / K) and (free[i] >= free[i - 1]).all()
-
-
-def test_skipping_changes_nothing_where_k_min_mu_is_whole(peer):
-    mu = 0.5 + 0.5 * MU
-    assert mu.min() * K == 3
-    plain, all_steps = run(peer, mu, skip=False)
-    skipped, steps = run(peer, mu)
-    assert len(all_steps) == K and len(steps) == K - 3 and torch.equal(skipped, plain)
-
-
 @pytest.mark.skipif("DIFFUSERS" not in os.environ, reason="needs a checkout of huggingface/diffusers")
 @pytest.mark.parametrize("kind, module, name", [
     ("sd3", "stable_diffusion_3", "StableDiffusion3DifferentialImg2ImgPipeline"),

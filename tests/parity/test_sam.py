@@ -16,6 +16,7 @@ from checkpoints import published
 from networks import sam
 from networks.automask import automatic_masks, make_point_grid, segments, suppress
 from networks.sam import CONFIGS, SAM, SAMConfig, config_from_shapes
+from tests.small import relative_error
 
 TOY = CONFIGS["toy"]  # 8 x 8 patches, and windows of 5 x 5: the last are filled up
 
@@ -105,11 +106,6 @@ def sharp(peer):
 def picture(H, W, seed=0):
     tiles = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     return cv2.resize(tiles, (W, H), interpolation=cv2.INTER_NEAREST)
-
-
-def relative_error(a, b):
-    assert a.shape == b.shape
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

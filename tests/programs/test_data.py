@@ -5,11 +5,9 @@ import functools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -73,32 +71,6 @@ def test_two_machines_make_the_same(clips, made, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     data.main([str(clips), "--out", str(tmp_path), *ARGUMENTS])
     assert contents(tmp_path) == contents(made)
-
-
-@pytest.mark.slow
-def test_two_workers_make_the_same(clips, made, tmp_path):
-    data.main([str(clips), "--out", str(tmp_path / "out"), *ARGUMENTS, "--workers", "2"])
-    assert contents(tmp_path / "out") == contents(made)
-
-
-@pytest.mark.slow
-def test_kill_and_resume(clips, made, tmp_path):
-    command = [sys.executable, data.__file__, str(clips), "--out", str(tmp_path), *ARGUMENTS, "--workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.time() + 60
-    while not (tmp_path / "pairs-000000.json").exists() and time.time() < end and process.poll() is None:
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    children = [int(pid) for pid in children.read_text().split()] if children.exists() else []
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    leave_halves(tmp_path)
-    data.main([str(clips), "--out", str(tmp_path), *ARGUMENTS])
-    assert contents(tmp_path) == contents(made)
-    end = time.time() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.time() < end:
-        time.sleep(0.1)
-    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]  # no worker outlives its parent
 
 
 def leave_halves(out):

@@ -110,14 +110,6 @@ def test_another_file_is_another_recipe(folder, clip, tmp_path, capsys):
     assert contents(out) == done
 
 
-@pytest.mark.slow
-def test_two_workers_make_the_same(folder, clip, tmp_path):
-    arguments = [str(clip), "--size", "64", "--pairs", "3", *ALL[2:], "--networks", str(folder)]
-    for workers in ("1", "2"):
-        data.main([*arguments, "--out", str(tmp_path / workers), "--workers", workers])
-    assert contents(tmp_path / "1") == contents(tmp_path / "2") and (tmp_path / "1" / "pairs-000000.tar").exists()
-
-
 def test_wrong_networks_are_named_before_anything_is_written(folder, clip, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = (clip, "--out", out, *ALL, "--networks", tmp_path)

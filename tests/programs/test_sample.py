@@ -19,9 +19,7 @@ import unet
 from common.pictures import picture_to_tensor, tensor_to_picture
 from editing import options
 from kernels import winograd
-from reproduce.metrics import cam
-from tests.runs import GRADIENT, MEADOW, ROOT, black_and_white, fails, half_white, run, same_picture
-from tests.small import relative_error
+from tests.runs import GRADIENT, MEADOW, ROOT, fails, run, same_picture
 
 
 @pytest.fixture(scope="module")
@@ -32,49 +30,10 @@ def toy():
 
 
 @pytest.fixture(scope="module")
-def z_init(toy):
+def round_trip(toy):
     with torch.inference_mode():
-        return toy.encode_image(picture_to_tensor(Image.open(MEADOW), (128, 128)))
-
-
-@pytest.fixture(scope="module")
-def round_trip(toy, z_init):
-    with torch.inference_mode():
+        z_init = toy.encode_image(picture_to_tensor(Image.open(MEADOW), (128, 128)))
         return np.asarray(tensor_to_picture(toy.decode(z_init)[0] / 2 + 0.5), int)
-
-
-@pytest.fixture
-def decoded(monkeypatch):
-    """-> a list that fills with the latents that are decoded"""
-    seen, decode = [], sd.StableDiffusion.decode
-    monkeypatch.setattr(sd.StableDiffusion, "decode", lambda self, z: seen.append(z) or decode(self, z))
-    return seen
-
-
-@pytest.fixture
-def encoded(monkeypatch):
-    """-> a list that fills with the latents of the pictures that are encoded"""
-    seen, encode = [], sd.StableDiffusion.encode_image
-
-    def watched(self, *args):
-        seen.append(encode(self, *args))
-        return seen[-1].clone()
-
-    monkeypatch.setattr(sd.StableDiffusion, "encode_image", watched)
-    return seen
-
-
-def test_change_map(tmp_path, decoded, encoded, z_init, round_trip):
-    """White latents are the original's in the same run, bit for bit, and black ones are not; in pixels, the decoder's
-    norms and its attention look at the whole picture, so that white ones follow a little."""
-    image = run(tmp_path, "--image", MEADOW, "--change-map", half_white(tmp_path / "map.png"),
-                "--prompt", "snow at night")
-    (black, white), (black_before, white_before) = map(black_and_white, (decoded[0], encoded[0]))
-    assert len(encoded) == 1 and torch.equal(white, white_before)
-    assert relative_error(encoded[0], z_init) <= 1e-5  # by another copy of the weights
-    assert (black - black_before).abs().mean() > 0.5
-    change = np.abs(image - round_trip).mean((0, 2))
-    assert change[-64:].mean() < 10 < 25 < change[:32].mean()
 
 
 def test_white_is_change_turns_the_map_round(tmp_path):
@@ -84,14 +43,6 @@ def test_white_is_change_turns_the_map_round(tmp_path):
     b = run(tmp_path, "--image", MEADOW, "--change-map", tmp_path / "flipped.png", "--white-is-change",
             "--prompt", "snow at night")
     assert same_picture(a, b)
-
-
-def test_white_map_is_the_round_trip_and_costs_no_step(tmp_path, round_trip, decoded, encoded, monkeypatch):
-    monkeypatch.setattr(unet.UNet, "forward", None)  # calling it would be an error
-    Image.new("L", (64, 64), 255).save(tmp_path / "white.png")
-    image = run(tmp_path, "--image", MEADOW, "--change-map", tmp_path / "white.png", "--prompt", "snow at night")
-    assert len(decoded) == len(encoded) == 1 and torch.equal(decoded[0], encoded[0])  # in the same run
-    assert same_picture(image, round_trip)
 
 
 @pytest.mark.parametrize("option", ["--mask", "--change-map"])
@@ -154,10 +105,10 @@ def test_soft_inpainting_and_fan_and_text(tmp_path, round_trip):
 
 
 def test_sheet_strip_and_parameters(tmp_path):
-    run(tmp_path, "--image", MEADOW, "--change-map", GRADIENT, "--prompt", "snow at night", "--seed", "7",
+    run(tmp_path, "--image", MEADOW, "--change-map", GRADIENT, "--prompt", "snow\nat night", "--seed", "7",
         "--sheet", tmp_path / "sheet.png", "--steps-strip", tmp_path / "strip.png")
     parameters = json.loads(Image.open(tmp_path / "out.png").text["parameters"])
-    assert parameters["seed"] == 7 and parameters["prompt"] == "snow at night" and parameters["steps"] == 4
+    assert parameters["seed"] == 7 and parameters["prompt"] == "snow\nat night" and parameters["steps"] == 4
     assert Image.open(tmp_path / "sheet.png").width > 3 * 256
     assert Image.open(tmp_path / "strip.png").width > 4 * 128
     assert not list(tmp_path.glob(".*"))
@@ -214,28 +165,10 @@ def test_a_fan_of_a_number_of_columns():
     assert options.read_strengths("0.2,1") == [0.2, 1]
 
 
-def test_labels_are_one_line(tmp_path):
-    run(tmp_path, "--prompt", "snow\nat night", "--sheet", tmp_path / "sheet.png")
-    assert (tmp_path / "sheet.png").exists()
-
-
 def test_a_prompt_that_is_too_long_is_cut_with_one_warning(tmp_path, capsys):
     run(tmp_path, "--prompt", "snow " * 100, "--steps", 10)
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(lines) == 1 and "75" in lines[0]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / "../shared/real/road.jpg").exists(), reason="needs ../shared/real")
-def test_the_road(tmp_path):
-    """A real photo and a map without a quite white pixel: its light side hardly changes, its dark side does."""
-    real = ROOT / "../shared/real"
-    argv = ["--image", real / "road.jpg", "--prompt", "snow at night"]
-    back = run(tmp_path, *argv, "--strength", 0)
-    change = np.abs(run(tmp_path, *argv, "--change-map", real / "road_change_map.jpg") - back).mean((0, 2))
-    mu = np.asarray(Image.open(real / "road_change_map.jpg").convert("L").resize((128, 128)))[64]
-    assert cam(torch.from_numpy(mu / 255), torch.from_numpy(change)) > 0.5
-    assert change[mu > 240].mean() < 12 < 30 < change[mu < 50].mean()
 
 
 @pytest.mark.slow

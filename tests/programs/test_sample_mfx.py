@@ -9,21 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-import collage
-import diffdiff
 import mfx
 import sample
 import sd
-import unet
-from common import pictures
 from editing.edits_json import read_edits
 from kernels import winograd
 from tests import small
 from tests.released import PlainMagicFixup, released_tensors
-from tests.runs import GRADIENT, MEADOW, ROOT, fails, run, same_picture, save, save_edit, save_random_fixup
-from tests.small import relative_error
-
-REAL = ROOT / "../shared/real"
+from tests.runs import GRADIENT, MEADOW, fails, run, save, save_edit, save_random_fixup
 
 
 @pytest.fixture(scope="module")
@@ -42,70 +35,8 @@ def edit(tmp_path):
     return save_edit(tmp_path / "edit.png")
 
 
-@pytest.fixture
-def decoded(monkeypatch):
-    """-> a list that fills with the latents that are decoded"""
-    seen, decode = [], mfx.MagicFixup.decode
-    monkeypatch.setattr(mfx.MagicFixup, "decode", lambda self, z: seen.append(z.clone()) or decode(self, z))
-    return seen
-
-
-@pytest.fixture
-def encoded(monkeypatch):
-    """-> a list that fills with the latents of what is encoded: in a run, of the reference and of the edit"""
-    seen, encode = [], mfx.MagicFixup.encode_image
-
-    def watched(self, *args):
-        seen.append(encode(self, *args))
-        return seen[-1].clone()
-
-    monkeypatch.setattr(mfx.MagicFixup, "encode_image", watched)
-    return seen
-
-
-def inputs(model, x):
-    """An edit (128, 128, 4) of the meadow, as the paper says -> reference, coarse, mask, the latter in latent size"""
-    hole = x[..., 3] == 0
-    filled = torch.from_numpy(collage.fill_holes(x[..., :3], hole)).permute(2, 0, 1)[None]
-    with torch.inference_mode():
-        reference = model.encode_image(pictures.picture_to_tensor(Image.open(MEADOW), (128, 128)))
-        mask = diffdiff.down_sample(torch.from_numpy(~hole)[None, None].float(), reference.shape[-2:])
-        return reference, model.encode_image(filled / 127.5 - 1), mask
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What comes out
-
-
-def test_an_edit_is_magic_fixup_and_so_is_a_black_map(tmp_path, model, edit, decoded):
-    """One code path, and the paper's sampling loop: noise, step noise and the reference's noise included. To a
-    tolerance, since every run has a copy of the weights; test_mfx.py compares bits, of one copy."""
-    model, (path, x) = model[0], edit
-    argv = ["--image", MEADOW, "--edit", path, "--seed", 4]
-    plain = run(tmp_path, *argv)
-    with torch.inference_mode():
-        want = model.sample(*inputs(model, x), seeds=[4], steps=4)
-    Image.new("L", (64, 64), 0).save(tmp_path / "black.png")
-    assert same_picture(plain, run(tmp_path, *argv, "--change-map", tmp_path / "black.png"))
-    assert same_picture(plain, run(tmp_path, *argv, "--no-skip"))
-    assert len(decoded) == 3 and all(relative_error(z, want) <= 1e-5 for z in decoded)
-    assert Image.open(tmp_path / "out.png").size == (128, 128)
-
-
-def test_a_white_map_is_the_coarse_edit_and_costs_no_step(tmp_path, model, edit, decoded, encoded, monkeypatch):
-    model, (path, x) = model[0], edit
-    with torch.inference_mode():
-        coarse = inputs(model, x)[1]
-        round_trip = np.asarray(pictures.tensor_to_picture(model.decode(coarse)[0] / 2 + 0.5), int)
-    decoded.clear(), encoded.clear()
-    monkeypatch.setattr(unet.UNet, "forward", None)  # calling it would be an error
-    argv = ["--image", MEADOW, "--edit", path, "--change-map", tmp_path / "map.png"]
-    Image.new("L", (128, 128), 255).save(tmp_path / "map.png")
-    assert same_picture(run(tmp_path, *argv), round_trip)
-    Image.new("L", (128, 128), 0).save(tmp_path / "map.png")
-    assert same_picture(run(tmp_path, *argv, "--white-is-change"), round_trip)
-    assert len(decoded) == 2 and all(map(torch.equal, decoded, encoded[1::2]))  # bit for bit, what a run encoded itself
-    assert all(relative_error(z, coarse) <= 1e-5 for z in decoded)
 
 
 def test_samples_sheet_strip_and_parameters(tmp_path, model, edit):
@@ -225,24 +156,6 @@ def test_a_collage_is_the_same_edit_written_down(tmp_path, capsys, shown):
     assert not torch.equal(other[0], first[0]) and not torch.equal(other[1], first[1])
     Image.open(MEADOW).resize((100, 100)).save(tmp_path / "small.png")
     assert "one size" in fails(capsys, "--collage", tmp_path / "edits.json", "--image", tmp_path / "small.png")
-
-
-@pytest.mark.slow
-def test_so_is_its_result(tmp_path):
-    content = {"image": MEADOW, "segments": [{"box": [20, 60, 60, 100], "edits": [{"translate": [50, 0]}]}]}
-    (tmp_path / "edits.json").write_text(json.dumps(content))
-    edit = save(tmp_path / "edit.png", read_edits(tmp_path / "edits.json").coarse())
-    a = run(tmp_path, "--image", MEADOW, "--edit", edit)
-    assert same_picture(a, run(tmp_path, "--collage", tmp_path / "edits.json"))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/real")
-@pytest.mark.parametrize("name, edited", [("dog_beach", "edit__003"), ("fox_drinking", "edit__01")])
-def test_real_edits(tmp_path, capsys, name, edited):
-    run(tmp_path, "--image", REAL / f"{name}_og.png", "--edit", REAL / f"{name}__{edited}.png", "--samples", 2,
-        "--steps", 10)
-    assert "warning" not in capsys.readouterr().err and len(list(tmp_path.glob("out-*.png"))) == 2
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """train.py from the command line: resume after kill -9, many processes, shards, the ablation."""
 
-import textwrap
 from dataclasses import replace
 
 import cv2
@@ -29,27 +28,6 @@ def test_without_arguments_it_trains_the_shipped_toy(tmp_path, monkeypatch):
     assert cv2.imread(run / "mfx-samples.png").shape == (4 * 128, 2 * 128, 3)
     assert cv2.imread(run / "mfx-loss.png").std() > 0
     assert mfx.load(run / "model").schedule.prediction == "v_prediction"
-
-
-@pytest.mark.slow
-def test_killed_at_step_11_and_resumed_it_ends_as_if_nothing_had_been(stable, tmp_path):
-    """Bit for bit: a resumed run on the same machine."""
-    unbroken, killed = (arguments(stable, tmp_path / name, "--steps", 20, "--save-every", 5) for name in "ab")
-    train.main(unbroken)
-    code = f"""
-        import os, train
-        at = train.generator_at
-        train.generator_at = lambda seed, step: os.kill(os.getpid(), 9) if (seed, step) == (1, 11) else at(seed, step)
-        train.main({killed!r})
-    """
-    assert run_python("-c", textwrap.dedent(code), check=False).returncode == -9
-    assert len(read_state(tmp_path / "b")[1]) == 10  # 11 steps were made, and 10 of them saved
-    train.main(["--out", str(tmp_path / "b"), "--resume", "--device", "cpu"])
-    (a, *curves), (b, *others) = read_state(tmp_path / "a"), read_state(tmp_path / "b")
-    assert len(curves[0]) == 20 and curves == others and equal(a, b)
-    for part in ("synthesizer", "extractor"):
-        file = f"model/{part}/diffusion_pytorch_model.safetensors"
-        assert equal(load_file(tmp_path / "a" / file), load_file(tmp_path / "b" / file))
 
 
 @pytest.mark.slow
