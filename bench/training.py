@@ -1,4 +1,4 @@
-"""python -m bench's topic of training: a step of Magic Fixup. No other program does the same: its numbers stand alone."""
+"""python -m bench's topic of training: a step of Magic Fixup. No other program does the same; it stands alone."""
 
 import contextlib
 import itertools

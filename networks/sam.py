@@ -1,4 +1,4 @@
-"""Segment Anything: from a photo and a few clicks, boxes or rough masks to the masks of what was meant.
+"""Segment Anything: from a photo and a few clicks to the masks of what was meant.
 
 Kirillov et al. 2023, *Segment Anything*, section 3 and appendix A. Attribute names are the published checkpoints' key
 names (sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth), so that loading is `load_state_dict`.
@@ -10,7 +10,7 @@ names (sam_vit_b_01ec64.pth, sam_vit_l_0b3195.pth, sam_vit_h_4b8939.pth), so tha
     automask.automatic_masks(sam, image)                           # everything in the picture, without a prompt
 
     image (H, W, 3) --resize, pad--> (1, 3, 1024, 1024) --encoder--> embedding (1, 256, 64, 64)
-    points, boxes --prompt encoder--> tokens (B, N, 256) --decoder, with the embedding--> masks (B, 3, 256, 256), IoU
+    points --prompt encoder--> tokens (B, N + 1, 256) --decoder, with the embedding--> masks (B, 3, 256, 256), IoU
 
 Points are in pixels of the photo and, as in the published code, (0, 0) is the *centre* of its first pixel.
 """
@@ -175,7 +175,9 @@ class PromptEncoder(nn.Module):
         super().__init__()
         self.config = c
         self.pe_layer = PositionalEncoding(c.dim)
-        self.point_embeddings = nn.ModuleList(nn.Embedding(1, c.dim) for _ in range(4))  # background, object, box's two
+        # Of points on the background, on the object, and of a box's corners. Boxes and masks, which the files know as
+        # well, are no prompts here.
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, c.dim) for _ in range(4))
         self.not_a_point_embed, self.no_mask_embed = nn.Embedding(1, c.dim), nn.Embedding(1, c.dim)
         self.mask_downscaling = nn.Sequential(
             nn.Conv2d(1, 4, 2, 2), LayerNorm2d(4, eps=1e-6), nn.GELU(),
@@ -187,33 +189,13 @@ class PromptEncoder(nn.Module):
         centre = (torch.arange(g, device=self.not_a_point_embed.weight.device) + 0.5) / g
         return self.pe_layer(torch.stack(torch.meshgrid(centre, centre, indexing="xy"), -1)).permute(2, 0, 1)[None]
 
-    def forward(self, points=None, labels=None, boxes=None, masks=None):
-        """-> sparse (B, N, dim), one token per point and two per box; dense (B or 1, dim, g or 1, g or 1)
-
-        points (B, N, 2) and boxes (B, 4) in pixels of the padded square; labels (B, N): 1 object, 0 background, -1 no
-        point; masks (B, 1, 4 g, 4 g) logits. Any of them None.
-        """
-        dtype = self.no_mask_embed.weight.dtype
-        sparse = []
-
-        # A token for each point: where it is, and of which kind.
-        if points is not None:
-            if boxes is None:  # then there is always one "no point", as in training
-                points, labels = F.pad(points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
-            kinds = torch.cat([e.weight for e in (self.not_a_point_embed, *self.point_embeddings[:2])])
-            where = self.pe_layer((points + 0.5) / self.config.size) * (labels >= 0)[..., None]
-            sparse.append(where.to(dtype) + kinds[labels + 1])
-
-        # Two for each box, its corners.
-        if boxes is not None:
-            where = self.pe_layer((boxes.reshape(-1, 2, 2) + 0.5) / self.config.size)
-            sparse.append(where.to(dtype) + torch.cat([e.weight for e in self.point_embeddings[2:]]))
-
-        # A mask is added to the image embedding, or one vector that says that there is none.
-        if not sparse:
-            sparse.append(self.no_mask_embed.weight.new_empty(1 if masks is None else len(masks), 0, self.config.dim))
-        dense = self.no_mask_embed.weight[..., None, None] if masks is None else self.mask_downscaling(masks.to(dtype))
-        return torch.cat(sparse, 1), dense
+    def forward(self, points):
+        """points (B, N, 2) in pixels of the padded square, on the object -> sparse (B, N + 1, dim), a token per point
+        and one of no point, as in training; dense (1, dim, 1, 1), which says that there is no mask"""
+        no_mask = self.no_mask_embed.weight
+        where = self.pe_layer((points + 0.5) / self.config.size).to(no_mask.dtype)
+        no_point = self.not_a_point_embed.weight.expand(len(points), 1, -1)
+        return torch.cat([where + self.point_embeddings[1].weight, no_point], 1), no_mask[..., None, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,38 +358,20 @@ class SAM(nn.Module):
                              "precision that it overflows in")
         return Encoded(embedding, self.prompt_encoder.grid().to(weight.dtype), (H, W), (h, w))
 
-    def attend(self, encoded, points=None, labels=None, boxes=None, masks=None):
+    def attend(self, encoded, points):
         """The first half of `predict`, with its prompts -> what `MaskDecoder.attend` returns."""
-        device = encoded.embedding.device  # MPS has no float64: positions stay on the CPU until they are encoded
         scale = torch.tensor([encoded.inner[i] / encoded.size[i] for i in (1, 0)], dtype=torch.float64)
-        if points is not None:
-            points = torch.as_tensor(points, dtype=torch.float64, device="cpu") * scale
-            labels = torch.ones(points.shape[:2]) if labels is None else torch.as_tensor(labels)
-            labels = labels.to(device, torch.long)
-            if not ((labels >= -1) & (labels <= 1)).all():
-                raise ValueError("a point's label is 1 (object), 0 (background) or -1 (no point)")
-        if boxes is not None:
-            boxes = torch.as_tensor(boxes, dtype=torch.float64, device="cpu") * scale.repeat(2)
-        if masks is not None:
-            masks = torch.as_tensor(masks, device=device)
-        prompts = self.prompt_encoder(points, labels, boxes, masks)
-        return self.mask_decoder.attend(encoded.embedding, encoded.pe, *prompts)
+        points = torch.as_tensor(points, dtype=torch.float64, device="cpu") * scale  # MPS has no float64
+        return self.mask_decoder.attend(encoded.embedding, encoded.pe, *self.prompt_encoder(points))
 
-    def predict(self, encoded, points=None, labels=None, boxes=None, masks=None, multimask=True):
-        """B prompts about one picture. -> masks (B, n, H, W) bool, IoU as the model expects it (B, n) float32, logits
-        (B, n, 4 g, 4 g) float32, which can be a later prompt's `masks`
-
-        points     (B, N, 2): x, y; None or any of the others as well
-        labels     (B, N): 1 part of the object (the default), 0 of the background, -1 no point
-        boxes      (B, 4): x0, y0, x1, y1
-        masks      (B, 1, 4 g, 4 g) logits, of an earlier prediction
-        multimask  n = 3 masks, for a prompt such as a single click, that may mean the whole, a part or a subpart;
-                   False: n = 1, the better one for a prompt that leaves no doubt
+    def predict(self, encoded, points):
+        """B prompts about one picture, points (B, N, 2): x, y, each a part of the object. -> masks (B, 3, H, W) bool:
+        a click may mean the whole, a part or a subpart; IoU as the model expects it (B, 3) float32; logits
+        (B, 3, 4 g, 4 g) float32
         """
-        iou, hyper, image = self.attend(encoded, points, labels, boxes, masks)
-        which = slice(1, None) if multimask else slice(0, 1)
-        low_res = self.mask_decoder.draw(image, hyper[:, which]).float()
-        return self.upscale(low_res, encoded) > 0, iou[:, which].float(), low_res
+        iou, hyper, image = self.attend(encoded, points)
+        low_res = self.mask_decoder.draw(image, hyper[:, 1:]).float()
+        return self.upscale(low_res, encoded) > 0, iou[:, 1:].float(), low_res
 
     def upscale(self, low_res, encoded):
         """logits (B, n, 4 g, 4 g) -> (B, n, H, W): to the padded square, cut out of it, and to the picture's size."""

@@ -1,6 +1,5 @@
 """Flows, and what is to be moved along them, that several tests share."""
 
-import math
 
 import torch
 
@@ -14,13 +13,6 @@ def random_case(seed, B=2, C=3, H=9, W=7, reach=4.0, spread=3.0):
 
 def translation(dx, dy, H=24, W=32):
     return torch.tensor([dx, dy]).view(1, 2, 1, 1).expand(1, 2, H, W).clone()
-
-
-def rotation(degrees, H=48, W=48):
-    angle, (y, x) = math.radians(degrees), torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
-    x, y = x - (W - 1) / 2, y - (H - 1) / 2
-    c, s = math.cos(angle), math.sin(angle)
-    return torch.stack([c * x - s * y - x, s * x + c * y - y])[None]
 
 
 def scene(H=60, W=80):

@@ -170,13 +170,6 @@ def test_the_rate_and_the_average(tmp_path):
         torch.testing.assert_close(mean, torch.lerp(first, last, 1 - 1 / 10))
 
 
-def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path):
-    model = tiny()
-    with pytest.raises(FloatingPointError, match="not finite at step 0"):
-        run(model, tmp_path, loss=lambda *a: loss_of(model)(*a) * torch.nan)
-    assert not list_states(tmp_path, "tiny")
-
-
 def test_one_timestep_from_each_part():
     t = train.draw_timesteps(8, torch.Generator().manual_seed(0))
     assert (t // 125).tolist() == list(range(8)) and t.dtype == torch.long

@@ -107,7 +107,8 @@ def test_half_precision_stays_half():
 # Configurations
 
 
-@pytest.mark.parametrize(("name", "count"), [("sd1", 859_520_964), ("sd2", 865_910_724), ("sdxl", 2_567_463_684)])
+@pytest.mark.parametrize(("name", "count"), [("sd1", 859_520_964), ("sd2", 865_910_724), ("sdxl", 2_567_463_684),
+                                             ("sdxl-refiner", 2_259_526_660)])
 def test_parameter_counts_are_the_published_ones(name, count):
     with torch.device("meta"):
         assert sum(p.numel() for p in UNet(unet.CONFIGS[name]).parameters()) == count

@@ -173,10 +173,3 @@ def test_a_map_and_a_collages_clicks_share_one_look(tmp_path, folder, clicks, ed
     assert len(looks) == 1
     want = expected(folder, CLICK, Image.open(tmp_path / "p.png"))
     assert torch.equal(edits_seen[0][3][0, 0], want)  # over the reference
-
-
-def test_both_networks_and_magic_fixup(tmp_path, folder, clicks):
-    """The whole way."""
-    run(tmp_path, "--collage", clicks, "--segments", "sam", "--networks", folder, "--change-map", "depth",
-        "--sheet", tmp_path / "sheet.png")
-    assert Image.open(tmp_path / "sheet.png").width == 4 * 128 + 3 * 2  # reference, edit, map, result

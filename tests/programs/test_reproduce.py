@@ -45,18 +45,6 @@ def test_motion_models_from_pairs_to_page(lab):
     assert "squared error" in outcome.verdict[1] and len(outcome.table) == 4
 
 
-@pytest.mark.slow
-def test_the_table_of_ablations_from_models_to_verdict(lab, few_steps):
-    results = json.loads(json.dumps(run_on_page("ablation", lab).results))
-    flow = results["tests"]["flow"]
-    assert results["n"] == 3 and set(flow) == {*TRAINED, "coarse edit"}
-    assert flow[FULL]["others less this"][ALONE][0] == -flow[ALONE]["others less this"][FULL][0]
-    for other in (ALONE, "coarse edit"):
-        difference = flow[FULL]["distance"][0] - flow[other]["distance"][0]
-        assert flow[other]["others less this"][FULL][0] == pytest.approx(difference, abs=2e-4)
-    assert flow[FULL]["distance"] != flow["coarse edit"]["distance"] and flow[FULL]["squared"] != flow[ALONE]["squared"]
-
-
 def test_without_its_models_an_item_is_not_measured_and_says_how_they_are_trained(tmp_path, capsys):
     names = [name for name, item in ITEMS.items() if "ablation_weights" in item.needs]
     program.main(["--quick", "--only", *names, "--out", str(tmp_path), "--ablation-weights", str(tmp_path / "none")])

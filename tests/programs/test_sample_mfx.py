@@ -15,7 +15,6 @@ import sd
 from editing.edits_json import read_edits
 from kernels import winograd
 from tests import small
-from tests.released import PlainMagicFixup, released_tensors
 from tests.runs import GRADIENT, MEADOW, fails, run, save, save_edit, save_random_fixup
 
 
@@ -156,14 +155,6 @@ def test_a_collage_is_the_same_edit_written_down(tmp_path, capsys, shown):
     assert not torch.equal(other[0], first[0]) and not torch.equal(other[1], first[1])
     Image.open(MEADOW).resize((100, 100)).save(tmp_path / "small.png")
     assert "one size" in fails(capsys, "--collage", tmp_path / "edits.json", "--image", tmp_path / "small.png")
-
-
-@pytest.mark.slow
-def test_the_released_layout_runs(tmp_path, edit):
-    tensors = released_tensors(small.randomise(PlainMagicFixup()), small.stable_diffusion())
-    torch.save(tensors, tmp_path / "released.pt")
-    weights = ["--weights", tmp_path / "released.pt"]
-    assert run(tmp_path, "--image", MEADOW, "--edit", edit[0], "--size", "64", *weights).shape == (64, 64, 3)
 
 
 def test_the_autoencoder_is_not_stored_twice(model, tmp_path):
