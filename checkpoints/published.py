@@ -25,12 +25,8 @@ PUBLISHED = {  # kind: what it is, its files from the first choice to the last, 
             "the model checkpoints of github.com/facebookresearch/segment-anything"),
     "midas": ("MiDaS's DPT-Large", ("dpt_large_384.pt",), "the releases of github.com/isl-org/MiDaS"),
 }
-LPIPS = {  # the backbone's file, and the heads' file that goes with it
-    "alexnet": ("alexnet-owt-7be5be79.pth", "alex.pth"),
-    "vgg16": ("vgg16-397923af.pth", "vgg.pth"),
-    "squeezenet1_1": ("squeezenet1_1-b8a52dc0.pth", "squeeze.pth"),
-}
-LPIPS_SOURCE = ("torchvision's IMAGENET1K_V1 weights of that network, and lpips/weights/v0.1 of "
+LPIPS = "alexnet-owt-7be5be79.pth", "alex.pth"  # the backbone's file, and the heads'
+LPIPS_SOURCE = ("torchvision's IMAGENET1K_V1 weights of AlexNet, and lpips/weights/v0.1 of "
                 "github.com/richzhang/PerceptualSimilarity")
 BUILD = {  # kind: a stored name -> the model's, or None for what it has no use of; {name: shape} -> model
     "raft": (raft.rename, lambda shapes: raft.RAFT()),
@@ -57,13 +53,13 @@ def find(kind, folder=FOLDER):
                             "or name another folder by --networks DIR")
 
 
-def find_lpips(network="alexnet", folder=FOLDER):
-    """The two files of a network in LPIPS, whose numbers cannot be compared with another's -> (Path, Path)"""
-    paths = [Path(folder) / name for name in LPIPS[network]]
+def find_lpips(folder=FOLDER):
+    """The two files of LPIPS -> (Path, Path)"""
+    paths = [Path(folder) / name for name in LPIPS]
     if absent := [path.name for path in paths if not path.is_file()]:
-        raise FileNotFoundError(f"LPIPS ({network}) needs {' and '.join(LPIPS[network])}, from {LPIPS_SOURCE}, and "
-                                f"there is no {' and no '.join(absent)} in {folder}: put it there, or name another "
-                                "folder by --networks DIR")
+        raise FileNotFoundError(f"LPIPS needs {' and '.join(LPIPS)}, from {LPIPS_SOURCE}, and there is no "
+                                f"{' and no '.join(absent)} in {folder}: put it there, or name another folder by "
+                                "--networks DIR")
     return tuple(paths)
 
 
@@ -116,35 +112,28 @@ def load(kind, path, dtype=None, device="cpu"):
 
 
 def load_lpips(backbone, heads):
-    """Two files -> lpips.LPIPS, frozen, in eval mode, on the CPU. The network is recognised from the tensors.
+    """Two files -> lpips.LPIPS, frozen, in eval mode, on the CPU.
 
-    backbone  torchvision's file of AlexNet, VGG-16 or SqueezeNet 1.1, e.g. vgg16-397923af.pth
-    heads     the same network's file in the `lpips` package's weights/v0.1, e.g. vgg.pth
+    backbone  torchvision's file of AlexNet
+    heads     alex.pth, of the `lpips` package's weights/v0.1
 
     Errors as `load`.
     """
-    # Which of the three networks has most of these tensors?
-    expected = f"expected the whole {join_names(lpips.NETWORKS)} of torchvision"
-    stored = read_contents(backbone, expected)
-    features = {name: tensor for name, tensor in stored.items() if name.startswith("features.")}
     with torch.device("meta"):
-        models = {name: lpips.LPIPS(name) for name in lpips.NETWORKS}
-    wanted = {name: read_shapes(model.state_dict()) for name, model in models.items()}
-    name = min(models, key=lambda n: len(set(read_shapes(features).items()) ^ set(wanted[n].items())))
-    rest = {k: t for k, t in models[name].state_dict().items() if not k.startswith("features.")}
-    if problems := describe_misfits(models[name], rest | features):
-        raise ValueError(f"{backbone}: {expected}, and "
-                         f"{recognise(stored, 'backbone') or f'it is closest to {name}, but for {problems}'}")
-
-    # Its heads.
-    expected = f"expected the heads of {name} ({LPIPS[name][1]}), as {backbone} is one"
-    found = read_contents(heads, expected)
-    if problems := describe_misfits(models[name], features | found):
-        raise ValueError(f"{heads}: {expected}, and {recognise(found, 'heads') or problems}")
-    tensors = features | found
+        model = lpips.LPIPS()
+    tensors = {}
+    for kind, path, prefix, what in (("backbone", backbone, "features.", "torchvision's whole AlexNet"),
+                                     ("heads", heads, "lin", "the heads of LPIPS with AlexNet")):
+        expected = f"expected {what}"
+        stored = read_contents(path, expected)
+        mine = {name: tensor for name, tensor in stored.items() if kind == "heads" or name.startswith(prefix)}
+        rest = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)}
+        if problems := describe_misfits(model, rest | mine):
+            raise ValueError(f"{path}: {expected}, and {recognise(stored, kind) or problems}")
+        tensors |= mine
     tensors = copy_tensors(backbone, tensors, "cpu", dict.fromkeys(tensors, torch.float32))
-    models[name].load_state_dict(tensors, assign=True)
-    return models[name].requires_grad_(False).eval()
+    model.load_state_dict(tensors, assign=True)
+    return model.requires_grad_(False).eval()
 
 
 def read_contents(path, expected):

@@ -12,11 +12,9 @@ over the picture:
 
 The released heads hold the squares of w_l, none of them negative. Two files make one model:
 
-    backbone   torchvision's alexnet, vgg16 or squeezenet1_1, whose key names are `features.*`
-    heads      alex.pth, vgg.pth or squeeze.pth, of the `lpips` package's weights/v0.1: `lin0.model.1.weight`, ...
+    backbone   torchvision's alexnet, whose key names are `features.*`
+    heads      alex.pth, of the `lpips` package's weights/v0.1: `lin0.model.1.weight`, ...
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -25,76 +23,19 @@ import torch.nn.functional as F
 # ImageNet's mean and standard deviation, for pictures in [-1, 1]. Version 0.0 of the metric forgot this step.
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The three networks, as far as they are looked into: the classifier and the last pooling are not built
+TAPS = (1, 4, 7, 9, 11)  # the layers whose output is compared
+CHANNELS = (64, 192, 384, 256, 256)  # of these outputs
 
 
-class Fire(nn.Module):
-    """SqueezeNet's block, Iandola et al. 2016: few channels in the middle, then 1x1 and 3x3 side by side."""
-
-    def __init__(self, c_in, squeeze, expand):
-        super().__init__()
-        self.squeeze = nn.Conv2d(c_in, squeeze, 1)
-        self.expand1x1 = nn.Conv2d(squeeze, expand, 1)
-        self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
-
-    def forward(self, x):
-        x = self.squeeze(x).relu_()
-        return torch.cat([self.expand1x1(x), self.expand3x3(x)], 1).relu_()
-
-
-def alexnet():
-    """Krizhevsky 2014, in one column."""
-    return [
+def make_alexnet():
+    """Krizhevsky 2014, in one column, as far as it is looked into: numbered as torchvision's `features` are."""
+    return nn.Sequential(
         nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2),
         nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2),
         nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(inplace=True),
         nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(inplace=True),
         nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(inplace=True),
-    ]
-
-
-def vgg16():
-    """Simonyan & Zisserman 2014, configuration D."""
-    layers = []
-    c_in = 3
-    for c, n in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
-        if layers:
-            layers.append(nn.MaxPool2d(2))
-        for _ in range(n):
-            layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU(inplace=True)]
-            c_in = c
-    return layers
-
-
-def squeezenet1_1():
-    """Iandola et al. 2016, in the version that pools earlier. Its pooling covers the last, incomplete window too."""
-    def pool():
-        return nn.MaxPool2d(3, 2, ceil_mode=True)
-
-    return [
-        nn.Conv2d(3, 64, 3, stride=2), nn.ReLU(inplace=True), pool(),
-        Fire(64, 16, 64), Fire(128, 16, 64), pool(),
-        Fire(128, 32, 128), Fire(256, 32, 128), pool(),
-        Fire(256, 48, 192), Fire(384, 48, 192), Fire(384, 64, 256), Fire(512, 64, 256),
-    ]
-
-
-@dataclass(frozen=True)
-class Network:
-    layers: callable  # () -> the layers, numbered as torchvision's `features` are
-    taps: tuple  # the layers whose output is compared
-    channels: tuple  # of these outputs
-
-
-NETWORKS = {
-    "alexnet": Network(alexnet, (1, 4, 7, 9, 11), (64, 192, 384, 256, 256)),
-    "vgg16": Network(vgg16, (3, 8, 15, 22, 29), (64, 128, 256, 512, 512)),
-    "squeezenet1_1": Network(squeezenet1_1, (1, 4, 7, 9, 10, 11, 12), (64, 128, 256, 384, 384, 512, 512)),
-}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The metric
+    )
 
 
 class Head(nn.Module):
@@ -109,13 +50,12 @@ class Head(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """network: a name in NETWORKS. published.load_lpips makes one with weights."""
+    """The metric on AlexNet. published.load_lpips makes one with weights."""
 
-    def __init__(self, network):
+    def __init__(self):
         super().__init__()
-        self.network = NETWORKS[network]
-        self.features = nn.Sequential(*self.network.layers())
-        for l, channels in enumerate(self.network.channels):
+        self.features = make_alexnet()
+        for l, channels in enumerate(CHANNELS):
             setattr(self, f"lin{l}", Head(channels))
 
     def forward(self, x, y, spatial=False):
@@ -127,7 +67,7 @@ class LPIPS(nn.Module):
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 31:
             raise ValueError(f"two batches of pictures (B, 3, H, W) of one size, 31 pixels or more, are compared, not "
                              f"{tuple(x.shape)} and {tuple(y.shape)}")
-        heads = [getattr(self, f"lin{l}") for l in range(len(self.network.taps))]
+        heads = [getattr(self, f"lin{l}") for l in range(len(TAPS))]
         return distance(zip(self.depths(x), self.depths(y)), heads, x.shape[2:] if spatial else None)
 
     def depths(self, x):
@@ -136,7 +76,7 @@ class LPIPS(nn.Module):
         x = ((x - shift) / scale).contiguous(memory_format=torch.channels_last)  # poolings are faster so
         for i, layer in enumerate(self.features):
             x = layer(x)
-            if i in self.network.taps:
+            if i in TAPS:
                 yield x
 
 

@@ -17,7 +17,7 @@ import diffdiff
 import train
 from common.run_state import list_states
 from reproduce import charts
-from reproduce.lab import HELD_OUT, MFX, TRUE, NotHere, Outcome, item, judge, percent, plus_minus, progress
+from reproduce.lab import HELD_OUT, MFX, NotHere, Outcome, item, judge, percent, plus_minus, progress
 from reproduce.metrics import changed_shadows, mean_error, resample, shadow_share
 from toy import clips, world
 from toy.edits import VERBS, random_edits, to_collage
@@ -117,12 +117,17 @@ def surely_below(ratio, one=1.0):
     return ratio[0] + 2 * ratio[1] < one
 
 
+def draw_columns(lab, columns, which, name, labels=None):
+    """A sheet of {head: pictures (n, 3, S, S) in [0, 1]}: of which edits, a row each"""
+    rows = [[x[i] * 2 - 1 for x in columns.values()] for i in which]
+    lab.save(charts.sheet(rows, list(columns), labels), name)
+
+
 def draw_edits(lab, edits, shown, name):
-    """A sheet, the first edit of each kind a row: the reference, {head: pictures (n, 3, S, S) in [0, 1]}, the truth."""
+    """The first edit of each kind a row: the reference, {head: pictures} as above, the truth."""
     first = {verb: edits["verb"].index(verb) for verb in VERBS if verb in edits["verb"]}
     columns = {"reference": edits["reference"], **shown, "truth": edits["truth"]}
-    rows = [[x[i] * 2 - 1 for x in columns.values()] for i in first.values()]
-    lab.save(charts.sheet(rows, list(columns), list(first)), name)
+    draw_columns(lab, columns, first.values(), name, list(first))
 
 
 @item("magic_fixup", "Section 4.1", chapter=MFX, needs=("mfx_weights",))
@@ -393,15 +398,9 @@ def cross_reference(lab):
 
 def cross_reference_verdict(error, moved):
     share = {who: percent(moved["error"][who] / moved["error"]["truth"]) for who in ("with", "without")}
-    verdict, why = judge(
+    return judge(
         *[(surely_above(f["ratio"]["without"]), f"{where}, {plus_minus(f['ratio']['without'])} times the error without "
            "it") for where, f in error.items()],
         (surely_below(moved["ratio"]["without"]), f"where {SHADOWS} have to change the output is {share['without']} of "
          f"the truth's squared distance from the coarse edit without it, {share['with']} with it"),
     )
-    objects = error[OBJECTS]["error"]
-    if verdict != TRUE and objects["collage"] < objects["with"]:
-        why += (" Why: the coarse edit itself shows the edited objects better than the output does (squared error "
-                f"{objects['collage']:.4f} and {objects['with']:.4f}). Little of them is left to look up in the "
-                "photograph.")
-    return verdict, why

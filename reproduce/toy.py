@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-import diffdiff
 import sample
 import samplers
 from reproduce import charts
@@ -127,17 +126,12 @@ def gradient(lab):
     Noon meadows turned into snow at night under a gradient from left to right. The map's correlation, column by column,
     with the mean absolute change less that under a black map; pixel by pixel, with its share of that under a black map.
     """
-    image, model = world.render(lab.meadows(lab.count(64, 8))).image * 2 - 1, lab.model
-    z_init = model.encode_image(image.to(lab.device))
-    back = model.decode(z_init)
+    image = world.render(lab.meadows(lab.count(64, 8))).image * 2 - 1
     mu = torch.linspace(0, 1, image.shape[3]).expand(image.shape[2:])
-    sampler = samplers.make_sampler("ddim", model.schedule, STEPS)
-    denoise = model.denoiser(["snow at night"] * len(image), guidance=7.5)
-    noise = torch.randn(z_init.shape, generator=torch.Generator().manual_seed(0)).to(z_init)
-    edited, black = (model.decode(diffdiff.differential_diffusion(denoise, z_init, m, sampler, noise))
-                     for m in progress((mu, torch.zeros_like(mu))))
-    lab.save(charts.sheet([image[:8], edited[:8].cpu()]), "gradient.png")
-    change, most = ((x - back).abs().mean((0, 1)).cpu() for x in (edited, black))
+    edited, black, back = (lab.edit(image, m, "snow at night", steps=STEPS)
+                           for m in (mu, torch.zeros_like(mu), torch.ones_like(mu)))
+    lab.save(charts.sheet([image[:8], edited[:8]]), "gradient.png")
+    change, most = ((x - back).abs().mean((0, 1)) for x in (edited, black))
     by_pixel = round(cam(mu, change / most), 3)
     by_column = round(cam(mu[0], (change - most).mean(0)), 3)
     return Outcome(

@@ -1,6 +1,5 @@
 """Flows, and what is to be moved along them, that several tests share."""
 
-
 import torch
 
 

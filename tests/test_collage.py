@@ -1,6 +1,5 @@
 """Collages: what is moved arrives unharmed, and what it leaves is a hole."""
 
-
 import numpy as np
 import pytest
 

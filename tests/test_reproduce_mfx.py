@@ -109,8 +109,7 @@ def ratios(value, who):
 def test_the_extractor_s_worth_is_judged_by_ratios():
     moved = {"error": {"with": 0.3, "without": 0.2, "truth": 0.4}, "ratio": {"without": [0.67, 0.01]}}
     assert mfx_tables.cross_reference_verdict(ratios(1.5, "without"), moved)[0] == TRUE
-    verdict, why = mfx_tables.cross_reference_verdict(ratios(1.01, "without"), moved)
-    assert verdict == PART and "Why" in why  # the collage is nearer than either
+    assert mfx_tables.cross_reference_verdict(ratios(1.01, "without"), moved)[0] == PART
     moved["ratio"]["without"] = [1.2, 0.01]
     assert mfx_tables.cross_reference_verdict(ratios(1.01, "without"), moved)[0] == FALSE
 
@@ -134,5 +133,4 @@ def test_blacks_are_judged_by_how_much_and_how_surely():
 
     much, nothing, a_little = off(0.01, 0.3), off(0.01, 0.011), off(0.2, 0.3)  # the last surely, but not drastically
     for used, hidden, wanted in ((much, much, TRUE), (nothing, much, PART), (a_little, a_little, FALSE)):
-        verdict, why = mfx_figures.figure4_verdict({mfx_figures.USED: used, mfx_figures.HIDDEN: hidden})
-        assert verdict == wanted and ("Why" in why) == (wanted == PART)
+        assert mfx_figures.figure4_verdict({mfx_figures.USED: used, mfx_figures.HIDDEN: hidden})[0] == wanted

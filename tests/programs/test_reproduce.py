@@ -81,7 +81,7 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
     for arguments, said in (
         (["--only", "table9"], "invalid choice: 'table9'"), (["--only", "memory", "--weights", none], none),
         (["--images", none], none), (["--only", "memory", "--networks", none], none),
-        (["--only", "memory", "--networks", str(tmp_path)], "LPIPS (alexnet) needs"),  # a folder without the files
+        (["--only", "memory", "--networks", str(tmp_path)], "LPIPS needs"),  # a folder without the files
         (["--only", "sdedit", "--weights", none], "say which, --mfx-weights"),
         (["--only", "memory", "--inpainting-weights", none], "there is no such"),
     ):

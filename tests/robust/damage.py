@@ -141,9 +141,9 @@ class Whole:
         sd.save(small.stable_diffusion(), folder / "sd", torch.float16)
         mfx.save(small.magic_fixup(), folder / "mfx", torch.float16)
         write_networks(folder)
-        backbone = lpips.LPIPS("squeezenet1_1").state_dict()
+        backbone = lpips.LPIPS().state_dict()
         heads = {name: backbone.pop(name) for name in list(backbone) if name.startswith("lin")}
-        for name, tensors in zip(published.LPIPS["squeezenet1_1"], (backbone, heads)):
+        for name, tensors in zip(published.LPIPS, (backbone, heads)):
             torch.save(tensors, folder / name)
         self.tensors = small.to_original(small.stable_diffusion())
         write_shards(folder / "pairs", shards=2, each=2)
@@ -417,7 +417,7 @@ def networks(whole, folder, rng):
     from tests.networks import FILES
 
     kind = rng.choice(["raft", "sam", "sam", "midas", "midas", "lpips", "lpips"])
-    names = published.LPIPS["squeezenet1_1"] if kind == "lpips" else [FILES[kind]]
+    names = published.LPIPS if kind == "lpips" else [FILES[kind]]
     for name in names:
         shutil.copy(whole.folder / name, folder)
     path = folder / rng.choice(names)

@@ -15,16 +15,15 @@ from tests.networks import FILES, write_networks
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One file of each kind, and of LPIPS with AlexNet and VGG-16, which are zeros."""
+    """One file of each kind, and of LPIPS, which are zeros."""
     folder = tmp_path_factory.mktemp("networks")
     write_networks(folder)
-    for name in ("alexnet", "vgg16"):
-        with torch.device("meta"):
-            model = lpips.LPIPS(name)
-        tensors = {k: torch.zeros(1).expand(t.shape) for k, t in model.state_dict().items()}
-        tensors["classifier.6.bias"] = torch.zeros(9)  # which nobody reads
-        for file, heads in zip(published.LPIPS[name], (False, True)):
-            torch.save({k: t for k, t in tensors.items() if k.startswith("lin") == heads}, folder / file)
+    with torch.device("meta"):
+        model = lpips.LPIPS()
+    tensors = {k: torch.zeros(1).expand(t.shape) for k, t in model.state_dict().items()}
+    tensors["classifier.6.bias"] = torch.zeros(9)  # which nobody reads
+    for file, heads in zip(published.LPIPS, (False, True)):
+        torch.save({k: t for k, t in tensors.items() if k.startswith("lin") == heads}, folder / file)
     return folder
 
 
@@ -47,9 +46,9 @@ def test_find(folder, tmp_path):
     for name in ("sam_vit_b_01ec64.pth", "sam_vit_l_0b3195.pth", "sam_vit_h_4b8939.pth"):
         (tmp_path / name).touch()
         assert published.find("sam", tmp_path) == tmp_path / name  # the larger, the better
-    assert published.find_lpips(folder=folder) == (folder / "alexnet-owt-7be5be79.pth", folder / "alex.pth")
-    (tmp_path / "vgg.pth").touch()
-    assert "there is no vgg16-397923af.pth in" in refused(published.find_lpips, "vgg16", tmp_path)
+    assert published.find_lpips(folder) == (folder / "alexnet-owt-7be5be79.pth", folder / "alex.pth")
+    (tmp_path / "alex.pth").touch()
+    assert "there is no alexnet-owt-7be5be79.pth in" in refused(published.find_lpips, tmp_path)
 
 
 def test_digest(tmp_path):
@@ -119,10 +118,10 @@ def test_other_models_of_midas(folder, tmp_path):
 
 def test_another_networks_file_is_recognised(folder):
     words = {FILES["raft"]: "this is RAFT", FILES["sam"]: "this is Segment Anything", FILES["midas"]: "this is a MiDaS",
-             "alex.pth": "this is the heads of LPIPS", "vgg16-397923af.pth": "this is a classifier of torchvision"}
+             "alex.pth": "this is the heads of LPIPS",
+             "alexnet-owt-7be5be79.pth": "this is a classifier of torchvision"}
     for kind, name in FILES.items():
         for other in words.keys() - {name}:
-            assert refused(published.load, kind, folder / other).endswith(words[other]) or other.startswith("vgg")
             assert words[other] in refused(published.load, kind, folder / other)
     assert "this is Segment Anything" in refused(published.load_lpips, folder / FILES["sam"], folder / "alex.pth")
 
@@ -131,32 +130,25 @@ def test_another_networks_file_is_recognised(folder):
 # LPIPS: two files
 
 
-def test_lpips_network_is_recognised(folder):
-    for name in ("alexnet", "vgg16"):
-        model = published.load_lpips(*published.find_lpips(name, folder))
-        assert model.network == lpips.NETWORKS[name]
-        assert not model.training and not any(p.requires_grad or p.is_meta for p in model.parameters())
-
-
-def test_lpips_wrong_files(folder, tmp_path):
-    (alexnet, alex), (vgg16, vgg) = (published.find_lpips(name, folder) for name in ("alexnet", "vgg16"))
-    content = torch.load(vgg16, weights_only=True)
-    torch.save({k: t for k, t in content.items() if not k.startswith("features.28.")}, tmp_path / "short.pth")
+def test_lpips_files(folder, tmp_path):
+    backbone, heads = published.find_lpips(folder)
+    model = published.load_lpips(backbone, heads)
+    assert not model.training and not any(p.requires_grad or p.is_meta for p in model.parameters())
+    content, few = (torch.load(path, weights_only=True) for path in (backbone, heads))
+    torch.save({k: t for k, t in content.items() if not k.startswith("features.8.")}, tmp_path / "short.pth")
     torch.save({"layer1.0.conv1.weight": torch.zeros(3)}, tmp_path / "resnet.pth")
-    torch.save({k: t for k, t in torch.load(vgg, weights_only=True).items() if "lin4" not in k}, tmp_path / "few.pth")
-    (tmp_path / "cut.pth").write_bytes(vgg.read_bytes()[:200])
+    torch.save({k: t for k, t in few.items() if "lin4" not in k}, tmp_path / "few.pth")
+    (tmp_path / "cut.pth").write_bytes(heads.read_bytes()[:200])
     short, resnet, few, cut = (tmp_path / f"{name}.pth" for name in ("short", "resnet", "few", "cut"))
-    for backbone, heads, told in (
-        (alexnet, vgg, "expected the heads of alexnet (alex.pth)"),
-        (vgg16, alex, "expected the heads of vgg16 (vgg.pth)"),
-        (vgg, vgg16, "expected the whole alexnet, vgg16 or squeezenet1_1 of torchvision, and this is the heads"),
-        (vgg16, vgg16, "and this is a classifier"),
-        (short, vgg, "closest to vgg16, but for 2 missing"),
-        (resnet, vgg, "expected the whole"),
-        (vgg16, few, "1 missing tensors, e.g. lin4"),
-        (vgg16, cut, "damaged"),
-        (cut, vgg, "damaged"),
-        (tmp_path / "nowhere.pth", vgg, "there is no file"),
+    for files, told in (
+        ((heads, backbone), "expected torchvision's whole AlexNet, and this is the heads"),
+        ((backbone, backbone), "expected the heads of LPIPS with AlexNet, and this is a classifier"),
+        ((short, heads), "2 missing tensors, e.g. features.8"),
+        ((resnet, heads), "missing"),
+        ((backbone, few), "1 missing tensors, e.g. lin4"),
+        ((backbone, cut), "damaged"),
+        ((cut, heads), "damaged"),
+        ((tmp_path / "nowhere.pth", heads), "there is no file"),
     ):
-        message = refused(published.load_lpips, backbone, heads)
+        message = refused(published.load_lpips, *files)
         assert told in message and (str(folder) in message or str(tmp_path) in message)
