@@ -3,7 +3,7 @@
     python -m bench                          the topics, and what each of them measures
     python -m bench edit mfx --model toy     a minute or two on a laptop
     python -m bench unet --dtype bf16 --batch 1,2 --rounds 3
-    python -m bench train splat --device cuda
+    python -m bench splat --device cuda
 
 Ours and the peer have the same weights and the same inputs, and are called in turn. A row shows the median of both, the
 ratio ours / peer's (below 1: ours is faster), its spread over the rounds, and how far the two results differ, relative
@@ -31,13 +31,13 @@ from pathlib import Path
 
 import torch
 
-from bench import edits, models, training, warp
+from bench import edits, models, warp
 from bench.clock import HEADER, format_row
 from common.cli import Parser, number, report_errors
 from common.devices import choose_device
 
 # {name: function of the options that yields Rows; its docstring says what is measured}
-TOPICS = models.TOPICS | edits.TOPICS | training.TOPICS | warp.TOPICS
+TOPICS = models.TOPICS | edits.TOPICS | warp.TOPICS
 WIDTHS = 66, 9, 9, 5, 16, 10, 0  # of the columns of HEADER
 PACKAGES = ("torch", "diffusers", "transformers")
 
@@ -52,7 +52,7 @@ def parse(argv):
     parser.add_argument("--rounds", type=number(int, 1, 1000), help="timed calls of each (default: 5, fewer if slow)")
     parser.add_argument("--model", choices=["toy", "full"], help="one alone: the toy, or Stable Diffusion 1.4's size")
     parser.add_argument("--steps", type=number(int, 1, 1000), help="of edits (default: 50 of the toy, 4 at full size)")
-    parser.add_argument("--batch", type=read_numbers, metavar="N,N", help="unet, vae, train: batch sizes")
+    parser.add_argument("--batch", type=read_numbers, metavar="N,N", help="unet, vae: batch sizes")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "auto"], help="one alone; auto: what sample.py takes here")
     parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
     args = parser.parse_args(argv)

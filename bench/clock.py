@@ -1,14 +1,12 @@
-"""Time and memory, measured: functions called in turn, processes of their own, rows of a table.
+"""Time, measured: functions called in turn, processes of their own, rows of a table.
 
     row = compare(o, "the UNet", ours, peer, "diffusers")           times of both, and how far their results differ
     seconds, last = time_in_turn({"ours": f, "peer": g}, o)         {name: [seconds of a call, one per round]}
     made = run_in_own_process("bench.edits.edit_once", who=...)     what that function returns, as a dict
-    with watch(device) as w: ...                                    then w.seconds, w.peak
 
 `o` holds the options of the command line. Here its `device` and `rounds` are read.
 """
 
-import contextlib
 import importlib
 import json
 import statistics
@@ -17,8 +15,6 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -31,13 +27,12 @@ LIMIT = 90  # seconds without --rounds: no further round begins after them, so w
 
 @dataclass
 class Row:
-    """One line of a table: what was measured, once per round, of ours and of a peer."""
+    """One line of a table: the seconds, once per round, of ours and of a peer."""
 
     what: str
     ours: list
     theirs: list | None = None  # None: no peer, or one that is not installed
     peer: str = ""
-    unit: str = "s"
     difference: float | None = None  # of the two results; None: they are not comparable
 
 
@@ -57,11 +52,11 @@ HEADER = ("", "ours", "peer's", "ratio", "spread", "difference", "peer")
 
 def format_row(row):
     """Row -> its cells as text, in the order of HEADER. The spread is the ratio's; without a peer, that of ours."""
-    ours = f"{statistics.median(row.ours):.3g} {row.unit}"
+    ours = f"{statistics.median(row.ours):.3g} s"
     if not row.theirs:
         spread = f"{min(row.ours):.3g} .. {max(row.ours):.3g}"
         return row.what, ours, "", "", spread, "", row.peer and f"{row.peer} is not installed"
-    theirs = f"{statistics.median(row.theirs):.3g} {row.unit}"
+    theirs = f"{statistics.median(row.theirs):.3g} s"
     ratio, low, high = compute_ratio(row.ours, row.theirs)
     difference = "" if row.difference is None else f"{row.difference:.0e}"
     return row.what, ours, theirs, f"{ratio:.2f}", f"{low:.2f} .. {high:.2f}", difference, row.peer
@@ -127,36 +122,6 @@ def compare(o, what, ours, peer, name):
     seconds, last = time_in_turn({"ours": ours} | ({"peer": peer} if peer else {}), o)
     difference = compute_difference(last["ours"], last["peer"]) if peer else None
     return Row(what, seconds["ours"], seconds.get("peer"), name, difference=difference)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-
-
-def read_memory(key):
-    """This process's memory in GiB: VmRSS is what it has now, VmHWM the most that it has had."""
-    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 2**20
-
-
-@contextlib.contextmanager
-def watch(device="cpu"):
-    """with watch(device) as w: ...   then w.seconds, and w.peak in GiB above w.start.
-
-    On a GPU that is the GPU's memory. Elsewhere it is that of the whole process, so each measurement needs a process
-    of its own; pages of a mapped file count once they are read.
-    """
-    w = SimpleNamespace()
-    device = torch.device(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    w.start = torch.cuda.memory_allocated(device) / 2**30 if device.type == "cuda" else read_memory("VmRSS")
-    synchronize(device)
-    begin = time.perf_counter()
-    yield w
-    synchronize(device)
-    w.seconds = time.perf_counter() - begin
-    top = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else read_memory("VmHWM")
-    w.peak = top - w.start
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -65,12 +65,12 @@ def open_picture(path):
         raise ValueError(f"{path} is not a picture that can be read ({e})") from None
 
 
-def to_rgb(picture, beneath="white"):
-    """RGB; what is transparent shows what is beneath. A profile of RGB stays in .info, with the
+def to_rgb(picture):
+    """RGB; what is transparent shows white. A profile of RGB stays in .info, with the
     file's own numbers. Those of grey and of CMYK are followed, to sRGB."""
     if picture.mode == "RGB" and not picture.has_transparency_data:
         return picture
-    return in_strips(lambda strip: lay_on(read_colours(strip), beneath), picture, "RGB")
+    return in_strips(lambda strip: lay_on(read_colours(strip), "white"), picture, "RGB")
 
 
 def to_rgba(picture):

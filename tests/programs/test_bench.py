@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import clock, edits, models, peers, training, warp
+from bench import clock, edits, models, peers, warp
 from sample import edit, fixup
 from tests import small
 from tests.small import relative_error
@@ -63,8 +63,6 @@ def test_a_comparison_is_a_row(works):
     assert clock.format_row(row) == ("two", "2 s", "8 s", "0.25", "0.25 .. 0.25", "3e-03", "theirs")  # ours is faster
     alone = clock.compare(options(rounds=2), "one", works(2, x), None, "theirs")
     assert clock.format_row(alone) == ("one", "2 s", "", "", "2 .. 2", "", "theirs is not installed")
-    rate = clock.Row("three", [30.0, 31.0], unit="")
-    assert clock.format_row(rate) == ("three", "30.5 ", "", "", "30 .. 31", "", "")
 
 
 def test_a_process_of_its_own(monkeypatch):
@@ -73,12 +71,6 @@ def test_a_process_of_its_own(monkeypatch):
     monkeypatch.setattr(clock.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(RuntimeError, match="ValueError: broken"):
         clock.run_in_own_process("bench.clock.compute_ratio", ours=[1], theirs=[2])
-
-
-def test_time_and_memory_are_watched():
-    with clock.watch() as w:
-        big = torch.ones(2**26)  # a quarter of a GiB
-    assert len(big) and w.seconds > 0 and w.peak >= 0.25
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,20 +168,6 @@ def test_without_peers_our_times_stand_alone(small_sizes, monkeypatch):
     for topic in ("unet", "edit", "mfx"):
         for row in bench.TOPICS[topic](options(model="full", batch=[1], steps=2, dtype="fp32")):
             assert "is not installed" in clock.format_row(row)[-1] and min(row.ours) > 0
-
-
-def test_a_training_step_is_timed_and_nothing_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(training.tempfile, "tempdir", str(tmp_path))
-    done = training.train_for_some_steps("toy", batch=1, checkpointing=False, device="cpu", rounds=1)
-    assert len(done["seconds"]) == 1 and done["seconds"][0] > 0 and done["GiB"] >= 0
-    assert not list(tmp_path.glob("tmp*"))  # PyTorch may leave a folder of its own
-
-
-def test_training_rows(monkeypatch):
-    done = {"seconds": [2.0, 4.0], "GiB": 1.5}
-    monkeypatch.setattr(training, "run_in_own_process", lambda _, **arguments: done)
-    step, samples, peak = training.steps(options(batch=[8]))
-    assert step.ours == [2, 4] and samples.ours == [4, 2] and peak.ours == [1.5] and "batch 8" in peak.what
 
 
 def test_the_usual_splatting_gives_the_same(monkeypatch):
