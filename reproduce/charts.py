@@ -72,14 +72,6 @@ def sheet(rows, columns=None, labels=None, cell=128, gap=3):
     return out
 
 
-def place_ticks(low, high, about=5):
-    """Round numbers from low to high."""
-    step = 10 ** np.floor(np.log10((high - low) / about))
-    step *= min((1, 2, 5, 10), key=lambda m: abs((high - low) / (m * step) - about))
-    first = np.ceil(low / step - 1e-9)
-    return [float(first + i) * step for i in range(int(np.floor(high / step + 1e-9) - first) + 1)]
-
-
 def chart(series, x_label, y_label):
     """{name: (x, y)}, dots if the name is "measured" and a line otherwise; y from 0 -> picture, twice 560x340"""
     font, small = ImageFont.load_default(13 * SCALE), ImageFont.load_default(12 * SCALE)
@@ -94,14 +86,13 @@ def chart(series, x_label, y_label):
     # The grid and its numbers; what the axes are.
     out = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(out)
-    for t in place_ticks(xs.min(), xs.max(), 8):
-        x, _ = place(t, 0)
-        draw.line([(x, bottom), (x, top)], FAINT, SCALE)
-        draw.text((x, bottom + 5 * SCALE), f"{t:.10g}", INK, small, anchor="mt")
-    for t in place_ticks(0, y_span):
-        _, y = place(0, t)
-        draw.line([(left, y), (right, y)], FAINT, SCALE)
-        draw.text((left - 6 * SCALE, y), f"{t:.10g}", INK, small, anchor="rm")
+    for share in np.linspace(0, 1, 6):
+        x, y = xs.min() + share * x_span, share * y_span
+        across, up = place(x, y)
+        draw.line([(across, bottom), (across, top)], FAINT, SCALE)
+        draw.text((across, bottom + 5 * SCALE), f"{x:.3g}", INK, small, anchor="mt")
+        draw.line([(left, up), (right, up)], FAINT, SCALE)
+        draw.text((left - 6 * SCALE, up), f"{y:.3g}", INK, small, anchor="rm")
     draw.text(((left + right) / 2, height - 4 * SCALE), x_label, INK, font, anchor="md")
     draw.text((4 * SCALE, 4 * SCALE), y_label, INK, font)
 

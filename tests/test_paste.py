@@ -58,15 +58,6 @@ def test_an_edits_own_pixels_are_kept_and_its_holes_are_not():
     assert (x[hole] == (1, 2, 3)).all() and (x[~hole] == pixels[~hole][:, :3]).all()
 
 
-@pytest.mark.parametrize("kind", ["rgb", "grey"])
-def test_a_colour_profile_goes_along_if_it_is_one_of_rgb(kind):
-    photo = random_photo(30, 20)
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    photo.info["icc_profile"] = profile if kind == "rgb" else profile.replace(b"RGB ", b"GRAY", 1)
-    *_, over_photo = paste.prepare(photo, None, torch.ones(1, 1, 20, 30), (24, 16))
-    assert over_photo(Image.new("RGB", (24, 16))).info.get("icc_profile") == (profile if kind == "rgb" else None)
-
-
 def test_the_result_is_taken_into_the_photographs_colours():
     """Its own numbers are kept; beside them the same colour has the same numbers. The model sees sRGB."""
     photo = Image.new("RGB", (30, 20), (200, 100, 30))

@@ -224,21 +224,6 @@ def test_who_runs_which_step():
 
 
 @pytest.mark.parametrize("name, options", small.EVERY_SAMPLER)
-def test_white_is_the_original_and_black_the_ordinary_run(name, options):
-    mu = MAP.clone()
-    mu[..., :2, :] = 1
-    mu[..., 2:, :2] = 0
-    z = run_under(BOTH, mu, name, options)
-    assert torch.equal(z[..., :2, :], Z_INIT[..., :2, :])
-    assert torch.equal(run_under(BOTH, torch.ones(1, 1), name, options), Z_INIT)
-    sampler = samplers.make_sampler(name, SCHEDULE, K, **options)
-    step_noise = samplers.make_step_noise(small.SHAPE[1:], [1, 2])
-    ordinary = samplers.run_sampler(BOTH, sampler.noise_to(0, Z_INIT, NOISE), sampler, step_noise=step_noise)
-    assert torch.equal(run_under(BOTH, torch.zeros(1, 1), name, options), ordinary)
-    assert torch.equal(z[..., 2:, :2], ordinary[..., 2:, :2])  # a pixel of its own
-
-
-@pytest.mark.parametrize("name, options", small.EVERY_SAMPLER)
 def test_skipping_and_nesting_hold_across_the_switch(name, options):
     """Skipped steps have no effect; a pixel goes as under a constant map of its own value, whoever starts it."""
     mu = (0.35 + 0.6 * MAP).round(decimals=1)

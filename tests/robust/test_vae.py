@@ -20,16 +20,13 @@ QUARTER = VAEConfig((32, 64, 128, 128))  # of Stable Diffusion's widths
 
 @pytest.mark.parametrize("shape", [(2, 4, 8, 8), (2, 3, 8, 6), (3, 8, 8), (1, 1, 8, 8)])
 def test_a_wrong_shape_is_refused(shape):
-    with pytest.raises(ValueError, match="multiples of 4"):
-        VAE(SMALL).encode(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 64, 90), (1, 3, 90, 64), (1, 1, 64, 64)])
-def test_a_wrong_shape_is_refused_in_tiles_too(shape):
     model = VAE(SMALL)
-    model.memory = 0
     with pytest.raises(ValueError, match="multiples of 4"):
-        model.encode_scaled(torch.zeros(shape))
+        model.encode(torch.zeros(shape))
+    model.memory = 0
+    for other in ((1, 3, 64, 90), (1, 1, 64, 64)):  # in tiles, too
+        with pytest.raises(ValueError, match="multiples of 4"):
+            model.encode_scaled(torch.zeros(other))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,10 +70,6 @@ def test_tiles_have_a_smallest_size_whatever_the_memory():
     decoded = model.decode_scaled(model.encode_scaled(torch.randn(1, 3, 36, 100)))
     assert decoded.shape == (1, 3, 36, 100) and decoded.isfinite().all()
     assert set(shapes) == {(1, 3, 32, 32), (1, 12, 8, 8)}
-    x, noise = torch.randn(1, 3, 24, 16), torch.randn(1, 12, 6, 4)  # a single tile
-    mean, logvar = model.encode(x)
-    torch.testing.assert_close(model.encode_scaled(x), mean / 2)
-    torch.testing.assert_close(model.encode_scaled(x, noise), (mean + (logvar / 2).exp() * noise) / 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
