@@ -82,67 +82,43 @@ def count_cells(h, w):
     return sum(((h >> level) + 2) * ((w >> level) + 2) for level in range(LEVELS))
 
 
-def make_look_up(g1, g2, memory):
+def make_look_up(g1, g2):
     """Features g1, g2 (B, C, h, w) -> the look-up L_C: x' (B, 2, h, w), positions x, y -> (B, 4 * 9 * 9, h, w).
 
     Entry C_ijkl = <g1_ij, g2_kl> / sqrt(C) (equation 1, which leaves the scale to the code). Level k of the pyramid
     pools the last two dimensions by 2^k; as C is linear in g2, pooling g2 comes to the same. Read bilinearly around
     x' / 2^k, zero out of frame; x moves along the window's first axis, y along its second.
-
-    If the whole pyramid fits in `memory` bytes it is computed here, and a look-up reads from it. Otherwise a look-up
-    computes the correlations that it needs: O(h w) memory instead of O(h^2 w^2), and slower.
     """
     B, C, h, w = g1.shape
-    whole = 4 * B * h * w * count_cells(h, w) <= memory
 
-    # A look-up takes so many queries at once: all, or what 8 MB hold, which stay in a CPU's cache.
-    part = B * h * w
-    if not whole:
-        part = max(1, min(memory, 2**23) // (4 * C * (2 * RADIUS + 2) ** 2))
-
-    # The pyramid: of each level its size, and the correlations or the features that make them.
+    # The pyramid: of each level its size, and the correlations (B h w, cells of this level).
     queries = g1.permute(0, 2, 3, 1).reshape(B, h * w, C) / C**0.5
     pyramid = []
     for _ in range(LEVELS):
         size = g2.shape[-2:]
-        keys = F.pad(g2, (1, 1, 1, 1)).permute(0, 2, 3, 1).flatten(1, 2)  # (B, cells of this level, C)
-        pyramid.append((size, torch.bmm(queries, keys.mT).flatten(0, 1) if whole else keys.flatten(0, 1)))
+        keys = F.pad(g2, (1, 1, 1, 1)).permute(0, 2, 3, 1).flatten(1, 2)
+        pyramid.append((size, torch.bmm(queries, keys.mT).flatten(0, 1)))
         g2 = F.avg_pool2d(g2, 2)
+    steps = torch.arange(-RADIUS, RADIUS + 2, device=g1.device)  # the 10 positions between which 9 are interpolated
 
-    # Where in the batch each query is, and the 10 positions between which 9 are interpolated.
-    queries = queries.reshape(B * h * w, C, 1)
-    pair = torch.arange(B, device=g1.device).repeat_interleave(h * w)
-    steps = torch.arange(-RADIUS, RADIUS + 2, device=g1.device)
-
-    def window(positions, of, size, table):
-        """positions (n, 2) on one level, of the queries `of`, a slice -> (n, 9, 9)"""
+    def window(positions, size, correlations):
+        """positions (n, 2) on one level -> (n, 9, 9)"""
         low = positions.floor()
         X, Y = (low.long()[:, :, None] + steps).unbind(1)  # (n, 10) each
         X = X.clamp(-1, size[1]) + 1  # what is out of frame reads the border
         Y = Y.clamp(-1, size[0]) + 1
         index = (X[:, :, None] + Y[:, None, :] * (size[1] + 2)).flatten(1)  # (n, 100)
-
-        # Read the correlations, or compute them from the features at these positions.
-        if whole:
-            v = table[of].gather(1, index)
-        else:
-            index += pair[of, None] * ((size[0] + 2) * (size[1] + 2))
-            v = torch.bmm(table.index_select(0, index.flatten()).view(*index.shape, C), queries[of])
+        v = correlations.gather(1, index).view(-1, len(steps), len(steps))
 
         # All points of a window lie at the same fractions between whole positions.
-        v = v.view(-1, len(steps), len(steps))
         fx, fy = (positions - low)[:, :, None, None].unbind(1)
         v = torch.lerp(v[:, :-1], v[:, 1:], fx)
         return torch.lerp(v[:, :, :-1], v[:, :, 1:], fy)
 
     def look_up(x):
         x = x.permute(0, 2, 3, 1).reshape(B * h * w, 2)
-        out = x.new_empty(B * h * w, LEVELS, 2 * RADIUS + 1, 2 * RADIUS + 1)
-        for start in range(0, len(x), part):
-            of = slice(start, start + part)
-            for level, (size, table) in enumerate(pyramid):
-                out[of, level] = window(x[of] / 2**level, of, size, table)
-        return out.view(B, h, w, -1).permute(0, 3, 1, 2)
+        windows = [window(x / 2**level, *of_level) for level, of_level in enumerate(pyramid)]
+        return torch.stack(windows, 1).view(B, h, w, -1).permute(0, 3, 1, 2)
 
     return look_up
 
@@ -212,14 +188,13 @@ class RAFT(nn.Module):
             convrelu=make_conv(HIDDEN, 256, 3), conv=nn.Conv2d(256, 9 * 64, 1),
         ))
 
-    def forward(self, first, second, iterations=12, every=False, memory=MEMORY):
+    def forward(self, first, second, iterations=12, every=False):
         """Flow from the first pictures to the second.
 
         first, second  (B, 3, H, W) in [-1, 1], RGB, any size. Padded by repeating the edge, as the authors' InputPadder
                        does, to multiples of 8 and at least 128, below which the coarsest correlations lose their sense
         iterations     of the update; trained with 12, evaluated by the authors with 24 or 32
         every          True: the flow after each iteration, (iterations, B, 2, H, W), instead of after the last
-        memory         bytes for the correlations of the whole batch: if they do not fit, they are computed on demand
           ->           (B, 2, H, W) float32, in pixels
 
         ValueError for shapes that do not fit.
@@ -228,7 +203,7 @@ class RAFT(nn.Module):
             raise ValueError(f"pictures of one size, not {tuple(first.shape)} and {tuple(second.shape)}")
         pictures, crop = self.prepare(torch.cat([first, second]))
         g1, g2 = self.feature_encoder(pictures).chunk(2)
-        return self.update(g1, g2, pictures[: len(first)], iterations, memory, every)[crop]
+        return self.update(g1, g2, pictures[: len(first)], iterations, every)[crop]
 
     def flows(self, frames, iterations=12, memory=MEMORY):
         """A clip's frames (N, 3, H, W) in [-1, 1] -> the flow from each to the next, (N - 1, 2, H, W), in pixels.
@@ -246,7 +221,7 @@ class RAFT(nn.Module):
         last = self.feature_encoder(frames[:1])
         for i in range(0, len(frames) - 1, at_once):
             g = torch.cat([last, self.feature_encoder(frames[i + 1 : i + at_once + 1])])
-            flows.append(self.update(g[:-1], g[1:], frames[i : i + len(g) - 1], iterations, memory))
+            flows.append(self.update(g[:-1], g[1:], frames[i : i + len(g) - 1], iterations))
             last = g[-1:]
         return torch.cat(flows)[crop]
 
@@ -261,7 +236,7 @@ class RAFT(nn.Module):
         pictures = F.pad(pictures.to(weight), (left, more_x - left, top, more_y - top), mode="replicate")
         return pictures.contiguous(memory_format=torch.channels_last), (..., slice(top, top + H), slice(left, left + W))
 
-    def update(self, g1, g2, first, iterations, memory, every=False):
+    def update(self, g1, g2, first, iterations, every=False):
         """Features of both pictures (B, 256, h, w) and the first picture -> flow, as `forward`."""
         B, _, h, w = g1.shape
         dtype = first.dtype
@@ -272,7 +247,7 @@ class RAFT(nn.Module):
         hidden = hidden.tanh()
         context = context.relu()
         grus = [gru.with_context(context) for gru in block.recurrent_block.values()]
-        look_up = make_look_up(g1.float(), g2.float(), memory)
+        look_up = make_look_up(g1.float(), g2.float())
         rows, columns = (torch.arange(n, device=first.device) for n in (h, w))
         here = torch.stack(torch.meshgrid(columns, rows, indexing="xy")).float()  # (2, h, w)
 

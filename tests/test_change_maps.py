@@ -50,17 +50,6 @@ def test_transforms_by_value():
         assert torch.allclose(transform(mu, *arguments), torch.tensor(want, dtype=mu.dtype), atol=1e-6), transform
 
 
-def test_transforms_keep_the_order_the_range_and_the_shape():
-    mu = depth_to_map(some_depth())[None, None]
-    order = mu.flatten().argsort()
-    for transform, arguments in ((gamma, (0.4,)), (window, (0.2, 0.3)), (equalize, ()),
-                                 (quantize, (4,))):
-        new = transform(mu, *arguments)
-        assert new.shape == mu.shape and new.dtype == mu.dtype and new.min() == 0 and new.max() == 1
-        assert (new.flatten()[order].diff() >= 0).all()
-    assert torch.allclose(invert(invert(mu)), mu, atol=1e-6)
-
-
 def test_equalize_flattens_the_histogram():
     mu = equalize(depth_to_map(some_depth()))
     counts = mu.histc(10, 0, 1) / mu.numel()
@@ -70,13 +59,6 @@ def test_equalize_flattens_the_histogram():
     assert torch.equal(equalize(flat), flat)
     ties = torch.tensor([0.2, 0.2, 0.7, 0.7, 0.7, 0.9])
     assert torch.allclose(equalize(ties), torch.tensor([0, 0, 0.4, 0.4, 0.4, 1]))
-
-
-def test_quantize_has_that_many_levels():
-    mu = quantize(equalize(depth_to_map(some_depth())), 4)
-    values, counts = mu.unique(return_counts=True)
-    assert torch.allclose(values, torch.tensor([0, 1 / 3, 2 / 3, 1]))
-    assert (counts / mu.numel() - 0.25).abs().max() < 0.01  # after equalize, equal areas
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -45,16 +45,6 @@ def test_what_turns_about_its_centre_fits_its_place(verbs, expected):
     assert edit.mask().all()
 
 
-def test_many_small_turns_are_one_resampling():
-    image = noise()
-    edit = Collage(image)
-    s = edit.segment(disc(40, 48, 24, 20, 12))
-    for _ in range(360):
-        s.rotate(1).translate(0.1, 0)
-    s.translate(-36, 0)
-    assert np.abs(edit.coarse()[..., :3].astype(int) - image).max() <= 1
-
-
 def test_duplicates_delete_and_order():
     image = noise()
     mask = box(40, 48, 2, 2, 10, 10)

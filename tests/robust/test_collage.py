@@ -1,12 +1,11 @@
 """collage.py in finer detail: points, interpolation, holes that are nothing or everything, wrong arguments."""
 
-import math
 
 import numpy as np
 import pytest
 
-from collage import Collage, composite, fill_holes
-from tests.pictures import box, disc, noise, smooth
+from collage import Collage, fill_holes
+from tests.pictures import box, noise
 
 
 def test_about_a_point():
@@ -19,19 +18,6 @@ def test_about_a_point():
     assert (edit.segments[0].centre == [10, 10]).all()
     blocks = edit.coarse()[:20, :20, :3].reshape(10, 2, 10, 2, 3).mean((1, 3))
     assert np.corrcoef(blocks.ravel(), image[:10, :10].ravel())[0, 1] > 0.9  # interpolated noise: 0.947
-
-
-def test_smooth_pictures_follow_the_matrix():
-    image = smooth()
-    for scale, angle in ((1.0, 0.4), (1.5, -1.0), (0.6, 2.0)):
-        c, s = scale * math.cos(angle), scale * math.sin(angle)
-        A = np.array([[c, -s, 32 - 32 * c + 32 * s], [s, c, 32 - 32 * s - 32 * c]])
-        coarse = composite(image, [(disc(64, 64, 32, 32, 16), A)]).astype(float)
-        for x, y in ((32.5, 32.5), (36.5, 30.5), (29.5, 37.5)):
-            u, v = A @ [x, y, 1]
-            i, j = int(v), int(u)
-            u, v = np.linalg.inv(A[:, :2]) @ (np.array([j + 0.5, i + 0.5]) - A[:, 2])
-            assert np.abs(coarse[i, j, :3] - image[int(v), int(u)]).max() < 12
 
 
 def test_no_holes_all_holes_and_nearly_all():
