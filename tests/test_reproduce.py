@@ -13,7 +13,7 @@ import diffdiff
 import diffusion
 import samplers
 from reproduce import __main__ as program
-from reproduce import baselines, cache, charts, dd_tables, metrics, report
+from reproduce import baselines, cache, charts, metrics, report
 from reproduce.lab import FALSE, OPEN, PART, TRUE, Outcome, judge
 from tests.labs import make_item, make_lab, run_on_page
 
@@ -158,15 +158,6 @@ def test_pasting_keeps_the_original_outside_and_what_is_the_same_everywhere(past
     assert np.abs(out[:4].astype(int) - original[:4]).max() <= 2
     assert out[28:36, 28:36].std() < 12 < original.std()  # flat, as the edit is
     assert np.abs(paste(original, original, mu).astype(int) - original).max() <= 2
-
-
-@pytest.mark.parametrize("name", dd_tables.PATTERNS)
-def test_thresholds_cut_each_pattern_into_different_masks(name):
-    mu = dd_tables.pattern(name, 64)
-    assert mu.min() == 0 and mu.max() == 1
-    masks = [(mu > t).float() for t in dd_tables.THRESHOLDS[name]]
-    assert all(not torch.equal(a, b) and (a >= b).all() for a, b in zip(masks, masks[1:]))
-    assert all(0 < m.mean() < 1 for m in masks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

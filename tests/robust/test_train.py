@@ -5,9 +5,7 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -77,23 +75,6 @@ def test_what_is_cached_is_made_again_of_other_things(tmp_path):
         assert cache_tensors(tmp_path / "x.safetensors", made_from, make)["x"].tolist() == [number] * 2
     (tmp_path / "x.safetensors").write_bytes(b"damaged")
     assert cache_tensors(tmp_path / "x.safetensors", "b", make)["x"].tolist() == [3, 3]
-
-
-def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
-    """A process that dies inside the write: the file under the final name is the complete old one."""
-    path = tmp_path / "state"
-    code = f"""
-        import os
-        from common.files import atomic_write
-        with atomic_write({str(path)!r}) as tmp:
-            tmp.write_bytes(b"old")
-        with atomic_write({str(path)!r}) as tmp:
-            tmp.write_bytes(b"ne")
-            os.kill(os.getpid(), 9)
-    """
-    env = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent)}
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env).returncode == -9
-    assert path.read_bytes() == b"old"
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(stable, tmp_path, capsys, monkeypatch):
