@@ -1,15 +1,11 @@
 """What the tests of training share: a tiny Stable Diffusion, command lines, states, shards of pairs."""
 
-import io
-import json
 import os
 import subprocess
 import sys
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -28,6 +24,7 @@ from common.files import write_json
 from common.run_state import read_newest_state
 from tests import small
 from toy.pairs import toy_pairs
+from video.shards import encode, write_shard
 
 ROOT = Path(train.__file__).parent
 UNET = unet.UNetConfig(channels=(16, 32), layers=1, depth=(1, 1), heads=2, context=32, groups=8)
@@ -97,20 +94,15 @@ def write_shards(folder, shards=3, each=4):
     """Pairs of 16x16 pictures, as data.py writes them."""
     folder.mkdir()
     for s in range(shards):
-        pairs = toy_pairs(each, torch.Generator().manual_seed(s), size=16)
-        with tarfile.open(folder / f"pairs-{s:06d}.tar", "w") as tar:
-            for i in range(each):
-                bgr = {}
-                for name in ("reference", "target", "coarse"):
-                    pixels = pairs[name][i].permute(1, 2, 0).numpy()[..., ::-1] * 127.5 + 127.5
-                    bgr[name] = pixels.round().astype(np.uint8)
-                alpha = (pairs["mask"][i, 0].numpy()[..., None] * 255).astype(np.uint8)
-                warped = np.concatenate([bgr["coarse"], alpha], 2)
-                for extension, content in (("ref.jpg", bgr["reference"]), ("gt.jpg", bgr["target"]),
-                                           ("flow.png", warped), ("affine.png", warped)):
-                    data = cv2.imencode(f".{extension[-3:]}", content)[1].tobytes()
-                    member = tarfile.TarInfo(f"{s * each + i:06d}.{extension}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-        (folder / f"pairs-{s:06d}.json").write_text(json.dumps({"kept": each}))
+        made = toy_pairs(each, torch.Generator().manual_seed(s), size=16)
+        pairs = []
+        for i in range(each):
+            pixels = {name: made[name][i].permute(1, 2, 0).numpy() for name in made}
+            rgb = {name: (x * 127.5 + 127.5).round().astype(np.uint8) for name, x in pixels.items()}
+            alpha = (pixels["mask"] * 255).astype(np.uint8)
+            warped = encode(np.concatenate([rgb["coarse"], alpha], 2), ".png")
+            pairs.append((s * each + i, {
+                "ref.jpg": encode(rgb["reference"], ".jpg"), "gt.jpg": encode(rgb["target"], ".jpg"),
+                "flow.png": warped, "affine.png": warped}))
+        write_shard(folder, s, pairs, [], {})
     return folder
