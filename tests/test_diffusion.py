@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusion import RectifiedFlow, Schedule, T, dynamic_shift
+from diffusion import RectifiedFlow, Schedule, T
 from samplers import SAMPLERS, flow_euler, make_sampler, make_step_noise, run_sampler
 from tests.small import EVERY_SAMPLER, SHAPE, mixture, randn, trajectory
 
@@ -59,11 +59,6 @@ def test_few_steps_start_at_the_noisiest_level():
     assert Schedule(spacing="linspace").space_timesteps(4) == [999, 666, 333, 0]
     assert make_sampler("lcm", Schedule(), 4).timesteps == [999, 759, 499, 259]
     assert Schedule(offset=0).space_timesteps(4) == [750, 500, 250, 0]
-
-
-def test_dynamic_shift_is_log_linear_in_the_tokens():
-    assert dynamic_shift(256) == pytest.approx(math.exp(0.5)) and dynamic_shift(4096) == pytest.approx(math.exp(1.15))
-    assert dynamic_shift(2176) ** 2 == pytest.approx(dynamic_shift(256) * dynamic_shift(4096))
 
 
 # --------------------------------------------------------------------------------------------------

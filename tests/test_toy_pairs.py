@@ -73,8 +73,6 @@ def test_exact_flow_splats_the_reference_onto_the_target():
     shading = ground & ((first.image - second.image).abs().amax(1, keepdim=True) > 0.004)  # shadows that moved
     entered = torch.stack([~torch.isin(s, f.unique()) for s, f in zip(second.segments, first.segments)])[:, None]
     error = (coarse - second.image)[(~holes & ~shading & ~entered).expand(-1, 3, -1, -1)]
-    plain = (first.image - second.image)[(~holes & ~shading & ~entered).expand(-1, 3, -1, -1)]
-    print(f"splatted by exact flow: {psnr(error):.1f} dB, not at all: {psnr(plain):.1f} dB")
     assert psnr(error) > 30 and error.abs().median() < 1e-4
     assert (holes & (first.segments[:, None] == 0) & ground).float().mean() < 0.005  # holes are where objects were
 
@@ -112,12 +110,8 @@ def test_affine_edit_of_rigid_objects_is_exact_to_the_pixel():
             offsets.append((land - at).norm(dim=1))
             colours.append((out - second.image[i]).abs().amax(0)[interior][inside])
     offsets, colours = torch.cat(offsets), torch.cat(colours)
-    print(f"{len(offsets)} pixels inside objects: {offsets.quantile(0.99):.3f} pixels off at 99 %, "
-          f"colours {colours.quantile(0.95):.4f} at 95 %")
     assert len(offsets) > 5000 and offsets.quantile(0.99) < 0.5 and colours.median() < 0.02
 
 
 def grid(size):
     return torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="xy")).float()
-
-

@@ -81,13 +81,6 @@ def test_an_edit_under_a_computed_map(tmp_path, folder):
     assert parameters["change_map"] == "depth:equalize,window=0.4-0.6" and parameters["networks"] == str(folder)
 
 
-def test_white_is_change(tmp_path, folder, maps_seen):
-    this = ["--image", MEADOW, "--prompt", "night", "--networks", folder, "--white-is-change", "--change-map"]
-    for text in ("depth:gamma=2", CLICK):
-        run(tmp_path, *this, text)
-        assert torch.equal(maps_seen[-1][0, 0], expected(folder, text, Image.open(MEADOW).convert("RGB"), True))
-
-
 def turned(picture, path):
     exif = picture.getexif()
     exif[0x112] = 6  # shown turned clockwise
