@@ -16,16 +16,16 @@ def edit(args, original, mu, dtype, device):
     states = model.encode_prompt(args.prompt or "", args.negative or "")
     model.text = None  # it is larger than both stages together
 
-    sizes = [stage.fit(*original.size) for stage in model.stages]
-    pictures = [picture_to_tensor(original, size).to(device) for size in sizes]
-    change_map = inputs.fit_map(args, mu, original, sizes[-1])
+    size = model.stages[-1].fit(*original.size)
+    picture = picture_to_tensor(original, size).to(device)
+    change_map = inputs.fit_map(args, mu, original, size)
     steps = [args.steps or k for k in deepfloyd.STEPS]
     guidance = [w if args.guidance is None else args.guidance for w in deepfloyd.GUIDANCE]
     seeds = range(args.seed, args.seed + args.samples)
     args.sampler = "ddpm"
     args.steps = " and ".join(map(str, steps))
     with tqdm(unit="step", leave=False) as bar:
-        x = deepfloyd.edit(model, states, pictures, change_map, steps, guidance, seeds, lambda i, z: bar.update())
+        x = deepfloyd.edit(model, states, picture, change_map, steps, guidance, seeds, lambda i, z: bar.update())
     if not x.isfinite().all():
         raise ValueError("the result is not finite: these weights are damaged, or overflow; try --precision fp32")
     return x / 2 + 0.5

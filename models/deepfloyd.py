@@ -2,8 +2,8 @@
 
     model = load("IF-I-XL-v1.0", "IF-II-L-v1.0")
     states = model.encode_prompt("snow at night")        # T5 is not needed any more: model.text = None
-    pictures = [picture_to_tensor(original, stage.fit(*original.size)) for stage in model.stages]
-    x = edit(model, states, pictures, change_map)
+    picture = picture_to_tensor(original, model.stages[-1].fit(*original.size))
+    x = edit(model, states, picture, change_map)
 
 The cascade is that of Imagen: Saharia et al. 2022, arXiv 2205.11487. Both stages edit under the change map, as section
 11.3 of Differential Diffusion says. There is no autoencoder: what a white map keeps are the picture's own pixels. (The
@@ -97,21 +97,29 @@ def edit_stage(stage, states, picture, change_map, steps, guidance, draw, small=
 
 
 @torch.no_grad()
-def edit(model, states, pictures, change_map, steps=STEPS, guidance=GUIDANCE, seeds=(0,), callback=None):
-    """Differential Diffusion in both stages; the map applies to each.
+def edit(model, states, picture, change_map, steps=STEPS, guidance=GUIDANCE, seeds=(0,), callback=None):
+    """Differential Diffusion in both stages; the map applies to each. Arguments as for `edit_stage`, but for:
 
-    pictures         the original, (1, 3, h, w) in [-1, 1] at the size of each stage (`Stage.fit`)
+    picture          (1, 3, H, W) at the size of the second stage (`Stage.fit`)
     steps, guidance  a number for each stage
     seeds            N numbers, of as many results
-      ->             (N, 3, H, W) in [-1, 1], at the size of the second stage
-
-    The other arguments are those of `edit_stage`. A white pixel of the map is that of pictures[1], bit for bit.
+      ->             (N, 3, H, W) in [-1, 1]. A white pixel of the map is the picture's, bit for bit
     """
     x = None
     for i, stage in enumerate(model.stages):
-        draw = make_draws(pictures[i].shape[1:], list(seeds), i)
-        x = edit_stage(stage, states, pictures[i], change_map, steps[i], guidance[i], draw, x, callback)
+        seen = shrink(picture, stage)
+        draw = make_draws(seen.shape[1:], list(seeds), i)
+        x = edit_stage(stage, states, seen, change_map, steps[i], guidance[i], draw, x, callback)
     return x
+
+
+def shrink(picture, stage):
+    """(B, 3, H, W) -> the whole of it at the stage's size; itself, where it has that size"""
+    height, width = picture.shape[-2:]
+    size = stage.fit(width, height)[::-1]
+    if size == (height, width):
+        return picture
+    return F.interpolate(picture, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -159,31 +159,26 @@ UNKNOWN_PENALTY = 10  # an unknown character's log probability lies so far below
 NORMAL, UNKNOWN = 1, 2  # SentencePiece's kinds of pieces; the others do not occur in texts
 
 
+def read_int(message, i):
+    """A protobuf's int at byte i, seven bits a byte, the lowest first -> it, and where it ends"""
+    value = shift = 0
+    while message[i] > 127:
+        value |= (message[i] & 127) << shift
+        shift += 7
+        i += 1
+    return value | message[i] << shift, i + 1
+
+
 def read_fields(message):
     """The (number, value) pairs of a protobuf message, bytes. A value is an int, or bytes."""
     i = 0
-
-    def read_int():
-        nonlocal i
-        value = 0
-        shift = 0
-        while True:
-            byte = message[i]
-            i += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
     while i < len(message):
-        key = read_int()
-        number, wire = key >> 3, key & 7
-        if wire == 0:
-            yield number, read_int()
-        else:
-            size = {1: 8, 5: 4}.get(wire) or read_int()
-            yield number, message[i : i + size]
-            i += size
+        key, i = read_int(message, i)
+        wire = key & 7  # how the value is stored: an int, four bytes, or bytes behind their number
+        value, i = (4, i) if wire == 5 else read_int(message, i)
+        if wire:
+            value, i = message[i : i + value], i + value
+        yield key >> 3, value
 
 
 def read_spiece(file):

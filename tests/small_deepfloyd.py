@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 import random
 import struct
 import zlib
@@ -73,23 +72,6 @@ def write_json(folder, nested=False):
     (folder / "tokenizer.json").write_text(json.dumps({
         "normalizer": {"type": "Sequence", "normalizers": [charmap]} if nested else charmap,
         "added_tokens": special, "model": model}))
-
-
-def cut_by_trying_all(word):
-    """The likeliest of all ways to cut a word into pieces -> ids"""
-    known = {text: (i, score) for i, (text, score, kind) in enumerate(PIECES) if kind == t5.NORMAL}
-    unknown = min(score for _, score in known.values()) - 10
-    best = -math.inf, []
-    for cuts in range(2 ** (len(word) - 1)):
-        parts, start = [], 0
-        for end in range(1, len(word) + 1):
-            if end == len(word) or cuts >> (end - 1) & 1:
-                parts.append(word[start:end])
-                start = end
-        if all(part in known or len(part) == 1 for part in parts):
-            found = [known.get(part, (2, unknown)) for part in parts]
-            best = max(best, (sum(score for _, score in found), [i for i, _ in found]))
-    return [i for n, i in enumerate(best[1]) if not (i == 2 and n and best[1][n - 1] == 2)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -43,13 +43,14 @@ def test_files_that_are_not_whole(tmp_path):
 
 
 def test_a_word_is_cut_in_the_likeliest_way():
-    words = ["circle", "sandy", "theresand", "zcircle", "redzzzblue", "z", "isn't;", "aaaaaaaaaaaa"]
-    for word in words:
-        assert TOKENIZER.encode(word) == small_if.cut_by_trying_all("▁" + word)
-    sentence = TOKENIZER.encode("  sandy zcircle ")
-    assert sentence == TOKENIZER.encode("sandy") + TOKENIZER.encode("zcircle")
-    assert TOKENIZER.encode("xzxz").count(2) == 1  # what is unknown is one piece
-    assert 0 not in TOKENIZER.encode("<pad>") and 1 not in TOKENIZER.encode("</s>")  # texts, not tokens
+    pieces = [("<unk>", 0.0, t5.UNKNOWN), ("</s>", 0.0, 3)]
+    pieces += [(text, score, t5.NORMAL) for text, score in
+               (("▁", -2.0), ("▁a", -4.5), ("a", -3.0), ("b", -3.0), ("ab", -5.0), ("aba", -6.0), ("bab", -8.5))]
+    cut = t5.Tokenizer(pieces)
+    words = {"ab": ["▁", "ab"], "b": ["▁", "b"], "aba": ["▁", "aba"], "abab": ["▁", "aba", "b"], "": [],
+             "  a  ab ": ["▁a", "▁", "ab"], "azzb": ["▁a", "<unk>", "b"], "</s>": ["▁", "<unk>"]}
+    for text, want in words.items():
+        assert [pieces[i][0] for i in cut.encode(text)] == want
 
 
 def test_characters_are_replaced():
