@@ -21,7 +21,7 @@ from checkpoints.words import load_tokenizer
 from common.files import read_json
 from diffusion import Schedule, T
 from models import adm, movq, prior
-from prompts import list_texts
+from prompts import list_texts, warn_of_weights
 
 GUIDANCE = 4.0  # of the prior, and where nobody says another of the drawing: the release's
 STEPS = 25  # of the prior
@@ -53,6 +53,7 @@ class Kandinsky:
 
     def encode_prompt(self, prompts):
         """B strings -> states (B, 77, D), pooled (B, D), seen (B, 77): True up to the text's end"""
+        warn_of_weights(prompts)
         ids = self.tokenizer(prompts).to(self.prior.prd_embedding.device)
         end = (ids == self.text.config.eos).int().argmax(dim=1, keepdim=True)
         seen = torch.arange(ids.shape[1], device=ids.device) <= end
