@@ -3,10 +3,13 @@
 For anyone's pictures, Differential Diffusion's section 5.2 is
 
     metric = published.load_lpips(*published.find_lpips())
-    E_M = edit_strength_map(metric(x, edited, spatial=True), metric(x, edited_under_a_black_map, spatial=True))
+    E_M = (metric(x, edited, spatial=True) - metric(x, edited_under_a_black_map, spatial=True)).mean(0)[0]
     cam(M, E_M), dam(M, E_M)
 
-and the share of wrong shadows and reflections that Magic Fixup puts right, where the truth is known,
+E_M is 0 where all changes and falls as the map rises, so that Pearson's correlation of the two is negative where an
+edit obeys. The paper's figures and Table 1 show it the other way round, and so does `cam`.
+
+The share of wrong shadows and reflections that Magic Fixup puts right, where the truth is known, is
 
     region = changed_shadows(reference, truth, objects)
     before, after, share = shadow_share(coarse, output, truth, region)
@@ -19,21 +22,6 @@ from networks import lpips
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How strong an edit is, where, and how well that follows its map: Differential Diffusion, section 5.2
-
-
-def edit_strength_map(distance, distance_black):
-    """E_M of section 5.2.1: the mean distance under a map, less that under a black one, where all changes -> (H, W).
-
-    distance, distance_black  (N, H, W) or (N, 1, H, W): of N edits from their originals, under the map, under a black
-                              map. ValueError if they are not of the same N
-
-    E_M is 0 where all changes and falls as the map rises, so that Pearson's correlation of the two is negative where
-    an edit obeys. The paper's figures and Table 1 show it the other way round, and so does `cam`.
-    """
-    if distance.shape != distance_black.shape:
-        raise ValueError(f"the same pairs are measured under both maps, not {tuple(distance.shape)} and "
-                         f"{tuple(distance_black.shape)}")
-    return (distance.double() - distance_black.double()).mean(0).squeeze(0)
 
 
 def cam(change_map, change):

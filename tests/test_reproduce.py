@@ -43,18 +43,6 @@ def test_dam_is_the_least_squares_that_it_says_it_is():
     assert metrics.dam(M, torch.ones(16, 16)) == pytest.approx((M - M.mean()).norm().item(), rel=1e-5)  # no change
 
 
-def test_edit_strength_map_takes_off_what_a_black_map_measures():
-    bias, M = a_map(3), a_map(4)
-    noise = 0.01 * torch.randn(50, 16, 16, generator=torch.Generator().manual_seed(5))
-    E = metrics.edit_strength_map(bias + 1 - M + noise, (bias + 1).expand(50, 16, 16))
-    assert metrics.cam(M, E) > 0.99 > metrics.cam(M, (bias + 1 - M)) + 0.1
-    assert E.max() < 0.01  # nothing changes by more than under a black map
-    shaped = metrics.edit_strength_map((1 - M).expand(3, 1, 16, 16), torch.ones(3, 1, 16, 16))
-    assert shaped.shape == (16, 16)
-    with pytest.raises(ValueError, match="same pairs"):
-        metrics.edit_strength_map(torch.zeros(3, 16, 16), torch.zeros(2, 16, 16))
-
-
 def test_soft_edges_grow_with_blur_and_not_with_contrast():
     x = torch.zeros(1, 3, 64, 64)
     x[..., 20:40, 16:48] = 1
