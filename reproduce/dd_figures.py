@@ -244,39 +244,31 @@ def figure8(lab):
     Softness of edges (the inputs': {input softness}); how much a picture's pixels vary; the share of all change in the
     darkest fifth of the map; U-Net calls.
     """
-    n, size, model = lab.at_once if lab.full_size else lab.count(16, 2), lab.model.size, lab.model
-    image, mu = lab.images(n), pattern("gradient", size)
-    sampler, levels = samplers.make_sampler("ddim", model.schedule, BASELINE_STEPS), lab.count(20, 4)
-    calls, inner = [], model.denoiser([lab.options.prompt] * n, guidance=7.5)
+    n, size = lab.at_once if lab.full_size else lab.count(16, 2), lab.model.size
+    image, mu, levels = lab.images(n), pattern("gradient", size), lab.count(20, 4)
+    calls = []
+    counter = lab.model.unet.register_forward_hook(lambda *_: calls.append(1))
 
-    def denoise(z, t):
-        calls.append(1)
-        return inner(z, t)
+    def edit(picture, m, how=None, **options):
+        return lab.edit(picture, m, steps=BASELINE_STEPS, how=how, **options)
 
-    def edit(picture, m, how=diffdiff.differential_diffusion, **options):
-        return model.decode(how(denoise, model.encode_image(picture), m, sampler, noise, **options))
-
-    start = image.to(lab.device)
-    z_init = model.encode_image(start)
-    noise = torch.randn(z_init.shape, generator=torch.Generator().manual_seed(0)).to(z_init)
-    back = model.decode(z_init)
+    back = edit(image, torch.ones_like(mu))
     composition, tiling = f"composition of {levels}", f"tiling, {levels} tiles"
     edits = {
-        "ours": lambda: edit(start, mu),
-        "no nesting": lambda: edit(start, mu, nested=False),
-        "blended latent diffusion": lambda: edit(start, (mu > 0.5).float(), baselines.blended_latent_diffusion),
-        "masked noise": lambda: edit(start, mu, baselines.masked_noise),
-        composition: lambda: baselines.edit_level_by_level(edit, start, mu, levels, keep_outside=False),
-        tiling: lambda: baselines.edit_level_by_level(edit, start, mu, levels, keep_outside=True),
-        "five tiles": lambda: baselines.edit_level_by_level(edit, start, mu, 5, keep_outside=True),
+        "ours": lambda: edit(image, mu),
+        "no nesting": lambda: edit(image, mu, nested=False),
+        "blended latent diffusion": lambda: edit(image, (mu > 0.5).float(), baselines.blended_latent_diffusion),
+        "masked noise": lambda: edit(image, mu, baselines.masked_noise),
+        composition: lambda: baselines.edit_level_by_level(edit, image, mu, levels, keep_outside=False),
+        tiling: lambda: baselines.edit_level_by_level(edit, image, mu, levels, keep_outside=True),
+        "five tiles": lambda: baselines.edit_level_by_level(edit, image, mu, 5, keep_outside=True),
     }
-    black = (edit(start, torch.zeros_like(mu)) - back).abs().mean((0, 1)).cpu()
+    black = (edit(image, torch.zeros_like(mu)) - back).abs().mean((0, 1))
     found, rows = {}, [image[:4]]
     for name in progress(edits):
         calls.clear()
         edited = edits[name]()
-        moved = (edited - back).abs().mean((0, 1)).cpu()
-        edited = edited.clamp(-1, 1).cpu()
+        moved = (edited - back).abs().mean((0, 1))
         x = edited / 2 + 0.5
         found[name] = {"cam": round(cam(mu, moved - black), 3), "calls": len(calls),
                        "by column": correlate_columns(mu, lab.distance(image, edited).mean(0)),
@@ -284,6 +276,7 @@ def figure8(lab):
                        "variation": round(x.flatten(2).std(2).mean().item(), 3),
                        "darkest fifth": round((moved[:, : size // 5].sum() / moved.sum()).item(), 3)}
         rows.append(edited[:4])
+    counter.remove()
     lab.save(charts.sheet(rows, labels=["input", *edits]), "baselines.png")
     ours, masked, composed, tiled, five = (
         found[name] for name in ("ours", "masked noise", composition, tiling, "five tiles"))
