@@ -4,6 +4,8 @@ An ordinary run is the pipeline's own, latent by latent; a run under a map is a 
 scheduler.
 """
 
+import importlib
+import os
 import re
 from pathlib import Path
 
@@ -228,6 +230,64 @@ def test_a_change_map_as_a_plain_loop_over_the_peer(peer):
     for ours, theirs in zip(got, want):
         assert small.relative_error(ours, theirs) <= 1e-4
     assert small.relative_error(last, torch.where(MU >= 1, Z_INIT, want[-1])) <= 1e-4
+
+
+@pytest.mark.skipif("DIFFUSERS" not in os.environ, reason="needs a checkout of huggingface/diffusers")
+@pytest.mark.parametrize("kind, module, name", [
+    ("sd3", "stable_diffusion_3", "StableDiffusion3DifferentialImg2ImgPipeline"),
+    ("flux", "flux", "FluxDifferentialImg2ImgPipeline"),
+    ("xl", "stable_diffusion_xl", "StableDiffusionXLDifferentialImg2ImgPipeline")])
+def test_a_change_map_as_the_community_pipelines(kind, module, name, tmp_path, monkeypatch):
+    """They noise and encode inside: they are given our noised original in place."""
+    monkeypatch.syspath_prepend(os.environ["DIFFUSERS"] + "/examples/community")
+    theirs = getattr(importlib.import_module(f"pipeline_{module}_differential_img2img"), name)
+    pipe = make_peer(kind, tmp_path)
+    pipe.kind = kind
+    other = theirs(**{part: x for part, x in pipe.components.items() if x is not None})
+    sampler, mu = pipelines.make_sampler(pipe, Z_INIT, K), MU
+    if kind == "sd3":
+        def noised(*said):
+            return other.scheduler.scale_noise(Z_INIT.expand(len(said[5]), -1, -1, -1), said[5], NOISE)
+
+        other.prepare_latents = noised
+        options = {"map": MU, "negative_prompt": NEGATIVE}
+    elif kind == "xl":
+        def noised(image, t, *said):
+            return other.scheduler.add_noise(Z_INIT.expand(len(t), -1, -1, -1), NOISE, t)
+
+        other.prepare_latents = noised
+        pixels = MU[0].repeat_interleave(SIDE, 1).repeat_interleave(SIDE, 2)
+        original = torch.zeros(1, 3, H * SIDE, W * SIDE)
+        options = {"map": pixels, "negative_prompt": NEGATIVE, "original_image": original}
+    else:
+        packed = pipelines.pack
+        ids = pipe._prepare_latent_image_ids(1, H // 2, W // 2, "cpu", torch.float32)
+        other.prepare_latents = lambda *_: (packed(NOISE), packed(NOISE), packed(Z_INIT), ids)
+        other.prepare_mask_latents = lambda *_: (packed(MU.expand(1, 4, H, W)), None)
+        options = {"mask_image": MU}
+        mu = torch.where(MU > 0, (MU + 1 / K).clamp(max=1), 0.0)  # it takes each threshold a step later
+    want = []
+
+    def keep(pipe, i, t, told):
+        z = told["latents"]
+        want.append(pipelines.unpack(z, H, W) if kind == "flux" else from_edm(other, z, i + 1))
+        return told
+
+    if kind != "xl":
+        options |= {"height": H * SIDE, "width": W * SIDE}
+    other.kind = kind
+    other(prompt=PROMPT, image=torch.zeros(1, 3, H * SIDE, W * SIDE), strength=1.0, num_inference_steps=K,
+          guidance_scale=GUIDANCE[kind], callback_on_step_end=keep, output_type="latent", **options)
+    got = []
+    seen = []
+    denoise = make_denoiser(pipe)
+    diffdiff.differential_diffusion(lambda z, t: seen.append(z) or denoise(z, t), Z_INIT, mu, sampler, NOISE,
+                                    skip=False, callback=lambda i, z: got.append(z))
+    if kind == "flux":  # it replaces at the end of a step: what it reports is what the next step sees
+        got[:-1] = seen[1:]
+    assert len(got) == len(want) == K
+    for ours, theirs in zip(got, want):
+        assert small.relative_error(ours, theirs) <= 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
