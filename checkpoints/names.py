@@ -15,6 +15,14 @@ import warnings
 # place). The original decoder counts resolutions from the finest up, in the order of the encoder;
 # {reversed} counts them as they are run.
 
+# What Hugging Face called the layers of an autoencoder's attention until 2023
+OLD_ATTENTION = {
+    "query.": "to_q.",
+    "key.": "to_k.",
+    "value.": "to_v.",
+    "proj_attn.": "to_out.0.",
+}
+
 PREFIX = {
     "unet": "model.diffusion_model.",
     "vae": "first_stage_model.",
@@ -69,11 +77,7 @@ NAMES = {
         "k.": "to_k.",
         "v.": "to_v.",
         "proj_out.": "to_out.0.",
-        # and what Hugging Face called them until 2023
-        "query.": "to_q.",
-        "key.": "to_k.",
-        "value.": "to_v.",
-        "proj_attn.": "to_out.0.",
+        **OLD_ATTENTION,
     },
     "text_encoder": {
         # SD 2 and XL: OpenCLIP. In `translate` its fused attn.in_proj_weight is cut into q, k, v,
@@ -95,7 +99,7 @@ NAMES = {
         "encoder.": "text_model.encoder.",
         "final_layer_norm.": "text_model.final_layer_norm.",
     },
-    "movq": {"spatial_norm.": "group_norm."},  # Hugging Face's own name, where ours is vae.Attention's
+    "movq": {"spatial_norm.": "group_norm.", **OLD_ATTENTION},  # which is vae.Attention's name for it
 }
 
 # What checkpoints hold besides, and nobody needs here: moving averages (the plain weights are there

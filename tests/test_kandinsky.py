@@ -1,15 +1,18 @@
 """models/kandinsky.py: what holds of an edit, wrong folders, and sample.py. Its numbers are held in tests/parity."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import diffdiff
 import samplers
+from checkpoints.names import OLD_ATTENTION
 from models import kandinsky
 from tests import small_kandinsky
 from tests.runs import GRADIENT, MEADOW, fails, run, same_picture
@@ -61,6 +64,15 @@ def test_a_variance_that_is_not_learned_is_left_out(folders, model, tmp_path):
         outputs = [m.denoiser("a red circle", "cats")(z, t) for m in (fixed, model)]
     assert outputs[0].shape[1] == 4 and outputs[1].shape[1] == 8
     torch.testing.assert_close(outputs[0], outputs[1][:, :4], rtol=1e-4, atol=1e-4)
+
+
+def test_an_autoencoder_in_the_names_of_2023(folders, model, tmp_path):
+    shutil.copytree(folders[1], tmp_path / "old")
+    file = tmp_path / "old/movq/diffusion_pytorch_model.safetensors"
+    tensors, old = load_file(file), {new: name for name, new in OLD_ATTENTION.items()}
+    save_file({re.sub("to_(q|k|v|out\\.0)\\.", lambda m: old[m[0]], name): x for name, x in tensors.items()}, file)
+    got = kandinsky.load(folders[0], tmp_path / "old").vae.state_dict()
+    assert all(torch.equal(got[name], x) for name, x in model.vae.state_dict().items())
 
 
 def test_how_a_scheduler_says_what_limits_the_picture(model):

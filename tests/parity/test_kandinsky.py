@@ -165,7 +165,7 @@ def test_parameter_counts_are_the_published_ones():
         assert sum(p.numel() for p in prior.ImageEncoder(image).parameters()) == 1_844_907_264
 
 
-@pytest.mark.skipif(not os.environ.get("KANDINSKY_FULL"), reason="minutes and 11 GB: set KANDINSKY_FULL=1")
+@pytest.mark.skipif(not os.environ.get("KANDINSKY_FULL"), reason="minutes and 10 GB: set KANDINSKY_FULL=1")
 @torch.no_grad()
 def test_networks_of_full_size():
     """One set of random tensors for both."""
