@@ -27,11 +27,12 @@ from common.cli import TOY, TOY_MFX, Parser, folder_name, report_errors
 from common.devices import choose_device, choose_precision
 from common.files import atomic_write, write_json
 from kernels.memory import hold_memory
-from reproduce import cache, dd_figures, dd_tables, fidelity, mfx_figures, mfx_tables, report, toy
+from reproduce import cache, dd_figures, dd_tables, few_steps, fidelity, mfx_figures, mfx_tables, report, toy
 from reproduce.lab import MFX, OPEN, REGISTERED, Lab, NotHere, Outcome
 
 INPAINTING = TOY.parent / "toy-inpainting"
-MODULES = [m.__name__ for m in (dd_tables, dd_figures, mfx_tables, mfx_figures, toy, fidelity)]  # as on the page
+MODULES = [  # as on the page
+    m.__name__ for m in (dd_tables, dd_figures, few_steps, mfx_tables, mfx_figures, toy, fidelity)]
 ITEMS = {item.name: item for module in MODULES for item in REGISTERED if item.run.__module__ == module}
 WEIGHTS = "weights", "mfx_weights", "ablation_weights", "inpainting_weights"
 

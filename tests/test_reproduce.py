@@ -134,6 +134,23 @@ def test_one_strength_at_a_time_edits_each_level_once():
     assert torch.equal(composed, torch.full((1, 3, 4, 10), 5.0))
 
 
+@pytest.mark.parametrize("how", [baselines.dither, baselines.blend_overrides])
+def test_more_strengths_than_steps(how):
+    """At whole steps the paper's own rule; between two of them, results between theirs. White is the original."""
+    sampler = samplers.make_sampler("ddim", diffusion.Schedule(spacing="trailing"), 4)
+    z_init, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def change(mu, rule):
+        return (rule(denoise, z_init, mu, sampler, noise) - z_init).abs().mean().item()
+
+    mu = torch.arange(64).view(8, 8) % 5 / 4
+    z = how(denoise, z_init, mu, sampler, noise)
+    torch.testing.assert_close(z, diffdiff.differential_diffusion(denoise, z_init, mu, sampler, noise))
+    assert torch.equal(z[..., mu == 1], z_init[..., mu == 1])
+    changes = [change(torch.full((8, 8), j / 16), how) for j in range(17)]
+    assert all(a > b for a, b in zip(changes, changes[1:])) and changes[-1] == 0
+
+
 @pytest.mark.parametrize("paste", [baselines.paste_alpha, baselines.paste_poisson, baselines.paste_laplace])
 def test_pasting_keeps_the_original_outside_and_what_is_the_same_everywhere(paste):
     rng = np.random.default_rng(0)
