@@ -192,6 +192,9 @@ def read_model(args, dtype, device):
             raise ValueError(f"{what}: it goes with --edit or --collage") from None
         if (Path(args.weights) / "movq").is_dir():
             raise ValueError(f"{args.weights} is Kandinsky's: it goes with --prior") from None
+        if (Path(args.weights) / "tokenizer/spiece.model").is_file():
+            what = f"{args.weights} is DeepFloyd IF's"
+            raise ValueError(f"{what}: it goes with --super-resolution") from None
         raise
     if model.xl and model.xl.refines:
         raise ValueError(f"{args.weights} is a refiner of Stable Diffusion XL: it goes with "

@@ -41,5 +41,6 @@ def test_what_does_not_go_with_it(tmp_path, capsys, cascade):
     words = [*cascade, "--change-map", GRADIENT, "--out", tmp_path / "out.png"]
     assert "--sampler does not go with --super-resolution" in fails(capsys, *words, "--sampler", "ddim")
     assert "needs --image, and DeepFloyd IF's first stage as --weights" in fails(capsys, *words[2:])
+    assert "IF-I is DeepFloyd IF's: it goes with --super-resolution" in fails(capsys, *words[:2], *words[4:])
     assert "IF-II is not a stage I of DeepFloyd IF" in fails(capsys, *words, "--weights", cascade[3])
     assert not any(tmp_path.iterdir())
