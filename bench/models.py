@@ -48,7 +48,7 @@ def make_stable_diffusion(kind, dtype, device):
     """The shipped toy, or random weights at full size with a small vocabulary; fast, as sample.py makes it."""
     if kind == "toy":
         return make_fast(sd.load(TOY, dtype, device), device)
-    parts = [make_part(name, kind, dtype, device) for name in PARTS]
+    parts = [make_part(name, kind, dtype, device) for name in CONFIGS[kind]]
     tokenizer = clip.Tokenizer(*learn_bpe(["a photo of snow at night", "a red ball on grass"], 560))
     model = sd.StableDiffusion(*parts, diffusion.Schedule(), tokenizer, SIDES[kind])
     return make_fast(model, device)

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 import diffusion
 import samplers
+import sd
 from checkpoints import configs
-from checkpoints.parts import save_part
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A torchvision that was built for another PyTorch than is here lacks two operators. Its import asks for them by name,
@@ -83,18 +83,6 @@ def make_vae_peer(model):
     return build_peer(lambda: diffusers.AutoencoderKL.from_config(options), model)
 
 
-def make_text_peer(model):
-    """clip.TextEncoder -> transformers.CLIPTextModel, through a folder: it has other names for its weights inside."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    dtype = next(model.parameters()).dtype
-    with tempfile.TemporaryDirectory() as folder:
-        save_part(model, folder)
-        peer = transformers.CLIPTextModel.from_pretrained(folder, dtype=dtype)
-    return peer.eval().requires_grad_(False).to(next(model.parameters()).device)
-
-
 def make_scheduler(schedule):
     import diffusers
 
@@ -102,19 +90,16 @@ def make_scheduler(schedule):
 
 
 def make_pipeline(model, dtype):
-    """sd.StableDiffusion -> diffusers.StableDiffusionImg2ImgPipeline in that precision, where the model is."""
+    """sd.StableDiffusion -> diffusers.StableDiffusionImg2ImgPipeline in that precision, where the model is: by the
+    folder that we save and diffusers opens."""
     import diffusers
-    import transformers
 
+    diffusers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        model.tokenizer.save(folder)
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
-    pipe = diffusers.StableDiffusionImg2ImgPipeline(
-        vae=make_vae_peer(model.vae), text_encoder=make_text_peer(model.text), tokenizer=tokenizer,
-        unet=make_unet_peer(model.unet), scheduler=make_scheduler(model.schedule),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        sd.save(model, folder)
+        pipe = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    return pipe if dtype == pipe.dtype else pipe.to(dtype=dtype)
+    return pipe.to(model.unet.conv_in.weight.device, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -77,23 +77,15 @@ def test_xl_names_as_diffusers_converts_them():
 def peer_folder(folder, kind):
     """A folder as diffusers and transformers write it, of the weights of `small`."""
     diffusers = pytest.importorskip("diffusers")
-    transformers = pytest.importorskip("transformers")
-    model = small.stable_diffusion(kind)
-    c = configs.unet_config_to_json(small.UNETS[kind]) | {"sample_size": 24}
-    peer = diffusers.UNet2DConditionModel.from_config(c)
-    peer.load_state_dict(model.unet.state_dict())
-    peer.save_pretrained(folder / "unet")
-    peer = diffusers.AutoencoderKL.from_config(configs.vae_config_to_json(small.VAE))
-    peer.load_state_dict(model.vae.state_dict())
-    peer.save_pretrained(folder / "vae")
-    peer = transformers.CLIPTextModel(transformers.CLIPTextConfig(**configs.text_config_to_json(small.TEXTS[kind])))
-    short = not any(k.startswith("text_model.") for k in peer.state_dict())
-    peer.load_state_dict({k[11:] if short else k: v for k, v in model.text.state_dict().items()})
-    peer.save_pretrained(folder / "text_encoder")
-    diffusers.PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True,
-                            prediction_type="v_prediction" if kind == "sd2" else "epsilon",
-                            ).save_pretrained(folder / "scheduler")
-    model.tokenizer.save(folder / "tokenizer")
+    pytest.importorskip("transformers")
+    prediction = "v_prediction" if kind == "sd2" else "epsilon"
+    model = small.stable_diffusion(kind, prediction)
+    sd.save(model, folder / "ours")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder / "ours")
+    pipe.unet.register_to_config(sample_size=24)
+    pipe.scheduler = diffusers.PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+                                             skip_prk_steps=True, prediction_type=prediction)
+    pipe.save_pretrained(folder)
     return model
 
 
