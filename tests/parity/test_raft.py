@@ -1,4 +1,11 @@
-"""RAFT against torchvision and against the authors' layout, with the same random weights."""
+"""RAFT against torchvision and against the authors' layout, with the same random weights.
+
+RAFT_REPO=/path/to/princeton-vl/RAFT also runs the authors' own code, from a checkout of it.
+"""
+
+import os
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -122,6 +129,29 @@ def test_original_layout(model, tmp_path, prefix, extension):
     first, second = pictures(2, 128, 136).split(1)
     assert error(loaded(first, second, 2), model(first, second, 2)) <= 1e-5  # of weights at other addresses
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.skipif("RAFT_REPO" not in os.environ, reason="no RAFT_REPO")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("H, W", SIZES[1:3])
+def test_the_authors_code(tmp_path, monkeypatch, H, W):
+    monkeypatch.syspath_prepend(os.path.join(os.environ["RAFT_REPO"], "core"))
+    monkeypatch.setitem(sys.modules, "scipy", types.SimpleNamespace(interpolate=None))  # imported, not used here
+    from raft import RAFT as Theirs
+    from utils.utils import InputPadder
+
+    class Arguments(types.SimpleNamespace):
+        def __contains__(self, name):
+            return hasattr(self, name)
+
+    theirs = randomise(nn.DataParallel(Theirs(Arguments(small=False, mixed_precision=False))))
+    torch.save(theirs.state_dict(), tmp_path / "raft-things.pth", _use_new_zipfile_serialization=False)
+    model = published.load("raft", tmp_path / "raft-things.pth")
+    first, second = ((pictures(2, H, W) + 1) * 127.5).round().split(1)
+    padder = InputPadder(first.shape)
+    flows = theirs(*padder.pad(first, second))
+    ours = model(2 * (first / 255) - 1, 2 * (second / 255) - 1, every=True)
+    assert max(error(a, padder.unpad(b)) for a, b in zip(ours, flows)) < 1e-4
 
 
 def test_flows_of_a_clip_are_the_releases(peer, model):
