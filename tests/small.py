@@ -54,6 +54,18 @@ def randomise(model, seed=0):
     return model.eval().requires_grad_(False)
 
 
+def fill(ours, theirs):
+    """One set of random tensors for two networks that were built on the meta device"""
+    tensors = {}
+    for i, (name, tensor) in enumerate(ours.state_dict().items()):
+        fan_in = tensor[0].numel() if tensor.ndim > 1 else 100
+        tensors[name] = randn(*tensor.shape, seed=i) * fan_in**-0.5
+        if tensor.ndim == 1 and name.endswith("weight"):
+            tensors[name] += 1
+    ours.eval().load_state_dict(tensors, assign=True)
+    theirs.eval().load_state_dict(tensors, assign=True, strict=False)  # a T5's has one tensor under two names
+
+
 def stable_diffusion(kind="sd1", prediction="epsilon"):
     """A whole Stable Diffusion on random weights: one of UNETS, pictures of 16x16 pixels."""
     torch.manual_seed(1)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from checkpoints.parts import SkipInit
 from models import adm, deepfloyd, t5
 from tests import small_deepfloyd as small_if
-from tests.small import randn, relative_error
+from tests.small import fill, randn, relative_error
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -113,19 +113,6 @@ def test_a_change_map_as_a_plain_loop_over_the_peers(cascade, monkeypatch):
 
 
 FULL = pytest.mark.skipif(not os.environ.get("IF_FULL"), reason="minutes and up to 18 GB: set IF_FULL=1")
-
-
-def fill(*networks):
-    """One set of random tensors for all"""
-    tensors = {}
-    for i, (key, tensor) in enumerate(networks[0].state_dict().items()):
-        fan_in = tensor[0].numel() if tensor.ndim > 1 else 100
-        tensors[key] = randn(*tensor.shape, seed=i) * fan_in**-0.5
-        if tensor.ndim == 1 and key.endswith("weight"):
-            tensors[key] += 1
-    for network in networks:
-        network.load_state_dict(tensors, assign=True, strict=False)
-        network.eval()
 
 
 @FULL

@@ -12,7 +12,7 @@ import diffdiff
 import samplers
 from models import adm, kandinsky, movq, prior
 from tests import small_kandinsky
-from tests.small import randn, relative_error
+from tests.small import fill, randn, relative_error
 from vae import VAEConfig
 
 diffusers = pytest.importorskip("diffusers")
@@ -181,14 +181,7 @@ def test_networks_of_full_size():
     z, t, states = randn(1, 4, 16, 16), torch.tensor([801]), randn(1, 1280, seed=1)
     text, seen = (randn(1, 77, 1280, seed=2), states), torch.arange(77)[None] < 9
     for i, (ours, theirs) in enumerate(pairs):
-        tensors = {}
-        for j, (key, tensor) in enumerate(ours.state_dict().items()):
-            fan_in = tensor[0].numel() if tensor.ndim > 1 else 100
-            tensors[key] = randn(*tensor.shape, seed=j) * fan_in**-0.5
-            if tensor.ndim == 1 and key.endswith("weight"):
-                tensors[key] += 1
-        for network in (ours, theirs):
-            network.eval().load_state_dict(tensors, assign=True)
+        fill(ours, theirs)
         if i == 0:
             got = ours(z, t, *ours.condition(states))
             want = theirs(z, t, None, added_cond_kwargs={"image_embeds": states}).sample

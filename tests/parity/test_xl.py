@@ -137,19 +137,11 @@ def test_a_change_map_as_a_plain_loop_over_the_peers(pair):
 @pytest.mark.parametrize("name, numbers", [("sdxl", 6), ("sdxl-refiner", 5)])
 @torch.no_grad()
 def test_unets_of_full_size(name, numbers):
-    """One set of random tensors for both."""
     config = unet.CONFIGS[name]
     with torch.device("meta"), SkipInit():
         ours = unet.UNet(config).eval()
         theirs = diffusers.UNet2DConditionModel.from_config(configs.unet_config_to_json(config)).eval()
-    tensors = {}
-    for i, (key, tensor) in enumerate(ours.state_dict().items()):
-        fan_in = tensor[0].numel() if tensor.ndim > 1 else 100
-        tensors[key] = small.randn(*tensor.shape, seed=i) * fan_in**-0.5
-        if tensor.ndim == 1 and key.endswith("weight"):
-            tensors[key] += 1
-    ours.load_state_dict(tensors, assign=True)
-    theirs.load_state_dict(tensors, assign=True)
+    small.fill(ours, theirs)
     z, context, pooled = small.randn(1, 4, 16, 16), small.randn(1, 77, config.context), small.randn(1, 1280)
     told = [256, 256, 0, 0, 256, 256][:numbers]
     got = ours(z, torch.tensor([801]), context, torch.cat([pooled, embed_numbers([told], 256)], dim=1))
