@@ -224,7 +224,7 @@ def pictures(lab):
     """
     meadow = ["--image", "examples/meadow.png"]
     gradient = [*meadow, "--change-map", "examples/gradient.png", "--prompt", "snow at night"]
-    ball = [*meadow, "--mask", "examples/mask.png", "--softness", "6", "--prompt", "a yellow house on grass at noon"]
+    ball = [*meadow, "--mask", "examples/mask.png", "--softness", "6", "--prompt", "a purple mushroom on grass at noon"]
     commands = {
         lab.out / "edit.png": [*gradient, "--sheet", "examples/sheet.png", "--steps-strip", "examples/strip.png"],
         lab.out / "soft.png": [*ball, "--sheet", "examples/soft.png"],

@@ -57,7 +57,7 @@ def test_the_peer_pipeline_opens_the_folder_and_draws_the_same_picture(toy):
 def test_autoencoder(lab):
     with torch.inference_mode():
         result = toy_items.autoencoder(lab).results
-    assert result["psnr_db"] >= 32 and result["psnr_inside_objects_db"] >= 27
+    assert result["psnr_db"] >= 42 and result["psnr_inside_objects_db"] >= 38
 
 
 @pytest.mark.slow
