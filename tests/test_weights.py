@@ -65,7 +65,7 @@ def test_prompts_are_followed(lab):
     with torch.inference_mode():
         result = toy_items.adherence(lab).results
     assert result["true renders"]["all three"] >= 0.97  # the probes themselves
-    assert result["text to image"]["all three"] >= 0.85  # of 32 pictures
+    assert result["text to image"]["all three"] >= 0.95  # of 32 pictures
 
 
 @pytest.mark.slow
@@ -77,9 +77,12 @@ def test_change_follows_a_gradient(lab):
 
 @pytest.mark.slow
 def test_shadows_and_reflections_follow_an_edit(lab):
+    """Of 24 edits: 0.60 of the squared error in shadows, 0.35 of all; all absolute error 1.55 times the collage's."""
     with torch.inference_mode():
         result = mfx_tables.magic_fixup(lab).results
-    assert result["shadows and reflections"]["squared"]["removed"][0] >= 0.6  # of 24 edits; 0.66 of the 120
+    assert result["shadows and reflections"]["squared"]["removed"][0] >= 0.55
+    assert result["everywhere"]["squared"]["removed"][0] >= 0.25
+    assert result["everywhere"]["absolute"]["output"] <= 1.8 * result["everywhere"]["absolute"]["coarse edit"]
 
 
 @pytest.mark.slow
@@ -101,7 +104,7 @@ def test_the_inpainting_model_keeps_what_it_is_shown_and_paints_what_it_is_told(
         seen = model.decode(model.encode_image(image)) / 2 + 0.5
         off = (painted(world.captions(scenes, g), half) - seen).abs().mean((0, 1, 2))
         night, noon = (painted([f"a red ball on snow at {t}"] * 6, torch.ones_like(half)) for t in ("night", "noon"))
-    assert off[96:].mean() < 0.065 < off[:64].mean()  # 0.053 and 0.076 measured
+    assert off[96:].mean() < 0.065 < off[:64].mean()
     assert ((noon - night).mean((1, 2, 3)) > 0.3).all()
 
 
