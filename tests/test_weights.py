@@ -104,7 +104,7 @@ def test_the_inpainting_model_keeps_what_it_is_shown_and_paints_what_it_is_told(
         seen = model.decode(model.encode_image(image)) / 2 + 0.5
         off = (painted(world.captions(scenes, g), half) - seen).abs().mean((0, 1, 2))
         night, noon = (painted([f"a red ball on snow at {t}"] * 6, torch.ones_like(half)) for t in ("night", "noon"))
-    assert off[96:].mean() < 0.065 < off[:64].mean()
+    assert off[96:].mean() < 0.04 < off[:64].mean()  # 0.024 and 0.053 measured
     assert ((noon - night).mean((1, 2, 3)) > 0.3).all()
 
 
