@@ -52,7 +52,7 @@ from common.pictures import (
 from editing import cascade, inputs, options, paste
 from kernels.memory import hold_memory
 from models import kandinsky, xl
-from prompts import list_texts
+from models.prompts import list_texts
 
 # Defaults of what is left out: with a prompt, as in the one paper; with an edit, as in the other
 WITH_PROMPT = {"prompt": "", "negative": "", "weights": TOY}
@@ -78,7 +78,7 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
     repaint      (1 or N, 1, H, W), 1 = repaint: what an inpainting model sees at every step
     seed         a number, or N of them
     predictions  a list, filled with (t, the model's guess at the clean latent) as it goes
-    a1111        read weights in prompts, and long ones whole: prompts.py
+    a1111        read weights in prompts, and long ones whole: models/prompts.py
     refiner      of sd.load, an XL's, for the steps that follow the first share `switch` of them
       ->         (N, 3, H, W) in about [0, 1]
     """

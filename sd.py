@@ -28,8 +28,8 @@ from checkpoints.words import add_words, drop_words, load_tokenizer, read_word
 from common.files import read_json, write_json
 from diffusion import Schedule
 from models import xl
+from models.prompts import encode_weighted, list_texts, warn_of_weights
 from models.xl import XL
-from prompts import encode_weighted, list_texts, warn_of_weights
 from unet import UNet
 from vae import VAE
 
@@ -87,7 +87,7 @@ class StableDiffusion:
     def encode_prompt(self, prompts, a1111=False):
         """B strings -> context (B, 77, D) for the UNet. ValueError without a tokenizer.
 
-        a1111  read weights, and prompts of any length, as prompts.py says: (B, 77 n, D)
+        a1111  read weights, and prompts of any length, as models/prompts.py says: (B, 77 n, D)
         """
         self.require_tokenizer()
         texts = list_texts(prompts, "prompts")

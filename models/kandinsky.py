@@ -21,7 +21,7 @@ from checkpoints.words import load_tokenizer
 from common.files import read_json
 from diffusion import Schedule, T
 from models import adm, movq, prior
-from prompts import list_texts, warn_of_weights
+from models.prompts import list_texts, warn_of_weights
 
 GUIDANCE = 4.0  # of the prior, and where nobody says another of the drawing: the release's
 STEPS = 25  # of the prior

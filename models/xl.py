@@ -18,7 +18,7 @@ import torch
 
 import clip
 from diffusion import T
-from prompts import encode_weighted, split_chunks, warn_of_weights
+from models.prompts import encode_weighted, split_chunks, warn_of_weights
 from unet import timestep_embedding
 
 SIDE = 128  # latent pixels along a side of its training pictures

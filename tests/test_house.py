@@ -15,7 +15,7 @@ CARD = {"mfx", "diffdiff", "unet", "vae", "warp", "data", "train", "sample"}
 # A file imports from its own row and the rows above it.
 ROWS = (
     ("common", "kernels"),
-    ("unet", "vae", "clip", "prompts", "diffusion", "samplers", "warp", "networks"),
+    ("unet", "vae", "clip", "diffusion", "samplers", "warp", "networks"),
     ("checkpoints", "collage", "diffdiff", "models"),
     ("sd",),
     ("mfx",),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import clip
-import prompts
+from models import prompts
 from tests import small
 from tests.small import TOKENIZER, relative_error
 
