@@ -154,9 +154,9 @@ def diagnose(got, want, tolerance):
         return "rows and columns are the wrong way round: the last two dimensions are swapped"
     for dim, length in enumerate(got.shape):
         if length > 2 and same(got.narrow(dim, 1, length - 1), want.narrow(dim, 0, length - 1), tolerance):
-            return f"off by one step: along dimension {dim} everything comes one place too early"
-        if length > 2 and same(got.narrow(dim, 0, length - 1), want.narrow(dim, 1, length - 1), tolerance):
             return f"off by one step: along dimension {dim} everything comes one place too late"
+        if length > 2 and same(got.narrow(dim, 0, length - 1), want.narrow(dim, 1, length - 1), tolerance):
+            return f"off by one step: along dimension {dim} everything comes one place too early"
     scale = (got * want).sum().item() / max((want * want).sum().item(), 1e-12)
     if scale and same(got / scale, want, tolerance):
         return f"the scale is wrong: it is {scale:.4g} times what is expected"

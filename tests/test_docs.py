@@ -1,4 +1,4 @@
-"""README and docs/: code is quoted as it is, files and links exist, commands name options that there are."""
+"""README, docs/, the course: code is quoted as it is, files and links exist, commands name options that there are."""
 
 import re
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "course").glob("*.md"))]
 
 
 def strip_lines(text):
@@ -60,7 +60,8 @@ def test_the_readme_is_short_and_begins_with_two_commands():
 @pytest.mark.slow
 def test_commands_name_options_that_there_are():
     programs = {"sample.py": ["sample.py"], "data.py": ["data.py"], "train.py": ["train.py"]}
-    modules = {name: ["-m", name] for name in ("reproduce", "bench", "reproduce.train_toys")}
+    names = "reproduce", "bench", "reproduce.train_toys", "course", "course.figures"
+    modules = {name: ["-m", name] for name in names}
     helps = {}
     for name, words in (programs | modules).items():
         done = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
