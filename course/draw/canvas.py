@@ -7,8 +7,8 @@
     canvas.line([place(s, n) for s, n in points], canvas.lines[0])
     canvas.save(folder, "lesson4-masks")                 lesson4-masks.png or lesson4-masks-dark.png
 
-All places and sizes are in pixels of a slide. The file has SCALE times as many. Letters are those of Pillow's own
-font, which has no Greek: write mu, eps.
+All places and sizes are in pixels of a slide. The file has twice as many a side, or `scale` times: 1 is for pictures of
+noise, which PNG cannot make small. Letters are those of Pillow's own font, which has no Greek: write mu, eps.
 """
 
 import math
@@ -20,7 +20,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.pictures import save_picture, tensor_to_picture
 
-SCALE = 2  # pixels of the file for each of a slide
 FINE = 2  # everything is drawn so many times larger still, for smooth lines
 # paper, ink, faint ink, and the colours of lines, in turn
 LIGHT = "#ffffff", "#222222", "#c8c8c8", ("#0b62a4", "#c8501e", "#2a8a4a", "#8a4fb0", "#b08a10")
@@ -30,10 +29,10 @@ DARK = "#16181d", "#e8e8e8", "#4a4e57", ("#6ab7f5", "#ff9a6a", "#6fd08f", "#cfa1
 class Canvas:
     """A figure of width x height. Its colours: .paper .ink .faint, and .lines, five of them."""
 
-    def __init__(self, width, height, dark=False):
+    def __init__(self, width, height, dark=False, scale=2):
         self.dark = dark
         self.paper, self.ink, self.faint, self.lines = DARK if dark else LIGHT
-        self.zoom = SCALE * FINE
+        self.zoom = scale * FINE
         self.image = Image.new("RGB", (width * self.zoom, height * self.zoom), self.paper)
         self.draw = ImageDraw.Draw(self.image)
 
