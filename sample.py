@@ -287,7 +287,10 @@ def run(args):
         filled, mask, shown["coarse edit"] = inputs.fit_coarse_edit(coarse, original, size)
         make = functools.partial(fixup, model, picture, filled, mask, seeds=seeds)
     else:
-        inpainting = model.unet.config.in_channels > model.unet.config.out_channels
+        reads, C = model.unet.config.in_channels, model.unet.config.out_channels
+        if reads == 2 * C:
+            raise ValueError("these weights follow instructions: reproduce/pix2pix.py runs them")
+        inpainting = reads > C
         if inpainting and not args.mask:
             raise ValueError("these weights are an inpainting model: it needs --image and --mask")
         make = functools.partial(

@@ -22,14 +22,13 @@ DEIS 2204.13902, LCM 2310.04378, IDDPM 2102.09672.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import RectifiedFlow, Schedule, T
+from diffusion import Schedule, T
 
 # --------------------------------------------------------------------------------------------------
 # What all samplers share: the ladder of noise levels, and a memory that knows where it is void
@@ -241,20 +240,6 @@ def heun(schedule: Schedule, k: int) -> Sampler:
     return Sampler(ladder, step)
 
 
-def flow_euler(schedule: RectifiedFlow, k: int) -> Sampler:
-    """Rectified flow by Euler's method. The model is asked with t (B,) float, for a velocity."""
-    sigma = schedule.sigmas(k)
-    # Of a `Ladder` what `Sampler` and its callers read. These timesteps are not whole.
-    ladder = SimpleNamespace(schedule=schedule, k=k, timesteps=[T * s for s in sigma[:-1]])
-
-    def step(model, z, i, state=None, noise=None, restarted=None):
-        t = torch.full((len(z),), ladder.timesteps[i], device=z.device)
-        v = model(z, t).to(z.dtype)
-        return z + (sigma[i + 1] - sigma[i]) * v, None
-
-    return Sampler(ladder, step)
-
-
 # --------------------------------------------------------------------------------------------------
 # Multi-step samplers: one model call a step, better for remembering the calls before
 
@@ -333,7 +318,7 @@ def deis(schedule: Schedule, k: int) -> Sampler:
 
 
 # --------------------------------------------------------------------------------------------------
-# The loop, and the table
+# The loop, its inverse, and the table
 
 
 def make_step_noise(shape: tuple, seeds: list[int]) -> Callable[[int], Tensor]:
@@ -360,12 +345,10 @@ def run_sampler(
     """The reverse process: from noise, text to image; from a noised original and start > 0, SDEdit.
 
     model       (z, t) -> the network's output, t (B,) long
-    z           (B, C, h, w) at the level of step `start`: torch.randn, or
-                sampler.noise_to(start, z_init, noise)
+    z           (B, C, h, w) at the level of step `start`: torch.randn, or of `noise_to`
     step_noise  i -> (B, C, h, w), for a stochastic sampler: make_step_noise(z.shape[1:], seeds)
     callback    called as callback(i, z) with the result of step i
       ->        (B, C, h, w), the clean latent; z itself where start = k
-
     ValueError for a start outside 0 .. k.
     """
     if not 0 <= start <= sampler.k:
@@ -377,6 +360,23 @@ def run_sampler(
         if callback:
             callback(i, z)
     return z
+
+
+@torch.no_grad()
+def invert_ddim(model, z: Tensor, sampler: Sampler, start=0, rounds=1) -> list[Tensor]:
+    """DDIM backwards, `transfer` solved for z: the latents of levels start .. k on the way to z.
+
+    rounds  1: a latent's noise is asked of the next cleaner one, as in all papers; more: again
+    """
+    ladder, levels = sampler.ladder, [z]
+    for i in reversed(range(start, ladder.k)):
+        scale = ladder.alpha[i + 1] / ladder.alpha[i]
+        guess = levels[0]
+        for _ in range(rounds):
+            _, eps = ladder.predict(model, guess, i)
+            guess = (levels[0] - (ladder.sigma[i + 1] - scale * ladder.sigma[i]) * eps) / scale
+        levels.insert(0, guess)
+    return levels
 
 
 SAMPLERS = {  # name: (schedule, k, options) -> Sampler

@@ -278,10 +278,10 @@ def check_fit(path, sd):
         raise ValueError(f"{path}: its parts do not fit: the UNet reads text of width {u.context} "
                          f"and gives {u.out_channels} channels, the text encoder gives {width}, "
                          f"the VAE {v.latent_channels}")
-    plain, inpainting = v.latent_channels, 2 * v.latent_channels + 1
-    if u.in_channels not in (plain, inpainting):
+    C = v.latent_channels
+    if u.in_channels not in (C, 2 * C, 2 * C + 1):
         raise ValueError(f"{path}: a UNet of {u.in_channels} input channels is neither a plain "
-                         f"model ({plain}) nor an inpainting one ({inpainting})")
+                         f"model ({C}), nor InstructPix2Pix ({2 * C}) or inpainting ({2 * C + 1})")
     if sd.xl:
         xl.check_fit(path, sd)
         sd.xl.tokenizer = check_text(path, sd.xl.text, sd.xl.tokenizer) if sd.xl.text else None
@@ -384,7 +384,9 @@ def save(sd, folder, dtype=None):
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
     }
-    if sd.unet.config.in_channels > sd.unet.config.out_channels:
+    if sd.unet.config.in_channels == 2 * sd.unet.config.out_channels:
+        index["_class_name"] = "StableDiffusionInstructPix2PixPipeline"
+    elif sd.unet.config.in_channels > sd.unet.config.out_channels:
         # The inpainting pipeline asks whether its folder is newer than 0.5.1.
         index |= {"_class_name": "StableDiffusionInpaintPipeline", "_diffusers_version": "0.6.0"}
     if sd.xl:

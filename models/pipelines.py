@@ -15,6 +15,7 @@ of them, and latents of tokens, at each call.
 """
 
 import math
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +138,20 @@ def number_tokens(rows, columns):
 # The schedule
 
 
+def flow_euler(schedule: RectifiedFlow, k: int) -> samplers.Sampler:
+    """Rectified flow by Euler's method. The model is asked with t (B,) float, for a velocity."""
+    sigma = schedule.sigmas(k)
+    # Of a `Ladder` what `Sampler` and its callers read. These timesteps are not whole.
+    ladder = SimpleNamespace(schedule=schedule, k=k, timesteps=[T * s for s in sigma[:-1]])
+
+    def step(model, z, i, state=None, noise=None, restarted=None):
+        t = torch.full((len(z),), ladder.timesteps[i], device=z.device)
+        v = model(z, t).to(z.dtype)
+        return z + (sigma[i + 1] - sigma[i]) * v, None
+
+    return samplers.Sampler(ladder, step)
+
+
 def make_sampler(pipe, z, k):
     """The noise levels that the pipeline's scheduler has for k steps on latents z (B, C, h, w) -> a Sampler, of Euler
     or, for an LCMScheduler, lcm, which is stochastic
@@ -170,7 +185,7 @@ def make_sampler(pipe, z, k):
         static = 1.0
     # Stable Diffusion 3 walks to the scheduler's own last level, that of t = 1. So a static shift meets it twice.
     last = static / (T + static - 1) if kind == "sd3" else None
-    return samplers.flow_euler(RectifiedFlow(shift, last), k)
+    return flow_euler(RectifiedFlow(shift, last), k)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

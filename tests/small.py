@@ -27,10 +27,11 @@ SD1 = unet.UNetConfig(channels=(32, 64), depth=(1, 0), heads=8, context=64)
 UNETS = {
     "sd1": SD1,
     "inpainting": replace(SD1, in_channels=9),
+    "pix2pix": replace(SD1, in_channels=8),
     "sd2": unet.UNetConfig(channels=(64, 128), depth=(1, 0), heads=None, head_width=64, context=64, linear_proj=True),
 }
 TEXT = clip.TextConfig(len(VOCAB), 64, 2, 1, 77, 128, "quick_gelu", eos=len(VOCAB) - 1)
-TEXTS = {"sd1": TEXT, "inpainting": TEXT, "sd2": replace(TEXT, activation="gelu")}
+TEXTS = {"sd1": TEXT, "inpainting": TEXT, "pix2pix": TEXT, "sd2": replace(TEXT, activation="gelu")}
 VAE = vae.VAEConfig((32, 64))
 XL_TEXTS = {  # CLIP's, and OpenCLIP's
     "text_encoder": replace(TEXT, skip_last=1, final_norm=False),

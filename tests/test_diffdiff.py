@@ -8,6 +8,7 @@ import torch
 import diffdiff
 import diffusion
 import samplers
+from models import pipelines
 
 K = 10
 SHAPE = (2, 4, 8, 8)
@@ -31,7 +32,7 @@ def watch(seen):
 
 def make(name="ddim", k=K):
     if name == "rectified flow":
-        return samplers.flow_euler(diffusion.RectifiedFlow(shift=3), k)
+        return pipelines.flow_euler(diffusion.RectifiedFlow(shift=3), k)
     return samplers.make_sampler(name, diffusion.Schedule(), k)
 
 

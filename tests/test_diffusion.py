@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from diffusion import RectifiedFlow, Schedule, T
-from samplers import SAMPLERS, flow_euler, make_sampler, make_step_noise, run_sampler
+from models.pipelines import flow_euler
+from samplers import SAMPLERS, invert_ddim, make_sampler, make_step_noise, run_sampler
 from tests.small import EVERY_SAMPLER, SHAPE, mixture, randn, trajectory
 
 # --------------------------------------------------------------------------------------------------
@@ -104,6 +105,22 @@ def test_converges_and_higher_order_is_better(prediction):
         for better, first_order in zip(error[name], error["ddim"]):
             assert better < 0.5 * first_order, f"{name}: {error[name]} against {error['ddim']}"
     assert error["ddim"] == pytest.approx(error["euler"], rel=1e-3)  # the same method, but for where they end
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_ddim_backwards_and_forwards_is_where_it_began(prediction):
+    """To any precision by asking again; else to an error that falls as 1 / k. From any level on."""
+    schedule, z = Schedule(prediction=prediction), randn(*SHAPE)
+    model = mixture(schedule)
+
+    def error(k, rounds, start=0):
+        sampler = make_sampler("ddim", schedule, k)
+        levels = invert_ddim(model, z, sampler, start, rounds)
+        assert len(levels) == k - start + 1
+        return (run_sampler(model, levels[0], sampler, start) - z).abs().max()
+
+    assert error(50, 30) < 1e-4 and error(50, 30, start=20) < 1e-4
+    assert error(200, 1) < 0.35 * error(50, 1)
 
 
 @pytest.mark.parametrize("name, options", [("ddpm", {}), ("ddim", {"eta": 1.0})])

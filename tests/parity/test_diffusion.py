@@ -6,7 +6,8 @@ import torch
 import unet
 from diffdiff import differential_diffusion
 from diffusion import RectifiedFlow, Schedule, T, dynamic_shift
-from samplers import flow_euler, make_sampler
+from models.pipelines import flow_euler
+from samplers import make_sampler
 from tests.small import EVERY_SAMPLER, SHAPE, UNETS, mixture, randn, randomise, relative_error, trajectory
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its NumPy 1 spelling

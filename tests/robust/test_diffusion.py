@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from diffusion import LCM_TIMESTEPS, RectifiedFlow, Schedule, T
-from samplers import flow_euler, make_sampler, make_step_noise, run_sampler
+from models.pipelines import flow_euler
+from samplers import make_sampler, make_step_noise, run_sampler
 from tests.small import EVERY_SAMPLER, SHAPE, mixture, randn
 
 
