@@ -1,0 +1,245 @@
+"""Lesson 5's checks, and mistakes that they must name: {exercise: [(wrong answer, words of the sentence)]}."""
+
+import torch
+import torch.nn.functional as F
+
+import warp
+from course.grading import Wrong, call, compare, predicted
+from course.solutions import lesson5 as right
+
+
+def draw(*shapes):
+    """Uniform in 0 .. 1, the same every time"""
+    g = torch.Generator().manual_seed(5)
+    return [torch.rand(shape, generator=g) for shape in shapes]
+
+
+def check_PREDICT_HOLES(module):
+    side = 32
+    here = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy")).float()[None]
+    _, holes = warp.softsplat(torch.ones(1, 1, side, side), here, mode="avg", holes=True)
+    predicted(module.PREDICT_HOLES, holes.float().mean().item(), {
+        "that is one direction only: every other column is hit, and of it every other row": 0.5,
+        "that is the share that is hit: the question is the holes": 0.25,
+        "that is a backward warp, which fetches a colour for every pixel: a forward warp throws": 0.0,
+    })
+
+
+def check_fetch(module):
+    x, flow = draw((2, 3, 5, 7), (2, 2, 5, 7))
+    flow = 3 * flow - 1
+    compare(call(module.fetch, x, flow), right.fetch(x, flow), {sentence: wrong(x, flow) for sentence, wrong in
+                                                                WRONG_FETCHES.items()})
+
+
+def read(x, X, Y, **how):
+    """x at X, Y (B, H, W), counted from -1 to 1"""
+    return F.grid_sample(x, torch.stack([X, Y], -1), **{"padding_mode": "border", "align_corners": False} | how)
+
+
+def fetch_by_corners(x, flow):
+    H, W = x.shape[-2:]
+    X, Y = warp.positions(flow)
+    return read(x, 2 * X / (W - 1) - 1, 2 * Y / (H - 1) - 1)
+
+
+def fetch_half_a_pixel_off(x, flow):
+    H, W = x.shape[-2:]
+    X, Y = warp.positions(flow)
+    return read(x, 2 * X / W - 1, 2 * Y / H - 1)
+
+
+def fetch_nearest(x, flow):
+    H, W = x.shape[-2:]
+    X, Y = warp.positions(flow)
+    return read(x, (2 * X + 1) / W - 1, (2 * Y + 1) / H - 1, mode="nearest")
+
+
+def fetch_without_border(x, flow):
+    H, W = x.shape[-2:]
+    X, Y = warp.positions(flow)
+    return read(x, (2 * X + 1) / W - 1, (2 * Y + 1) / H - 1, padding_mode="zeros")
+
+
+WRONG_FETCHES = {
+    "the sign of the flow is wrong: pixel q reads at q + flow[q]": lambda x, flow: right.fetch(x, -flow),
+    "x and y of the flow are swapped: flow[:, 0] goes to the right": lambda x, flow: right.fetch(x, flow.flip(1)),
+    "places are counted from centre to centre, by W - 1, but grid_sample counts from edge to edge: (2 X + 1) / W - 1":
+        fetch_by_corners,
+    "it reads half a pixel too far left and up: a centre is half a pixel from its edge": fetch_half_a_pixel_off,
+    "it reads the nearest pixel: bilinear is asked for": fetch_nearest,
+    "beyond the edge it reads black: padding_mode='border' reads the edge": fetch_without_border,
+    "the flow is not used: this is the picture as it was": lambda x, flow: x,
+    "these are places alone: q is missing in q + flow[q]": lambda x, flow: right.fetch(x, flow - here(x)),
+}
+
+
+def here(x):
+    H, W = x.shape[-2:]
+    return torch.stack(torch.meshgrid(torch.arange(W), torch.arange(H), indexing="xy")).float()[None]
+
+
+ROW_FLOW = torch.tensor([-0.4, 0.25, 2.5, -3.5, 0.0, 0.75, 4.0, -2.25])  # collisions, holes, some that leave
+
+
+def check_splat_row(module):
+    x, = draw(8)
+    compare(call(module.splat_row, x, ROW_FLOW), right.splat_row(x, ROW_FLOW), {
+        sentence: wrong(x, ROW_FLOW) for sentence, wrong in WRONG_ROWS.items()})
+
+
+def throw(x, flow, share=None, find=torch.floor, wrap=False, add=True):
+    """splat_row, with a mistake"""
+    W, total, norm = len(x), torch.zeros(len(x)), torch.zeros(len(x))
+    for q in range(W):
+        place = q + flow[q]
+        left = int(find(place))
+        for p in (left, left + 1):
+            b = share(p, place, left) if share else (1 - (p - place).abs()).clamp(min=0)
+            if (wrap and -W <= p < W) or 0 <= p < W:
+                total[p] = b * x[q] + (total[p] if add else 0)
+                norm[p] = b + (norm[p] if add else 0)
+    return total, norm
+
+
+def cut(x, flow):
+    return throw(x, flow, share=lambda p, place, left: 1 - (p - place).abs(), find=torch.trunc)
+
+
+def gather(x, flow):
+    place = torch.arange(len(x)) + flow
+    left = place.floor().long()
+    total, norm = torch.zeros(len(x)), torch.zeros(len(x))
+    for p in (left, left + 1):
+        b = (1 - (p - place).abs()) * ((p >= 0) & (p < len(x)))
+        total += b * x[p.clamp(0, len(x) - 1)]
+        norm += b
+    return total, norm
+
+
+WRONG_ROWS = {
+    "the two shares are the wrong way round: the nearer pixel gets more":
+        lambda x, flow: throw(x, flow, share=lambda p, place, left: (p - place).abs()),
+    "what is lost at the left comes back at the right: an index below 0 counts from the end in Python":
+        lambda x, flow: throw(x, flow, wrap=True),
+    "where two pixels land the second replaces the first: add with +=": lambda x, flow: throw(x, flow, add=False),
+    "the place is rounded: the pixel to its left is floor(q + flow[q])":
+        lambda x, flow: throw(x, flow, find=torch.round),
+    "the place is cut towards zero: int(-0.4) is 0, and floor is -1": cut,
+    "the sign of the flow is wrong: q goes to q + flow[q]": lambda x, flow: throw(x, -flow),
+    "every pixel fetches: that is a backward warp. Here every pixel is thrown": gather,
+    "total is divided by norm already: that is the next exercise": lambda x, flow: (
+        right.normalise(throw(x, flow)[0], throw(x, flow)[1]), throw(x, flow)[1]),
+}
+
+
+def check_normalise(module):
+    total, norm = draw((1, 2, 3, 4), (1, 1, 3, 4))
+    norm[..., 0, :] += 1.5  # several have landed
+    norm[..., 2, 1:3] = 0  # holes
+    norm[..., 1, 1] = 2e-5  # next to nothing has, and the mean is still the mean
+    total = total * norm
+    got = call(module.normalise, total, norm)
+    if torch.is_tensor(got) and got.isnan().any():
+        raise Wrong("holes are not a number: 0 / 0. Divide by something else there, and then write 0")
+    compare(got, right.normalise(total, norm), {
+        "something small is added to norm: where little has landed, the result is too dark. Ask for norm == 0 instead":
+            total / (norm + 1e-4),
+        "norm is not let below 1: where less than a whole pixel has landed, the result is too dark":
+            total / norm.clamp(min=1),
+        "it is not divided: this is sum splatting": total.clone(),
+        "holes are not 0": torch.where(norm == 0, 1.0, right.normalise(total, norm)),
+    })
+
+
+def check_blend(module):
+    x, b = draw((4, 3), 4)
+    Z = torch.tensor([1.0, -2.0, 0.5, 1.5])
+    a = b * Z.exp()
+    compare(call(module.blend, x, b, Z), right.blend(x, b, Z), {
+        "the weights are b Z, as in linear splatting: take exp(Z)": (b * Z) @ x / (b * Z).sum(),
+        "b is left out: a pixel that hardly touches the target counts as one that hits it": Z.softmax(0) @ x,
+        "Z is left out: that is average splatting": b @ x / b.sum(),
+        "the sign of Z is wrong: a large Z wins": right.blend(x, b, -Z),
+        "it is not divided by the sum of the weights": a @ x,
+        "it is divided by the number of pixels: divide by the sum of the weights": a @ x / len(Z),
+        "it is divided by the sum of exp(Z), without b: weights that do not add up to 1": a @ x / Z.exp().sum(),
+        "the winner takes all: each pixel has its share": x[a.argmax()].clone(),
+    })
+    for shift in (100, -100):
+        got = call(module.blend, x, b, Z + shift)
+        if not got.isfinite().all():
+            raise Wrong(f"with {shift} added to all Z the weights overflow or vanish: subtract the largest before exp")
+        compare(got, right.blend(x, b, Z))
+
+
+def check_flow_slope(module):
+    # A small picture is thrown for real, in float64, and one of its pixels a little farther: central differences.
+    x, flow, grad = (t.double() for t in draw((1, 2, 5, 5), (1, 2, 5, 5), (1, 2, 5, 5)))
+    y, x_ = 2, 1
+    out, norm = warp.softsplat_plain(x, flow, None, "avg")
+    step, losses = 1e-5, []
+    for sign in (1, -1):
+        moved = flow.clone()
+        moved[0, 0, y, x_] += sign * step
+        losses.append((grad * warp.softsplat_plain(x, moved, None, "avg")[0]).sum())
+    want = (losses[0] - losses[1]) / (2 * step)
+
+    v, u = y + int(flow[0, 1, y, x_]), x_ + int(flow[0, 0, y, x_])
+    down = flow[0, 1, y, x_] % 1
+    b_slope = torch.stack([-(1 - down), 1 - down, -down, down])
+    at = [(v, u), (v, u + 1), (v + 1, u), (v + 1, u + 1)]
+    I, g = (torch.stack([t[0, :, j, i] for j, i in at]) for t in (out, grad))
+    N, colour = torch.stack([norm[0, 0, j, i] for j, i in at]), x[0, :, y, x_]
+    compare(call(module.flow_slope, colour, b_slope, I, N, g), want, {
+        sentence: wrong(colour, b_slope, I, N, g) for sentence, wrong in WRONG_SLOPES.items()})
+
+
+WRONG_SLOPES = {
+    "that is sum splatting: the norm changes as well when more of the pixel lands, so - I is missing (quotient rule)":
+        lambda x, b, I, N, g: (b / N * (g * x).sum(1)).sum(),
+    "it is not divided by N": lambda x, b, I, N, g: (b * (g * (x - I)).sum(1)).sum(),
+    "the sign is wrong: a target turns towards the pixel's colour, x - I": lambda x, b, I, N, g: (
+        b / N * (g * (I - x)).sum(1)).sum(),
+    "it is divided by N twice: I is divided already": lambda x, b, I, N, g: (b / N**2 * (g * (x - I)).sum(1)).sum(),
+    "grad is left out: the chain rule multiplies by it": lambda x, b, I, N, g: (b / N * (x - I).sum(1)).sum(),
+    "it is the mean over the channels: the loss adds them up": lambda x, b, I, N, g: (
+        b / N * (g * (x - I)).mean(1)).sum(),
+}
+
+
+MISTAKES = {
+    "PREDICT_HOLES": [(0.5, "one direction"), (0.25, "share that is hit"), (0, "backward"), (0.9, "too large")],
+    "fetch": [
+        (lambda x, flow: right.fetch(x, -flow), "sign of the flow"),
+        (lambda x, flow: right.fetch(x, flow.flip(1)), "swapped"),
+        (fetch_by_corners, "edge to edge"),
+        (fetch_half_a_pixel_off, "half a pixel"),
+        (fetch_without_border, "black"),
+    ],
+    "splat_row": [
+        (lambda x, flow: throw(x, flow, share=lambda p, place, left: (p - place).abs()), "nearer"),
+        (lambda x, flow: throw(x, flow, wrap=True), "counts from the end"),
+        (lambda x, flow: throw(x, flow, add=False), "replaces"),
+        (gather, "backward"),
+        (cut, "floor is -1"),
+    ],
+    "normalise": [
+        (lambda total, norm: total / norm, "0 / 0"),
+        (lambda total, norm: total / norm.clamp(min=1), "too dark"),
+        (lambda total, norm: total / (norm + 1e-4), "norm == 0"),
+        (lambda total, norm: total, "sum splatting"),
+    ],
+    "blend": [
+        (lambda x, b, Z: (b * Z.exp()) @ x / (b * Z.exp()).sum(), "overflow"),
+        (lambda x, b, Z: (b * Z) @ x / (b * Z).sum(), "linear"),
+        (lambda x, b, Z: Z.softmax(0) @ x, "b is left out"),
+        (lambda x, b, Z: right.blend(x, b, -Z), "sign of Z"),
+    ],
+    "flow_slope": [
+        (lambda x, b, I, N, g: (b / N * (g * x).sum(1)).sum(), "quotient rule"),
+        (lambda x, b, I, N, g: (b * (g * (x - I)).sum(1)).sum(), "not divided"),
+        (lambda x, b, I, N, g: -right.flow_slope(x, b, I, N, g), "sign"),
+        (lambda x, b, I, N, g: right.flow_slope(x, b, I, N, g) / 2, "mean over the channels"),
+    ],
+}
