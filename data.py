@@ -70,6 +70,7 @@ class PairRecipe:
     flow: str = "dis"  # one of video.estimators.FLOW
     segments: str = "classical"
     depth: str = "flow"
+    as_paper: bool = False  # the frames are whole seconds apart
 
 
 # Seconds between the two frames: uniform from here to LONGEST, or as far as a shorter clip goes
@@ -96,10 +97,11 @@ class Rejected(Exception):
         self.reason, self.message = reason, message
 
 
-def choose_frames(times, cuts, rng):
+def choose_frames(times, cuts, rng, as_paper=False):
     """Two frames of one shot, SHORTEST to LONGEST seconds apart where the shot is as long.
 
     times [n] in seconds; cuts [n - 1] bool: one between i and i + 1. -> i, j
+    as_paper: any whole number of seconds (section 3.5), not any number
     Rejected: no shot has two frames.
     """
     # Shots a .. b, both included. A longer one is chosen more often.
@@ -115,7 +117,8 @@ def choose_frames(times, cuts, rng):
     # The frames nearest to two moments.
     apart = length
     if length > SHORTEST:
-        apart = rng.uniform(SHORTEST, min(LONGEST, length))
+        most = min(LONGEST, length)
+        apart = rng.integers(1, int(most) + 1) if as_paper else rng.uniform(SHORTEST, most)
     begin = times[a] + rng.uniform(0, max(length - apart, 0))
     i = a + int(np.abs(np.array(times[a:b]) - begin).argmin())
     later = np.array(times[i + 1 : b + 1]) - times[i]
@@ -209,7 +212,7 @@ def make_pair(recipe, clip, index, preview=False, weights=None, device="cpu"):
     known = {}  # flows, for all tries
     for tries_left in reversed(range(TRIES)):
         try:
-            i, j = choose_frames(times, cuts, rng)
+            i, j = choose_frames(times, cuts, rng, recipe.as_paper)
             flow = compose_steps(estimate_steps(estimate_flows, frames, i, j, known))
             moved = measure_motion(flow)
             edits, count = warp_frames(frames[i], frames[j], flow, segment, estimate_depth)
@@ -268,7 +271,8 @@ def make_shards(args):
     # Until here nothing is written. The manifest says what these shards are, to a later run too.
     # A network's file counts, wherever it lies.
     used = {n: {"file": p.name, "sha256": published.digest(p)} for n, p in weights.items()}
-    manifest, clips, work = shards.begin(args.out, clips, asdict(recipe), used)
+    said = {name: value for name, value in asdict(recipe).items() if value is not False}
+    manifest, clips, work = shards.begin(args.out, clips, said, used)
 
     # This machine's part of the shards that are not done. Number k is a pair of clip k // pairs.
     part, parts = args.shard
@@ -335,7 +339,7 @@ def parse(argv):
     add = p.add_argument
     add("videos", nargs="+", type=file_name, metavar="VIDEO_OR_FOLDER")
     add("--out", type=folder_name, required=True, metavar="DIR", help="where the shards go")
-    p.set_defaults(**asdict(PairRecipe()))  # of the next seven options
+    p.set_defaults(**asdict(PairRecipe()))  # of the next eight options
     add("--size", type=number(int, 32, 4096), help="side in pixels (default: 512)")
     add("--pairs", type=number(int, 1, 1000), help="per clip (default: 1, as the paper)")
     add("--seed", type=number(int, 0, 2**63 - 1))
@@ -343,6 +347,7 @@ def parse(argv):
     add("--flow", choices=FLOW)
     add("--segments", choices=SEGMENTS)
     add("--depth", choices=DEPTH)
+    add("--as-paper", action="store_true", help="frames are whole seconds apart, 1 to 10")
     add("--networks", type=folder_name, metavar="DIR", help="where they lie (default: weights)")
     add("--device", help="of raft, sam, midas: auto, cpu, cuda, mps (default: auto)")
     add("--preview", action="store_true", help="also a sheet per shard, pairs-000012.png")

@@ -6,8 +6,7 @@ block of the extractor what the things in the picture are made of.
 
     I         reference   (B, C, h, w)  the photograph before the edit, encoded
     I_coarse  coarse      (B, C, h, w)  the collage, its holes filled by a simple algorithm, encoded
-    M         mask        (B, 1, h, w)  1 = content survived the edit, 0 = hole. At the rim a mean
-                                        over a latent's pixels; the paper takes the nearest
+    M         mask        (B, 1, h, w)  1 = content survived the edit, 0 = hole
 
     model = from_stable_diffusion(sd.load("weights/toy"))
     optimizer = torch.optim.Adam(model.unfreeze(), lr=1e-5)
@@ -27,17 +26,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import diffdiff
 import samplers
-from checkpoints.configs import schedule_from_json, schedule_to_json
-from checkpoints.magicfixup import released_schedule, split_released
-from checkpoints.parts import build_part, load_part, read_latent_side, save_part
-from checkpoints.read import read_tensors
-from common.files import read_json, write_json
+from checkpoints.magicfixup import read_magic_fixup
+from checkpoints.magicfixup import save as save
+from checkpoints.parts import build_part
 from diffusion import T
 
 # --------------------------------------------------------------------------------------------------
 # The model
-
 
 # Bytes of keys and values that sampling holds at once; making them takes about as much again. One
 # timestep of one edit has 46 MB at Stable Diffusion's widths, 512x512, in half precision.
@@ -53,26 +50,35 @@ class MagicFixup(nn.Module):
                  synthesizer has no second attention either, and never sees the reference. (The
                  paper's ablation attends to the reference's CLIP embedding, a single vector.)
     size         pixels along a side of the square pictures that it is for
+    as_paper     what the paper's text has otherwise than its release, which is what runs here: 11
+                 features in place of 16, a mask's nearest pixels in place of their mean, coarse
+                 edits never dropped. Its noise schedule is Schedule("linear")
     ValueError if the parts do not fit together.
     """
 
-    def __init__(self, synthesizer, extractor, vae, schedule, size=512):
+    def __init__(self, synthesizer, extractor, vae, schedule, size=512, as_paper=False):
         super().__init__()
         self.synthesizer = synthesizer
         self.extractor = extractor
         self.vae = vae
         self.schedule = schedule
         self.size = size
+        self.as_paper = as_paper
         config = synthesizer.config
-        C = vae.config.latent_channels
-        if (config.in_channels, config.out_channels) != (2 * C + 1, C):
+        C, channels = vae.config.latent_channels, (config.in_channels, config.out_channels)
+        if channels != (2 * C + 1, C):
             raise ValueError(f"a synthesizer for {C} latent channels has {2 * C + 1} channels in, "
-                             f"{C} out, not {config.in_channels} and {config.out_channels}")
+                             f"{C} out, not {channels[0]} and {channels[1]}")
         if config.context != (None if extractor else 0):
             raise ValueError("a synthesizer attends to an extractor's features, or has no second "
                              "attention and no extractor")
         if extractor and extractor.config != replace(config, context=0):
             raise ValueError("the extractor is not built as the synthesizer is")
+
+    @property
+    def drop(self):
+        """The share of coarse edits that training hides."""
+        return 0.0 if self.as_paper else 0.2
 
     def encode_image(self, x):
         """x (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), float32"""
@@ -82,6 +88,23 @@ class MagicFixup(nn.Module):
         """latents (B, C, h, w) -> (B, 3, H, W), float32, about [-1, 1]"""
         return self.vae.decode_scaled(z)
 
+    def encode_edit(self, reference, coarse, mask):
+        """Pictures (B, 3, H, W) in [-1, 1], mask (B, 1, H, W) -> the same three for `forward`."""
+        reference, coarse = self.encode_image(reference), self.encode_image(coarse)
+        if self.as_paper:  # section 3.2
+            return reference, coarse, F.interpolate(mask, coarse.shape[-2:]).to(coarse)
+        return reference, coarse, diffdiff.down_sample(mask, coarse.shape[-2:]).to(coarse)
+
+    def blind_blocks(self):
+        """The synthesizer's transformer blocks that do not look at the reference. The paper reads
+        n = 11 features and does not say which; the release reads all, 16 in Stable Diffusion. Those
+        below the latents' own resolution are 11."""
+        if not (self.as_paper and self.extractor):
+            return []
+        unet = self.synthesizer
+        at_full = {*unet.down_blocks[0].modules(), *unet.up_blocks[-1].modules()}
+        return [block for block in unet.transformer_blocks() if block in at_full]
+
     def extract_details(self, reference, mask, t, noise):
         """What the synthesizer reads of the reference at t (B,) -> a block's keys and values,
         [(B, heads, N, d) twice]. They do not depend on the edit's own latent."""
@@ -90,11 +113,12 @@ class MagicFixup(nn.Module):
         # Equation 2, whose (1 - abar) lacks its square root in print
         I_t = self.schedule.add_noise(reference, noise, t)
         z = torch.cat([I_t, reference, mask], dim=1).to(self.extractor.conv_in.weight.dtype)
-        # Equation 3: [(B, N, width)], f_t of every transformer block: 16 in Stable Diffusion. (The
-        # paper says n = 11; the release takes all.)
-        F_t = self.extractor.features(z, t)
+        F_t = self.extractor.features(z, t)  # equation 3: [(B, N, width)] of every block
         # Figure 3, right: keys and values are made of f_t, queries will be made of g_t.
-        return self.synthesizer.keys_values(F_t)
+        details = self.synthesizer.keys_values(F_t)
+        for block in self.blind_blocks():
+            details[block.index] = ()
+        return details
 
     def predict(self, x_t, t, reference, coarse, mask, noise):
         """As `forward`, but the network's own output: v where the schedule's prediction is v."""
@@ -124,9 +148,12 @@ class MagicFixup(nn.Module):
         """
         self.requires_grad_(False)
         self.synthesizer.requires_grad_(True)
+        for block in self.blind_blocks():
+            block.attn2.requires_grad_(False)
+            block.norm2.requires_grad_(False)
         if self.extractor:
             self.extractor.requires_grad_(True)
-            for module in modules_after_last_feature(self.extractor):
+            for module in modules_after_last_feature(self.extractor, bool(self.blind_blocks())):
                 module.requires_grad_(False)
         return [p for p in self.parameters() if p.requires_grad]
 
@@ -138,16 +165,13 @@ class MagicFixup(nn.Module):
         generator  of all that is random here, on the CPU
 
         The paper predicts the noise. v = alpha noise - sigma x_0 (Salimans & Ho 2022) is for short
-        trainings: with the coarse edit at hand the picture is nearly known even at t = 981, where
-        an error of the noise is 13 times as large in the picture. The toy's picture there was off
-        by 0.05 (squared, in latents) after 500 steps of v, by 0.14 after 7,000 of noise.
+        trainings: at t = 981 an error of the noise is 13 times as large in the picture.
         """
         x_0 = batch["target"]
-        batch = draws(x_0.shape, generator) | batch
-        t, noise, reference_noise, dropped = (
-            batch[name].to(x_0.device) for name in ("t", "noise", "reference_noise", "dropped")
-        )
-        # Where the coarse edit is dropped, both UNets see a mask of zeros, as in the release.
+        batch = draws(x_0.shape, generator, self.drop) | batch
+        drawn = ("t", "noise", "reference_noise", "dropped")
+        t, noise, reference_noise, dropped = (batch[name].to(x_0.device) for name in drawn)
+        # With the coarse edit the mask goes, for both UNets, as in the release.
         known = (~dropped).to(x_0.dtype)[:, None, None, None]
         coarse = known * batch["coarse"]
         mask = known * batch["mask"]
@@ -175,10 +199,8 @@ class MagicFixup(nn.Module):
             torch.tensor(timesteps, device=reference.device).repeat_interleave(B),
             torch.cat([noise(t) for t in timesteps]).to(reference),
         )
-        ahead = {}
-        for i, t in enumerate(timesteps):
-            ahead[t] = [[x[i * B : (i + 1) * B] for x in pair] for pair in details]
-        return ahead
+        part = [slice(i * B, (i + 1) * B) for i in range(n)]
+        return {t: [[x[p] for x in kv] for kv in details] for t, p in zip(timesteps, part)}
 
     def denoiser(self, reference, coarse, mask, timesteps=(), noise=None):
         """The function that samplers and Algorithm 1 call: (x_t, t) -> output, both (B N, C, h, w).
@@ -189,9 +211,8 @@ class MagicFixup(nn.Module):
                                  timestep, the same in each call
         """
         like = self.synthesizer.conv_in.weight
-        reference, coarse, mask = (
-            x.to(like.device, torch.float32) for x in (reference, coarse, mask)
-        )
+        edit = (x.to(like.device, torch.float32) for x in (reference, coarse, mask))
+        reference, coarse, mask = edit
         timesteps, B = list(timesteps), len(reference)
         if noise is None:
             # Steps beyond the sampler's own: its noise at a step must not be the reference's.
@@ -227,7 +248,7 @@ class MagicFixup(nn.Module):
 
         reference, coarse, mask  of B edits, as for `forward`
         seeds        N of them, for N samples of each edit. A sample depends on its own seed only
-        steps, eta   of DDIM. The release has eta = 1, new noise at each step; the paper is silent
+        steps, eta   of DDIM. The release has eta = 1: new noise at each step; the paper is silent
         latent_init  start from the noised coarse edit (equation 4); False: from noise (figure 4)
         noise        the reference's, of `denoiser`
           ->         (B N, C, h, w), float32, edit by edit
@@ -266,10 +287,11 @@ def draws(shape, generator=None, drop=0.2):
     }
 
 
-def modules_after_last_feature(unet):
-    """What a UNet computes after its last feature, the input of its last self-attention."""
+def modules_after_last_feature(unet, below_full=False):
+    """What a UNet computes after its last feature, the input of its last self-attention: of all, or
+    `below_full` resolution."""
     levels = list(unet.up_blocks)
-    after = [unet.conv_norm_out, unet.conv_out]
+    after = [unet.conv_norm_out, unet.conv_out, *(levels.pop() for _ in range(below_full))]
     while not hasattr(levels[-1], "attentions"):
         after.append(levels.pop())
     if hasattr(levels[-1], "upsamplers"):
@@ -286,7 +308,7 @@ SECOND = re.compile(r"(.*transformer_blocks\.\d+)\.(attn2|norm2)\..*")  # text a
 FIRST = re.compile(r"(.*transformer_blocks\.\d+)\.(attn|norm)1(\..*)")  # self-attention, its norm
 
 
-def from_stable_diffusion(sd, cross_reference=True, schedule=None):
+def from_stable_diffusion(sd, cross_reference=True, schedule=None, as_paper=False):
     """Section 3.4: a Magic Fixup to be trained, in float32, from a `sd.StableDiffusion`, 1 or 2.
 
     cross_reference=False is the ablation without the detail extractor. schedule=None keeps the
@@ -316,13 +338,11 @@ def from_stable_diffusion(sd, cross_reference=True, schedule=None):
 
     extractor = start(0) if cross_reference else None
     synthesizer = start(None if cross_reference else 0)
-    return MagicFixup(synthesizer, extractor, sd.vae, schedule or sd.schedule, sd.size)
+    return MagicFixup(synthesizer, extractor, sd.vae, schedule or sd.schedule, sd.size, as_paper)
 
 
 # --------------------------------------------------------------------------------------------------
-# Load, save
-
-INDEX = "mfx.json"  # {"vae": where it is, seen from this folder}; without the file it is in vae/
+# From a file
 
 
 def load(path, dtype=None, device="cpu"):
@@ -333,68 +353,7 @@ def load(path, dtype=None, device="cpu"):
     FileNotFoundError or ValueError, of one line, for a path that is not there, damaged, refused, or
     no Magic Fixup.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
-    load_any = load_folder if path.is_dir() else load_released
     try:
-        return load_any(path, dtype, device)
+        return MagicFixup(**read_magic_fixup(Path(path), dtype, device))
     except ValueError as e:
         raise e if str(path) in str(e) else ValueError(f"{path}: {e}") from None
-
-
-def load_folder(path, dtype, device):
-    for part in ("synthesizer", "scheduler"):
-        if not (path / part).is_dir():
-            raise FileNotFoundError(f"{path} is not a Magic Fixup: there is no {part}/ in it")
-    index = read_json(path / INDEX, default={})
-    vae = (path / str(index.get("vae", "vae"))).resolve()
-    if not vae.is_dir():
-        raise FileNotFoundError(f"{path} needs the autoencoder in {vae}: there is no such folder")
-    synthesizer = load_part(path / "synthesizer", "unet", dtype, device)
-    vae = load_part(vae, "vae", dtype, device)
-    extractor = None
-    if synthesizer.config.context != 0:
-        dtype = synthesizer.conv_in.weight.dtype  # one reads what the other writes
-        extractor = load_part(path / "extractor", "unet", dtype, device)
-    schedule = schedule_from_json(read_json(path / "scheduler" / "scheduler_config.json"))
-    size = read_latent_side(path / "synthesizer") * vae.config.factor
-    return MagicFixup(synthesizer, extractor, vae, schedule, size)
-
-
-def load_released(path, dtype, device):
-    tensors = read_tensors(path)
-    parts = split_released(path, tensors)
-    extractor = build_part("unet", parts["extractor"], path, None, dtype, device)
-    config = replace(extractor.config, context=None)
-    vae = build_part("vae", parts["vae"], path, None, dtype, device)
-    dtype = extractor.conv_in.weight.dtype
-    synthesizer = build_part("unet", parts["synthesizer"], path, config, dtype, device)
-    return MagicFixup(synthesizer, extractor, vae, released_schedule(path, tensors),
-                      size=64 * vae.config.factor)
-
-
-def save(model, folder, dtype=None, vae=None):
-    """Write a folder that `load` reads. Each file is written whole or not at all, and the
-    scheduler's, without which there is no Magic Fixup, comes last.
-
-    dtype  the stored precision, None as it is
-    vae    where this very autoencoder is on the disk already, seen from `folder`: "../toy/vae". It
-           is then not written again. ValueError if another one is there
-    """
-    folder = Path(folder)
-    if vae is not None:
-        there = load_part((folder / vae).resolve(), "vae").state_dict()
-        for name, tensor in model.vae.state_dict().items():
-            same = name in there and torch.equal(tensor.cpu().to(there[name].dtype), there[name])
-            if not same:
-                raise ValueError(f"{folder / vae} is not the model's autoencoder, e.g. in {name}")
-    latent = model.size // model.vae.config.factor
-    save_part(model.synthesizer, folder / "synthesizer", dtype, sample_size=latent)
-    if model.extractor:
-        save_part(model.extractor, folder / "extractor", dtype, sample_size=latent)
-    if vae is None:
-        save_part(model.vae, folder / "vae", dtype, sample_size=model.size)
-    write_json(folder / INDEX, {"vae": str(vae or "vae")})
-    scheduler = schedule_to_json(model.schedule)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)

@@ -128,16 +128,14 @@ def fixup(model, reference, coarse, mask, change_map=None, *, sampler="ddim", st
     """
     # Both papers at once. Algorithm 1 starts from the coarse latent under noise, which is Magic
     # Fixup's "latent initialization" (equation 4): under a black map it is Magic Fixup.
-    I = model.encode_image(reference)
-    I_coarse = model.encode_image(coarse)
-    M = diffdiff.down_sample(mask, I.shape[-2:])
+    I, I_coarse, M = model.encode_edit(reference, coarse, mask)
     options = {"eta": 1.0} if sampler == "ddim" else {}  # as released
     sampler = samplers.make_sampler(sampler, model.schedule, steps, **options)
     denoise = model.denoiser(I, I_coarse, M, sampler.timesteps)
     black = torch.zeros(1, 1)
     change_map = black if change_map is None else change_map
     seeds = list(seeds)
-    return generate(model, denoise, I.shape[1:], I_coarse, change_map, sampler, seeds, skip,
+    return generate(model, denoise, I_coarse.shape[1:], I_coarse, change_map, sampler, seeds, skip,
                     predictions)
 
 

@@ -4,6 +4,7 @@
     python train.py --resume                                goes on exactly where it stopped
     python train.py --init sd-v1-4.ckpt --data pairs/       the paper's recipe, on data.py's pairs
     torchrun --nproc-per-node 8 train.py --init sd-v1-4.ckpt --data pairs/       on eight GPUs
+    python train.py --init sd-v1-4.ckpt --data pairs/ --as-paper    its text, not the release's ways
 
 The size of the weights chooses the recipe: Stable Diffusion's gets the paper's, anything narrower
 the toy's. OUT holds the last three training states, a loss curve, a sheet of samples and, at the
@@ -34,15 +35,16 @@ import diffusion
 import mfx
 import sd
 import unet
+from checkpoints.magicfixup import looks_like_magic_fixup
 from common.cli import TOY, Parser, file_name, folder_name, number, report_errors
-from common.devices import choose_device, choose_precision
+from common.devices import choose_device, choose_precision, find_unets
 from common.interrupts import came, finish_steps
 from common.processes import (
-    average_over_processes,
     join_processes,
     largest_over_processes,
     process_count,
     process_rank,
+    read_losses,
     share_loss,
     slice_batch,
 )
@@ -59,7 +61,7 @@ from common.run_state import (
 )
 from kernels.blocks import checkpoint_blocks, compile_blocks, to_channels_last
 from kernels.memory import hold_memory
-from kernels.muon import Muon, is_matrix
+from kernels.muon import make_optimizers
 from video.batches import cache_latents, encode_pairs, make_held_out, stream_pairs
 from video.motion import MODELS
 
@@ -103,6 +105,8 @@ class FixupRecipe(Recipe):
     motion: str = "both"  # what makes the coarse edits: 'flow', 'affine', or half of each
     cross_reference: bool = True  # False = the ablation without the detail extractor
     prediction: str | None = None  # 'epsilon' or 'v_prediction'; None = as the initial weights
+    # The paper's text where the release differs: its noise schedule, and see mfx.MagicFixup
+    as_paper: bool = False
     held_out: int = 64  # pairs for the validation loss and the sheet, never trained on
 
 
@@ -112,8 +116,7 @@ RECIPES = {
         prediction="v_prediction",
     ),
     # Section 3.6, with the release's warm-up; neither of them clips or averages. The paper's Adam
-    # has no weight decay (the release's AdamW leaves it at 0.01). The noise schedule is that of the
-    # initial weights: the paper's text says DDPM's linear one, the release has Stable Diffusion's.
+    # has no weight decay (the release's AdamW leaves it at 0.01).
     "paper": FixupRecipe(
         steps=120_000, batch=32, lr=1e-5, warmup=10_000, ema=0, save_every=2000, beta2=0.999,
         weight_decay=0, clip=None, cosine=False, micro_batch=0, checkpointing=True,
@@ -124,8 +127,14 @@ FULL_WIDTH = 320  # channels of Stable Diffusion's first level: from here on the
 
 def choose_recipe(init):
     """The recipe for these weights, by their width."""
-    width = sd.load(init).unet.config.channels[0] if init else 0
+    width = find_unets(read_init(init))[0].config.channels[0] if init else 0
     return replace(RECIPES["paper" if width >= FULL_WIDTH else "toy"], init=init)
+
+
+def read_init(path):
+    """-> a Magic Fixup, to be trained further, or a Stable Diffusion, to be made one"""
+    is_fixup = looks_like_magic_fixup(path)
+    return mfx.load(path, torch.float32) if is_fixup else sd.load(path)
 
 
 def fit_micro_batch(share, device):
@@ -143,19 +152,34 @@ def fit_micro_batch(share, device):
 # Magic Fixup
 
 
+def start_model(recipe):
+    """The Magic Fixup to be trained, with gradients. What the recipe leaves open is as in its
+    initial weights. ValueError for what would make another network of a Magic Fixup."""
+    path = recipe.init or TOY
+    given = read_init(path)
+    recipe.prediction = recipe.prediction or given.schedule.prediction
+    name = "linear" if recipe.as_paper else given.schedule.name
+    schedule = diffusion.Schedule(name, recipe.prediction)
+    if isinstance(given, sd.StableDiffusion):
+        given = mfx.from_stable_diffusion(given, recipe.cross_reference, schedule, recipe.as_paper)
+    elif bool(given.extractor) != recipe.cross_reference:
+        what, say = ("a", "leave out") if given.extractor else ("no", "it goes with")
+        raise ValueError(f"{path} has {what} detail extractor: {say} --no-cross-reference")
+    given.schedule = schedule
+    given.as_paper |= recipe.as_paper
+    return given
+
+
 def train_mfx(recipe, out, resume, device):
     """Both UNets together, from a Stable Diffusion, on pairs of frames -> OUT/model, in fp16"""
     slice_batch(recipe.batch, recipe.micro_batch)  # an error before the weights are read
-    stable = sd.load(recipe.init or TOY)
-    recipe.prediction = recipe.prediction or stable.schedule.prediction
-    schedule = diffusion.Schedule(stable.schedule.name, recipe.prediction)
-    model = mfx.from_stable_diffusion(stable, recipe.cross_reference, schedule)
+    model = start_model(recipe)
     model = model.float().to(device, memory_format=torch.channels_last)
     model.unfreeze()
     latents = stream = None
     if recipe.pairs:
         path = out / "pairs.safetensors"
-        latents = cache_latents(recipe, path, model.vae, model.size, device)
+        latents = cache_latents(recipe, path, model, device)
 
     def loss(step, part):
         nonlocal stream
@@ -166,10 +190,10 @@ def train_mfx(recipe, out, resume, device):
         else:
             if stream is None:
                 stream = stream_pairs(recipe, model.size, step, device)
-            batch = encode_pairs(next(stream), model.vae, device)
+            batch = encode_pairs(next(stream), model, device)
         # Noise and times are drawn for the whole batch, of which each micro-batch takes its part.
-        random = mfx.draws((recipe.batch, *batch["target"].shape[1:]), g)
-        random["t"] = draw_timesteps(recipe.batch, g)
+        random = mfx.draws((recipe.batch, *batch["target"].shape[1:]), g, model.drop)
+        random["t"] = diffusion.draw_timesteps(recipe.batch, g)
         batch |= {name: tensor[part] for name, tensor in random.items()}
         return model.loss({name: to_channels_last(x.to(device)) for name, x in batch.items()})
 
@@ -185,12 +209,12 @@ def make_validation(recipe, model, device):
     """-> validate(model), the loss on held-out pairs; sheet(model), (4, 8, 3, H, W) in [0, 1]:
     references, coarse edits, results and targets of eight of them"""
     pairs = make_held_out(recipe, model.size)
-    batch = encode_pairs(pairs, model.vae, device)
+    batch = encode_pairs(pairs, model, device)
     pairs = {name: x[:8].clone() for name, x in pairs.items()}  # the others' memory is freed
     n = len(batch["mask"])
     g = generator_at(recipe.seed + 2, 1)
     batch |= mfx.draws(batch["target"].shape, g, drop=0.0)
-    batch["t"] = draw_timesteps(n, g)
+    batch["t"] = diffusion.draw_timesteps(n, g)
     few = recipe.micro_batch or recipe.batch
 
     def validate(average):
@@ -311,38 +335,12 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
     return average
 
 
-def make_optimizers(recipe, parameters, dtype=torch.float32):
-    """parameters {name: p} -> [AdamW of all], or with recipe.muon [AdamW, Muon of matrices]"""
-    matrices = {n: p for n, p in parameters.items() if recipe.muon and is_matrix(n, p)}
-    others = [p for n, p in parameters.items() if n not in matrices]
-    both = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
-    adam = torch.optim.AdamW(others, betas=(0.9, recipe.beta2), fused=True, **both)
-    return [adam, Muon(matrices.values(), dtype=dtype, **both)] if matrices else [adam]
-
-
 def learning_rate(recipe, step):
     """A linear warm-up, then constant or half a cosine."""
     rate = recipe.lr * min(1, (step + 1) / recipe.warmup)
     if recipe.cosine:
         rate *= 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps)
     return rate
-
-
-def read_losses(pending, step):
-    """[(loss, gradient norm)] of the steps from `step` on, as tensors -> losses, as numbers"""
-    values = average_over_processes(torch.stack(pending)).tolist()
-    for i, (value, norm) in enumerate(values):
-        if not math.isfinite(value * norm):
-            raise FloatingPointError(f"loss or gradient is not finite at step {step + i}: "
-                                     "resume with a lower --lr")
-    return [value for value, _ in values]
-
-
-def draw_timesteps(batch, generator):
-    """(B,) timesteps, one from each of `batch` equal parts of 0 .. T-1: uniform, with less variance
-    than free draws."""
-    parts = torch.arange(batch) + torch.rand(batch, generator=generator)
-    return (parts / batch * diffusion.T).long()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -373,6 +371,8 @@ def main(argv=None):
     p.add_argument("--held-out", type=number(int, 0, 4096), help="pairs to validate on; 0 = none")
     p.add_argument("--micro-batch", type=number(int, 1, 4096), help="samples in memory at once")
     for name, what in (
+        ("as-paper", "its text where the release differs: schedule, 11 features, nearest mask, "
+         "nothing dropped"),
         ("cross-reference", "the detail extractor; without is the paper's ablation"),
         ("checkpointing", "less memory for a third more work"),
         ("compile", "torch.compile, block by block"),

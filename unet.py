@@ -154,7 +154,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x, keys_values, features=None):
         """x (B, N, width) -> (B, N, width)
 
-        keys_values  what the second attention reads: a pair for every block of the network
+        keys_values  what the second attention reads: for every block of the network a pair, or ()
         features     a list that collects every block's input to self-attention, or None
         """
         f = self.norm1(x)  # (B, N, width)
@@ -162,7 +162,7 @@ class TransformerBlock(nn.Module):
             features.append(f)
         x = x + self.attn1(f, self.attn1.keys_values(f))
         # Look up the words of a prompt, or what the same block of Magic Fixup's extractor has seen.
-        if hasattr(self, "attn2"):
+        if hasattr(self, "attn2") and keys_values[self.index]:
             x = x + self.attn2(self.norm2(x), keys_values[self.index])
         return x + self.ff(self.norm3(x))
 

@@ -1,14 +1,25 @@
-"""The layout of the Magic Fixup release: one pickled state dict for both UNets and the autoencoder."""
+"""A Magic Fixup's files: our own folder, and the release's one pickled state dict for both UNets and the autoencoder.
+
+    parts = read_magic_fixup(path)          what mfx.MagicFixup is made of
+    save(model, folder)
+"""
 
 import contextlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from checkpoints.configs import schedule_from_json, schedule_to_json
 from checkpoints.names import IGNORED, translate, warn_of_unknown
+from checkpoints.parts import build_part, load_part, read_latent_side, save_part
 from checkpoints.read import read_tensors
+from common.files import read_json, write_json
 from diffusion import BETAS, Schedule, T
+
+# {"vae": where it is, seen from this folder, "as_paper": see mfx.MagicFixup}; without the file vae/ and false
+INDEX = "mfx.json"
 
 PREFIX = {"synthesizer": "model.diffusion_model.", "extractor": "model.reference_model.", "vae": "first_stage_model."}
 # What sampling never reads: a branch that looked at the picture with DINO, the attention to that branch's (once the
@@ -18,6 +29,67 @@ UNUSED = re.compile(
     r"|model\.\w+\..*\.transformer_blocks\.\d+\.attn2\..*"
     r"|model\.reference_model\..*\.transformer_blocks\.\d+\.(attn3|norm2)\..*"
 )
+
+
+def read_magic_fixup(path, dtype=None, device="cpu"):
+    """A folder that `save` wrote, or the released file -> the arguments of mfx.MagicFixup, by name. As mfx.load."""
+    if path.is_dir():
+        return read_parts(path, dtype, device)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    tensors = read_tensors(path)
+    parts = split_released(path, tensors)
+    extractor = build_part("unet", parts["extractor"], path, None, dtype, device)
+    config = replace(extractor.config, context=None)
+    vae = build_part("vae", parts["vae"], path, None, dtype, device)
+    dtype = extractor.conv_in.weight.dtype
+    synthesizer = build_part("unet", parts["synthesizer"], path, config, dtype, device)
+    return dict(synthesizer=synthesizer, extractor=extractor, vae=vae, schedule=released_schedule(path, tensors),
+                size=64 * vae.config.factor)
+
+
+def read_parts(path, dtype, device):
+    for part in ("synthesizer", "scheduler"):
+        if not (path / part).is_dir():
+            raise FileNotFoundError(f"{path} is not a Magic Fixup: there is no {part}/ in it")
+    index = read_json(path / INDEX, default={})
+    vae = (path / str(index.get("vae", "vae"))).resolve()
+    if not vae.is_dir():
+        raise FileNotFoundError(f"{path} needs the autoencoder in {vae}: there is no such folder")
+    synthesizer = load_part(path / "synthesizer", "unet", dtype, device)
+    vae = load_part(vae, "vae", dtype, device)
+    extractor = None
+    if synthesizer.config.context != 0:
+        dtype = synthesizer.conv_in.weight.dtype  # one reads what the other writes
+        extractor = load_part(path / "extractor", "unet", dtype, device)
+    schedule = schedule_from_json(read_json(path / "scheduler" / "scheduler_config.json"))
+    return dict(synthesizer=synthesizer, extractor=extractor, vae=vae, schedule=schedule,
+                size=read_latent_side(path / "synthesizer") * vae.config.factor,
+                as_paper=index.get("as_paper") is True)
+
+
+def save(model, folder, dtype=None, vae=None):
+    """Write a folder that `load` reads. Each file is written whole or not at all, and the
+    scheduler's, without which there is no Magic Fixup, comes last.
+
+    dtype  the stored precision, None as it is
+    vae    where this very autoencoder is on the disk already, seen from `folder`: "../toy/vae". It
+           is then not written again. ValueError if another one is there
+    """
+    folder = Path(folder)
+    if vae is not None:
+        there = load_part((folder / vae).resolve(), "vae").state_dict()
+        for name, x in model.vae.state_dict().items():
+            if name not in there or not torch.equal(x.cpu().to(there[name].dtype), there[name]):
+                raise ValueError(f"{folder / vae} is not the model's autoencoder, e.g. in {name}")
+    latent = model.size // model.vae.config.factor
+    save_part(model.synthesizer, folder / "synthesizer", dtype, sample_size=latent)
+    if model.extractor:
+        save_part(model.extractor, folder / "extractor", dtype, sample_size=latent)
+    if vae is None:
+        save_part(model.vae, folder / "vae", dtype, sample_size=model.size)
+    write_json(folder / INDEX, {"vae": str(vae or "vae"), "as_paper": model.as_paper})
+    write_json(folder / "scheduler" / "scheduler_config.json", schedule_to_json(model.schedule))
 
 
 def split_released(path, tensors):

@@ -1,6 +1,7 @@
 """Training in many processes, as torchrun starts them: each has a share of every batch, and the first alone writes."""
 
 import atexit
+import math
 import os
 import warnings
 from datetime import timedelta
@@ -87,3 +88,13 @@ def average_over_processes(values):
     if process_count() > 1:
         dist.all_reduce(values)
     return values / process_count()
+
+
+def read_losses(pending, step):
+    """[(loss, gradient norm)] of the steps from `step` on, as tensors -> losses, as numbers"""
+    values = average_over_processes(torch.stack(pending)).tolist()
+    for i, (value, norm) in enumerate(values):
+        if not math.isfinite(value * norm):
+            raise FloatingPointError(f"loss or gradient is not finite at step {step + i}: "
+                                     "resume with a lower --lr")
+    return [value for value, _ in values]

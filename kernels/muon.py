@@ -47,3 +47,12 @@ def orthogonalize(x, dtype=torch.float32):
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         wide = torch.baddbmm(wide, polynomial, wide, beta=3.4445)
     return wide if x.shape[1] <= x.shape[2] else wide.mT
+
+
+def make_optimizers(recipe, parameters, dtype=torch.float32):
+    """parameters {name: p} -> [AdamW of all], or with recipe.muon [AdamW, Muon of matrices]"""
+    matrices = {n: p for n, p in parameters.items() if recipe.muon and is_matrix(n, p)}
+    others = [p for n, p in parameters.items() if n not in matrices]
+    both = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
+    adam = torch.optim.AdamW(others, betas=(0.9, recipe.beta2), fused=True, **both)
+    return [adam, Muon(matrices.values(), dtype=dtype, **both)] if matrices else [adam]

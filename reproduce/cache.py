@@ -5,7 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
-import mfx
+from checkpoints.magicfixup import INDEX
 from common.files import read_json, write_json
 from reproduce.lab import Outcome
 
@@ -27,7 +27,7 @@ def fingerprint(path):
         return "none"
     path = Path(path)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    for index in [f for f in files if f.name == mfx.INDEX]:
+    for index in [f for f in files if f.name == INDEX]:
         files += sorted((index.parent / str(read_json(index).get("vae"))).rglob("*"))
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     return hashlib.sha256(repr(stats).encode()).hexdigest()

@@ -5,7 +5,6 @@ As in dd_figures.py: what a figure is to show is also measured, and the pictures
 
 import torch
 
-import diffdiff
 import samplers
 from reproduce import mfx_tables
 from reproduce.lab import MFX, Outcome, item, judge, percent, plus_minus, progress
@@ -28,8 +27,7 @@ def sample_from(lab, model, edits, latent_init, hidden):
     """
     sampler, out = samplers.make_sampler("ddim", model.schedule, mfx_tables.ABLATION_STEPS, eta=1.0), []
     for i in progress(range(0, len(edits["truth"]), 8)):
-        reference, coarse = (model.encode_image(edits[n][i : i + 8] * 2 - 1) for n in ("reference", "coarse"))
-        mask = diffdiff.down_sample(edits["mask"][i : i + 8], coarse.shape[-2:]).to(coarse)
+        reference, coarse, mask = mfx_tables.encode_edit(model, mfx_tables.take(edits, i, 8))
         epsilon = lab.noise(coarse, i)
         x_T = sampler.noise_to(0, coarse, epsilon) if latent_init else epsilon  # equation 4
         shown = (0 * coarse, 0 * mask) if hidden else (coarse, mask)

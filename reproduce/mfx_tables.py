@@ -59,13 +59,16 @@ def edit_scenes(scenes, seed, size=128):
                 after=edited, slot=which)
 
 
+def encode_edit(model, edits):
+    return model.encode_edit(edits["reference"] * 2 - 1, edits["coarse"] * 2 - 1, edits["mask"])
+
+
 def fix_up(model, edits, steps, seeds=(0,)):
     """The edits through Magic Fixup, one sample of each -> (n, 3, S, S) in [0, 1]"""
     outputs = []
     for i in progress(range(0, len(edits["truth"]), 8)):
-        reference, coarse = (model.encode_image(edits[n][i : i + 8] * 2 - 1) for n in ("reference", "coarse"))
-        mask = diffdiff.down_sample(edits["mask"][i : i + 8], coarse.shape[-2:])
-        outputs.append(model.decode(model.sample(reference, coarse, mask, steps=steps, seeds=seeds)).float().cpu())
+        edit = encode_edit(model, take(edits, i, 8))
+        outputs.append(model.decode(model.sample(*edit, steps=steps, seeds=seeds)).float().cpu())
     return (torch.cat(outputs) / 2 + 0.5).clamp(0, 1)
 
 

@@ -49,7 +49,6 @@ from toy import world
 from toy.clips import Clip
 from toy.leaves import dead_leaves
 from toy.vocabulary import learn_bpe
-from train import draw_timesteps
 
 
 @dataclass
@@ -205,7 +204,7 @@ def draws(recipe, scenes, shape, step):
     told = world.captions(scenes[index], g)
     dropped = torch.rand(recipe.batch, generator=g) < DROPPED
     told = ["" if d else c for c, d in zip(told, dropped)]
-    t = draw_timesteps(recipe.batch, g)
+    t = diffusion.draw_timesteps(recipe.batch, g)
     noise = torch.randn(recipe.batch, *shape, generator=g)
     for side in OFFSETS if recipe.offset else ():
         rough = torch.randn(recipe.batch, shape[0], side, side, generator=g)

@@ -61,6 +61,9 @@ def test_pairs_are_one_to_ten_seconds_apart_and_in_one_shot():
     assert 0.9 < min(apart) < 1.5 and 9 < max(apart) < 10.1 and 4.8 < np.mean(apart) < 6.2
     cuts[[9, 30, 31]] = True  # shots: frames 0 .. 9, 10 .. 30, 31 alone, 32 ..
     seen = {data.choose_frames(times, cuts, rng) for _ in range(500)}
+    tenths = [k / 10 for k in range(125)]
+    whole = [data.choose_frames(tenths, [False] * 124, rng, as_paper=True) for _ in range(200)]
+    assert {j - i for i, j in whole} == {10 * seconds for seconds in range(1, 11)}
     assert all(0 <= i < j <= 9 or 10 <= i < j <= 30 or 32 <= i < j for i, j in seen)
     assert len(seen) > 100
     for short in ((times[:3], [True, True]), (times[:1], [])):

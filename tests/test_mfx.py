@@ -10,6 +10,7 @@ import diffusion
 import mfx
 import samplers
 import unet
+import vae
 from tests import small
 from tests.small import count_calls, edit, magic_fixup, relative_error, same_weights, training_batch, without_text
 
@@ -106,6 +107,38 @@ def test_without_cross_reference_attention(tmp_path):
     again = mfx.load(tmp_path / "ablated")
     assert again.extractor is None and same_weights(again, ablated)
     assert relative_error(again.sample(reference, coarse, mask, steps=3), got) <= 1e-5
+
+
+def test_the_papers_text_where_the_release_differs(tmp_path):
+    """11 features of Stable Diffusion's 16, those below the latents' resolution; nearest mask; nothing dropped."""
+    with torch.device("meta"):
+        made = [unet.UNet(replace(unet.CONFIGS["sd1"], in_channels=9, context=context)) for context in (None, 0)]
+        whole = mfx.MagicFixup(*made, vae.VAE(vae.CONFIGS["sd"]), diffusion.Schedule("linear"), as_paper=True)
+    assert len(whole.synthesizer.transformer_blocks()) - len(whole.blind_blocks()) == 11
+
+    stable = without_text(replace(small.TOY, depth=(1,) * len(small.TOY.channels)))
+    ours, papers = (mfx.from_stable_diffusion(stable, as_paper=as_paper) for as_paper in (False, True))
+    assert 0 < len(papers.blind_blocks()) < len(papers.synthesizer.transformer_blocks())
+    for network in (papers.synthesizer, papers.extractor):
+        small.randomise(network, seed=4)
+    ours.load_state_dict(papers.state_dict())
+    outputs = []
+    for model in (ours, papers):
+        parameters = model.unfreeze()
+        outputs.append(model.loss(training_batch(), torch.Generator().manual_seed(0)))
+        outputs[-1].backward()
+        assert {id(p) for p in parameters} == {id(p) for p in model.parameters() if p.grad is not None}
+    assert not torch.equal(*outputs)
+    assert papers.blind_blocks()[0].attn2.to_q.weight.grad is None
+
+    (reference, coarse), mask = torch.rand(2, 1, 3, 64, 64), (torch.rand(1, 1, 64, 64) > 0.5).float()
+    mean, nearest = (model.encode_edit(reference, coarse, mask)[2] for model in (ours, papers))
+    step = 64 // mean.shape[-1]
+    assert torch.equal(nearest, mask[..., ::step, ::step]) and not torch.equal(mean, nearest)
+    assert not mfx.draws((100, 1, 1, 1), drop=papers.drop)["dropped"].any() and ours.drop == 0.2
+    got = papers.sample(*edit(), steps=2)
+    mfx.save(papers, tmp_path / "papers")
+    assert relative_error(mfx.load(tmp_path / "papers").sample(*edit(), steps=2), got) <= 1e-5
 
 
 def test_any_noise_schedule_by_name():

@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-import diffdiff
 from common.processes import process_count, process_rank, slice_batch
 from common.run_state import cache_tensors, digest, generator_at
 from kernels.blocks import to_channels_last
@@ -151,9 +150,10 @@ def stream_pairs(recipe, size, step, device):
                            pin_memory=gpu))
 
 
-def cache_latents(recipe, path, vae, size, device):
+def cache_latents(recipe, path, model, device):
     """recipe.pairs pairs, encoded once and kept in a file -> a dict of (N, ...) in fp16. To encode
     them again at every step would cost as much as the training. A short run gets fewer."""
+    size = model.size
     wanted = math.ceil(min(recipe.pairs, recipe.steps * recipe.batch) / 32)  # batches
     exact = wanted if recipe.data == "toy" else round(recipe.exact * wanted)
     toys = (
@@ -169,22 +169,23 @@ def cache_latents(recipe, path, vae, size, device):
     def make():
         parts = []
         for batch in tqdm(batches, "pairs", wanted, unit="batch"):
-            encoded = encode_pairs(batch, vae, device)
+            encoded = encode_pairs(batch, model, device)
             parts.append({name: tensor.half().cpu() for name, tensor in encoded.items()})
         return {name: torch.cat([p[name] for p in parts]).contiguous() for name in parts[0]}
 
-    made_from = digest(vae, wanted, recipe.seed, recipe.motion, *source)
+    made_from = digest(model.vae, wanted, recipe.seed, recipe.motion, model.as_paper, *source)
     return cache_tensors(path, made_from, make)
 
 
 @torch.no_grad()
-def encode_pairs(pairs, vae, device):
+def encode_pairs(pairs, model, device):
     """reference, target, coarse (B, 3, H, W), mask (B, 1, H, W)
     -> latents (B, C, h, w), mask (B, 1, h, w)"""
-    latents = {}
     few = max(1, 32 * 128**2 // pairs["mask"][0].numel())  # pictures that fit beside a large model
-    for name in ("reference", "target", "coarse"):
-        x = to_channels_last(pairs[name].to(device, non_blocking=True))
-        latents[name] = torch.cat([vae.encode_scaled(some) for some in x.split(few)])
-    mask = diffdiff.down_sample(pairs["mask"], latents["target"].shape[-2:])
-    return latents | {"mask": mask.to(device)}
+    parts = []
+    for i in range(0, len(pairs["mask"]), few):
+        some = {name: x[i : i + few].to(device, non_blocking=True) for name, x in pairs.items()}
+        x = [to_channels_last(some[name]) for name in ("reference", "coarse", "mask", "target")]
+        parts.append((*model.encode_edit(*x[:3]), model.encode_image(x[3])))
+    names = "reference", "coarse", "mask", "target"
+    return {name: torch.cat(some) for name, some in zip(names, zip(*parts))}

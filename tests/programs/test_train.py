@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import mfx
 import train
 from tests import small
-from tests.training import arguments, equal, read_state, run_python, write_shards, write_stable
+from tests.training import arguments, equal, fails, read_state, run_python, write_shards, write_stable
 from video.batches import ShardPairs, cache_latents, make_held_out
 
 
@@ -70,12 +70,13 @@ def test_held_out_shards_are_not_trained_on(tmp_path):
 
 
 def test_the_toys_exact_pairs_are_mixed_in(tmp_path):
-    autoencoder, device = small.stable_diffusion().vae, torch.device("cpu")
+    device = torch.device("cpu")
+    model = mfx.from_stable_diffusion(replace(small.stable_diffusion(), size=16))
     recipe = replace(train.RECIPES["toy"], pairs=64, held_out=0)
-    toys = cache_latents(recipe, tmp_path / "toys.safetensors", autoencoder, 16, device)
+    toys = cache_latents(recipe, tmp_path / "toys.safetensors", model, device)
     recipe = replace(recipe, data=str(write_shards(tmp_path / "pairs")), exact=0.5)
-    both = cache_latents(recipe, tmp_path / "both.safetensors", autoencoder, 16, device)
-    none = cache_latents(replace(recipe, exact=0.0), tmp_path / "none.safetensors", autoencoder, 16, device)
+    both = cache_latents(recipe, tmp_path / "both.safetensors", model, device)
+    none = cache_latents(replace(recipe, exact=0.0), tmp_path / "none.safetensors", model, device)
     for name in toys:
         assert len(both[name]) == len(none[name]) == 64
         assert torch.equal(both[name][:32], toys[name][:32])
@@ -87,3 +88,15 @@ def test_without_cross_reference_there_is_no_extractor(stable, tmp_path):
     train.main(arguments(stable, tmp_path, "--steps", 1, "--no-cross-reference", "--motion", "flow", "--held-out", 0))
     assert mfx.load(tmp_path / "model").extractor is None
     assert not (tmp_path / "mfx-samples.png").exists() and (tmp_path / "mfx-loss.png").exists()
+
+
+def test_a_magic_fixup_is_trained_further(stable, tmp_path, capsys):
+    """By the recipe of its width, from its very weights; with --as-paper by the paper's text from then on."""
+    train.main(arguments(stable, tmp_path / "a", "--steps", 2, "--held-out", 0))
+    more = ["--steps", 1, "--lr", 1e-9, "--as-paper", "--held-out", 0]
+    train.main(arguments(tmp_path / "a/model", tmp_path / "b", *more))
+    a, b = (mfx.load(tmp_path / name / "model") for name in "ab")
+    assert equal(a.state_dict(), b.state_dict()) and (a.as_paper, b.as_paper) == (False, True)
+    assert a.schedule.name != "linear" and b.schedule.name == "linear" and b.drop == 0 < a.drop
+    line = fails(train.main, arguments(tmp_path / "a/model", tmp_path / "c", "--no-cross-reference"), capsys)
+    assert "has a detail extractor: leave out --no-cross-reference" in line and not (tmp_path / "c").exists()

@@ -12,6 +12,7 @@ from PIL import Image
 import mfx
 import sample
 import sd
+from checkpoints.magicfixup import INDEX
 from editing import inputs, options
 from tests import small
 from tests.released import PlainMagicFixup, released_tensors
@@ -190,7 +191,7 @@ def test_weights_of_the_wrong_kind(tmp_path, capsys, folder, edit):
 def test_an_autoencoder_that_is_not_there(tmp_path, capsys, folder, edit):
     moved = tmp_path / "moved"
     mfx.save(mfx.load(folder, torch.float32), moved, torch.float16, vae=sample.TOY / "vae")
-    (moved / mfx.INDEX).write_text('{"vae": "../toy/vae"}')
+    (moved / INDEX).write_text('{"vae": "../toy/vae"}')
     line = fails(capsys, "--image", MEADOW, "--edit", edit[0], "--weights", moved)
     assert str(tmp_path / "toy" / "vae") in line and "no such folder" in line
 
