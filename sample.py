@@ -14,8 +14,8 @@ Maps and masks are black, or 0, where the picture changes and white, or 1, where
 the paper on Differential Diffusion. --white-is-change takes them the other way round, as many
 tools do. Without --weights the toy models run that this project trained and ships. --weights
 takes any Stable Diffusion 1.x, 2.x or XL (a folder, .safetensors or .ckpt), or for --edit and
---collage a Magic Fixup (a folder, or the released file). With --refiner the base of an XL runs
-the first share of the steps, and a refiner the rest. With --super-resolution the two folders are
+--collage a Magic Fixup (a folder, or the released file). With --refiner it runs the first share
+of the steps, and a refiner the rest. With --super-resolution the two folders are
 the stages of a DeepFloyd IF; with --prior they are the prior and the decoder of a Kandinsky 2.2.
 """
 
@@ -209,7 +209,12 @@ def read_model(args, dtype, device):
 
 
 def read_refiner(args, base, dtype, device):
-    refiner = sd.load(args.refiner, dtype, device)
+    path = Path(args.refiner)
+    if (path / "unet").is_dir() and not (base.xl or any(path.glob("text_encoder*"))):
+        refiner = xl.load_unet(base, path, dtype, device)
+        sd.check_fit(path, refiner)
+    else:
+        refiner = sd.load(path, dtype, device)
     xl.check_refiner(base, refiner, args.refiner)
     make_fast(refiner, device)
     refiner.vae = base.vae  # their latents are the same, so one autoencoder will do

@@ -20,9 +20,16 @@ import torch
 import torch.nn.functional as F
 
 import clip
-from checkpoints.configs import schedule_from_json, schedule_to_json
+from checkpoints.configs import schedule_to_json
 from checkpoints.names import split_parts
-from checkpoints.parts import build_part, load_part, load_vae, read_latent_side, save_part
+from checkpoints.parts import (
+    build_part,
+    load_part,
+    load_vae,
+    read_latent_side,
+    read_schedule,
+    save_part,
+)
 from checkpoints.read import read_metadata, read_tensors
 from checkpoints.words import add_words, drop_words, load_tokenizer, read_word
 from common.files import read_json, write_json
@@ -184,12 +191,7 @@ def load_folder(path, dtype, device, prediction):
     texts = [load_part(path / part, "text_encoder", stored, device) for part in encoders]
 
     # Without a scheduler's file it is Stable Diffusion's own.
-    file = path / "scheduler/scheduler_config.json"
-    c = read_json(file, default=schedule_to_json(Schedule()))
-    try:
-        schedule = schedule_from_json(c, prediction)
-    except ValueError as e:
-        raise ValueError(f"{file}: {e}") from None
+    schedule = read_schedule(path, schedule_to_json(Schedule()), prediction)
 
     folders = [path / part.replace("text_encoder", "tokenizer") for part in encoders]
     tokenizers = [find_tokenizer([folder]) for folder in folders]

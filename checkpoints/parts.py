@@ -162,6 +162,20 @@ def read_latent_side(folder, default=64):
         raise e if str(file) in str(e) else ValueError(f"{file}: {e}") from None
 
 
+def read_schedule(folder, default=None, prediction=None, **known):
+    """What a model's scheduler/scheduler_config.json says -> Schedule
+
+    default  the entries where there is no such file; None: it must be there
+    known    entries that hold where the file does not say them
+    """
+    file = Path(folder) / "scheduler/scheduler_config.json"
+    c = known | read_json(file, default)
+    try:
+        return configs.schedule_from_json(c, prediction)
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
+
+
 def save_part(model, folder, dtype=None, **more):
     """Write a UNet, VAE or TextEncoder as one part's folder, each file whole or not at all.
 

@@ -54,7 +54,8 @@ def parse(argv, description):
     add("--networks", type=file_name, help="folder of SAM's and MiDaS's files (default: weights)")
     add("--weights", type=file_name, help="a folder, .safetensors or .ckpt (default: the toy)")
     add("--vae", type=file_name, help="another autoencoder in place of theirs: a folder or a file")
-    add("--refiner", type=file_name, help="Stable Diffusion XL's, likewise, for the last steps")
+    add("--refiner", type=file_name, help="likewise, for the last steps: Stable Diffusion XL's, or for any other model "
+        "a plain one of its latents, or a UNet alone")
     add("--super-resolution", type=file_name, help="DeepFloyd IF's second stage, a folder; --weights "
         "is its first")
     add("--prior", type=file_name, help="Kandinsky 2.2's, a folder; --weights is its decoder")

@@ -18,9 +18,7 @@ import torch.nn.functional as F
 
 import diffdiff
 import samplers
-from checkpoints.configs import schedule_from_json
-from checkpoints.parts import load_part, read_latent_side
-from common.files import read_json
+from checkpoints.parts import load_part, read_latent_side, read_schedule
 from diffusion import Schedule, T
 from models import adm, t5
 
@@ -85,9 +83,7 @@ def edit_stage(stage, states, picture, change_map, steps, guidance, draw, small=
     N = len(noise)
     beside = level = None
     if small is not None:
-        # The corners of both pictures lie on each other: so the second stage was trained.
-        beside = F.interpolate(small, picture.shape[-2:], mode="bilinear", align_corners=True)
-        beside = NOISING.add_noise(beside, draw(steps + 1), NOISE_LEVEL)
+        beside = enlarge(small, picture.shape[-2:], draw(steps + 1))
         level = NOISE_LEVEL
     states = (states if guidance != 1 else states[1:]).repeat_interleave(N, dim=0)
     denoise = adm.make_denoiser(stage.unet, states, guidance, sampler.timesteps, beside, level)
@@ -111,6 +107,12 @@ def edit(model, states, picture, change_map, steps=STEPS, guidance=GUIDANCE, see
         draw = make_draws(seen.shape[1:], list(seeds), i)
         x = edit_stage(stage, states, seen, change_map, steps[i], guidance[i], draw, x, callback)
     return x
+
+
+def enlarge(small, size, noise):
+    """(N, 3, h', w'), size (h, w), noise (N, 3, h, w) -> (N, 3, h, w), what the second stage sees beside z"""
+    # The corners of both pictures lie on each other: so it was trained.
+    return NOISING.add_noise(F.interpolate(small, size, mode="bilinear", align_corners=True), noise, NOISE_LEVEL)
 
 
 def shrink(picture, stage):
@@ -158,9 +160,5 @@ def load_stage(path, number, dtype, device):
     c = unet.config
     if not (c.text and c.noised == bool(number) and c.in_channels == 3 + 3 * number):
         raise ValueError(f"{path} is not a stage {'I' * (number + 1)} of DeepFloyd IF")
-    file = path / "scheduler/scheduler_config.json"
-    try:
-        schedule = schedule_from_json({"steps_offset": 0} | read_json(file))  # older files do not say it
-    except ValueError as e:
-        raise ValueError(f"{file}: {e}") from None
+    schedule = read_schedule(path, steps_offset=0)  # older files do not say it
     return Stage(unet, schedule, read_latent_side(path / "unet", 64 * 4**number))

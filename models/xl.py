@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 
 import clip
+from checkpoints.configs import schedule_to_json
+from checkpoints.parts import load_part, read_schedule
 from diffusion import T
 from models.prompts import encode_weighted, split_chunks, warn_of_weights
 from unet import timestep_embedding
@@ -114,12 +116,23 @@ def hand_over(base, refiner, switch=SWITCH):
     return lambda z, t: (base if int(t[0]) >= last else refiner)(z, t)
 
 
+def load_unet(base, path, dtype, device):
+    """A folder that has a unet/, and no words of its own -> a refiner, whose other parts are those of `base`"""
+    schedule = read_schedule(path, schedule_to_json(base.schedule))
+    return replace(base, unet=load_part(path / "unet", "unet", dtype, device), schedule=schedule)
+
+
 def check_refiner(base, refiner, name):
-    """ValueError, one line, unless these two models of sd.load work together; name is the refiner's."""
-    if not base.xl:
-        raise ValueError("a refiner goes with the base of a Stable Diffusion XL: these weights are none")
-    if not (refiner.xl and refiner.xl.refines):
+    """ValueError, one line, unless these two models of sd.load work together; name is the refiner's.
+
+    A base of Stable Diffusion XL takes a refiner of it. Any other takes any plain model of its own latents.
+    """
+    if base.xl and not (refiner.xl and refiner.xl.refines):
         raise ValueError(f"{name} is no refiner of Stable Diffusion XL: take a model that was trained to be one")
+    if refiner.xl and not base.xl:
+        raise ValueError(f"{name} is a Stable Diffusion XL, which refines its own base alone: these weights are none")
+    if refiner.unet.config.in_channels != refiner.unet.config.out_channels:
+        raise ValueError(f"{name} is an inpainting model: a refiner is a plain one")
     ours, theirs = base.vae.config, refiner.vae.config
     if (ours.latent_channels, ours.factor) != (theirs.latent_channels, theirs.factor):
         raise ValueError(f"{name} has other latents than the base")

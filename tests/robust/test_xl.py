@@ -1,6 +1,7 @@
 """A Stable Diffusion XL where it does not belong, or without what it needs: each is one line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import train
 from diffusion import Schedule
 from models import xl
 from tests import small
-from tests.runs import MEADOW, fails
+from tests.runs import MEADOW, fails, run
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +31,28 @@ def test_a_model_in_another_ones_place(tmp_path, folders, capsys):
     assert "is a refiner of Stable Diffusion XL" in fails(capsys, *words, refiner, "--refiner", refiner)
     assert f"{base} is no refiner" in fails(capsys, *words, base, "--refiner", base)
     assert f"{old} is no refiner" in fails(capsys, *words, base, "--refiner", old)
-    assert "a refiner goes with the base" in fails(capsys, *words, old, "--refiner", refiner)
+    assert "refines its own base alone" in fails(capsys, *words, old, "--refiner", refiner)
     assert "none.safetensors" in fails(capsys, *words, base, "--refiner", tmp_path / "none.safetensors")
     assert "--switch needs --refiner" in fails(capsys, *words, base, "--switch", 0.5)
     assert "--switch" in fails(capsys, *words, base, "--refiner", refiner, "--switch", 1.5)
     assert "--refiner does not go with --edit" in fails(capsys, "--image", MEADOW, "--edit", MEADOW, "--refiner", base)
     assert not (tmp_path / "out.png").exists()
+
+
+def test_refiners_of_an_ordinary_model(tmp_path, folders, capsys):
+    """Any plain model of its latents, or a UNet alone."""
+    words = ["--prompt", "cats", "--steps", 2, "--out", tmp_path / "out.png", "--weights", folders / "sd1", "--refiner"]
+    inpainting, wide, otherwise = tmp_path / "inpainting", tmp_path / "wide", tmp_path / "otherwise"
+    sd.save(small.stable_diffusion("inpainting"), inpainting)
+    assert "inpainting is an inpainting model: a refiner is a plain one" in fails(capsys, *words, inpainting)
+    shutil.copytree(folders / "base/unet", wide / "unet")
+    assert "its parts do not fit: the UNet reads text of width 192" in fails(capsys, *words, wide)
+    sd.save(small.stable_diffusion("sd1", "v_prediction"), otherwise)
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.rmtree(otherwise / part)
+    assert "trained with scaled_linear and v_prediction, the base with" in fails(capsys, *words, otherwise)
+    shutil.rmtree(otherwise / "scheduler")
+    run(tmp_path, *words[-3:], otherwise, "--prompt", "cats")
 
 
 def test_magic_fixup_begins_as_another_model(tmp_path, folders, capsys):
