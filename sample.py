@@ -64,7 +64,7 @@ WITH_EDIT = {"weights": TOY_MFX}
 
 @torch.inference_mode()
 def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=None, negative="",
-         guidance=7.5, sampler="ddim", steps=100, seed=0, skip=True, predictions=None,
+         guidance=7.5, sampler="ddim", steps=100, seed=0, skip=True, watch=None,
          a1111=False, refiner=None, switch=xl.SWITCH):
     """Differential Diffusion; without `picture` and `change_map`, text to image.
 
@@ -77,7 +77,8 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
     size         (width, height) in pixels for text to image; None: the model's own
     repaint      (1 or N, 1, H, W), 1 = repaint: what an inpainting model sees at every step
     seed         a number, or N of them
-    predictions  a list, filled with (t, the model's guess at the clean latent) as it goes
+    watch        called as watch(steps done, of how many, t, the model's guess at the clean latent)
+                 after each step; what it raises ends the edit
     a1111        read weights in prompts, and long ones whole: models/prompts.py
     refiner      of sd.load, an XL's, for the steps that follow the first share `switch` of them
       ->         (N, 3, H, W) in about [0, 1]
@@ -112,12 +113,12 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
     if refiner:
         second = refiner.denoiser(prompts, negative, guidance, **said)
         denoise = xl.hand_over(denoise, second, switch)
-    return generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, predictions)
+    return generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, watch)
 
 
 @torch.inference_mode()
 def fixup(model, reference, coarse, mask, change_map=None, *, sampler="ddim", steps=50, seeds=(0,),
-          skip=True, predictions=None):
+          skip=True, watch=None):
     """Magic Fixup: a coarse edit made into photographs, one for each of `seeds`, in one batch.
 
     model              of mfx.load
@@ -136,25 +137,29 @@ def fixup(model, reference, coarse, mask, change_map=None, *, sampler="ddim", st
     change_map = black if change_map is None else change_map
     seeds = list(seeds)
     return generate(model, denoise, I_coarse.shape[1:], I_coarse, change_map, sampler, seeds, skip,
-                    predictions)
+                    watch)
 
 
-def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, predictions):
+def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, watch):
     """What both end in: noise (N, *shape) of the seeds, the sampler under the map, the decoder."""
     device = model.vae.quant_conv.weight.device
     draws = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
     noise = torch.cat(draws).to(device)
+    guess = None
 
     def watched(z, t):
+        nonlocal guess
         output = denoise(z, t)
-        if predictions is not None:
+        if watch:
             x0, _ = model.schedule.convert_output(output.to(z.dtype), z, int(t[0]))
-            predictions.append((int(t[0]), x0))
+            guess = int(t[0]), x0
         return output
 
     def report(i, z):
         bar.total = bar.n + sampler.k - i  # the first i that comes says how many steps are skipped
         bar.update()
+        if watch:
+            watch(bar.n, bar.total, *guess)
 
     with tqdm(total=sampler.k, unit="step", leave=False) as bar:
         options = dict(step_noise=samplers.make_step_noise(shape, seeds), callback=report)
@@ -175,6 +180,10 @@ def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, pr
 
 # -------------------------------------------------------------------------------------------------
 # The command line: its options are in editing/options.py, its pictures in editing/inputs.py
+
+
+def load_model(args, dtype, device):
+    return make_fast(read_model(args, dtype, device), device)
 
 
 def read_model(args, dtype, device):
@@ -247,7 +256,8 @@ def draw_predictions(model, predictions, columns=8):
     return labelled([tensor_to_picture(x) for x in decoded], labels)
 
 
-def run(args):
+def run(args, load=load_model, watch=None):
+    """One command. `load` may know the model already, and `watch` is `edit`'s: app.py has both."""
     for name, value in (WITH_EDIT if args.edit or args.collage else WITH_PROMPT).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -260,7 +270,7 @@ def run(args):
         x = cascade.edit(args, original, mu, dtype, device)
         save_results(args, [tensor_to_picture(one) for one in x], describe(args, device, dtype))
         return
-    model = make_fast(read_model(args, dtype, device), device)
+    model = load(args, dtype, device)
     choose_steps(args, model)
     refiner = None
     if args.refiner:
@@ -313,9 +323,10 @@ def run(args):
             compile_unets(refiner, lambda: None)
         seconds = compile_unets(model, lambda: make(black, sampler=args.sampler, steps=short))
         print(f"compiled in {seconds:.0f} s, with an edit of {short} steps")
-    predictions = [] if args.steps_strip else None
-    x = make(change_map, sampler=args.sampler, steps=args.steps, skip=not args.no_skip,
-             predictions=predictions)
+    predictions = []
+    if args.steps_strip:
+        watch = lambda done, total, *prediction: predictions.append(prediction)  # noqa: E731
+    x = make(change_map, sampler=args.sampler, steps=args.steps, skip=not args.no_skip, watch=watch)
 
     # What is saved beside the results
     results = [tensor_to_picture(one) for one in x]

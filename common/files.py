@@ -65,7 +65,7 @@ def lock_folder(folder):
         with contextlib.suppress(OSError):  # a file system that knows no locks
             while not try_lock(held):
                 if time.monotonic() > end:
-                    raise ValueError(f"another training is writing to {folder}: wait for it, or choose another --out")
+                    raise ValueError(f"another program is writing to {folder}: wait for it, or choose another folder")
                 time.sleep(0.1)
         yield
     finally:

@@ -41,10 +41,18 @@ def read_edits(path, segmenter=None):
     """
     path = Path(path)
     edits = read_json(path)
+    try:
+        return make_collage(edits, path.parent, segmenter)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
+def make_collage(edits, folder, segmenter=None):
+    """What a file in `folder` holds -> Collage. Otherwise as `read_edits`"""
     where = ""  # the place in the file, for the message
     try:
         check_keys(edits, "the file", {"image", "segments"}, needed={"image", "segments"})
-        picture = read_picture(path.parent, edits["image"])
+        picture = read_picture(folder, edits["image"])
         collage = Collage(np.array(picture))
         collage.info = picture.info  # its colour profile
         seen = np.array(to_srgb(picture))
@@ -59,7 +67,7 @@ def read_edits(path, segmenter=None):
             where = f"segment {n}: "
             check_keys(spec, "a segment", CUTS | {"edits", "z"})
             cut = only_one_of(CUTS, spec, "a segment")
-            mask = read_mask(seen, path.parent, cut, spec[cut], segmenter or segment_at)
+            mask = read_mask(seen, folder, cut, spec[cut], segmenter or segment_at)
             segment = collage.segment(mask, check_number(spec.get("z", 0), "z"))
             if not isinstance(spec.get("edits", []), list):
                 raise ValueError('"edits" is a list')
@@ -72,7 +80,7 @@ def read_edits(path, segmenter=None):
         where = ""
         collage.pieces()  # raises for a segment that is out of sight
     except ValueError as e:
-        raise ValueError(f"{path}: {where}{e}") from None
+        raise ValueError(f"{where}{e}") from None
     return collage
 
 

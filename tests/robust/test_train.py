@@ -239,7 +239,7 @@ def test_two_trainings_do_not_write_to_one_folder(stable, tmp_path, capsys, monk
     monkeypatch.setattr(files, "PATIENCE", 0)
     argv = arguments(stable, tmp_path / "out")
     with open_run(tmp_path / "out", "mfx", False, tmp_path / "model"):
-        assert "another training is writing to" in fails(train.main, argv, capsys)
+        assert "another program is writing to" in fails(train.main, argv, capsys)
         assert not list((tmp_path / "out").iterdir())
     train.main([*map(str, argv), "--steps", "1"])
     assert list_states(tmp_path / "out", "mfx")
