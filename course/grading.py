@@ -163,7 +163,8 @@ def diagnose(got, want, tolerance):
     shift = (got - want).mean().item()
     if same(got - shift, want, tolerance) and want.numel() > 1:
         return f"a constant is added: everything is {shift:.4g} more than expected"
-    place = [int(i) for i in torch.unravel_index((got - want).abs().argmax(), got.shape)]
+    difference = (got - want).abs()
+    place = (difference == difference.max()).nonzero()[0].tolist()
     where = f"at {place} " if place else ""
     return f"{where}it is {got[tuple(place)]:.4g}, and {want[tuple(place)]:.4g} is expected"
 

@@ -98,8 +98,8 @@ class Canvas:
             y = y_range[0] + share * (y_range[1] - y_range[0])
             self.line([place(x, y_range[0]), place(x, y_range[1])], self.faint, 1)
             self.line([place(x_range[0], y), place(x_range[1], y)], self.faint, 1)
-            self.text(place(x, y)[0], bottom + 4, f"{x:.3g}", 11, "ma")
-            self.text(left - 5, place(x, y)[1], f"{y:.3g}", 11, "rm")
+            self.text(place(x, y)[0], bottom + 4, f"{x:.4g}", 11, "ma")
+            self.text(left - 5, place(x, y)[1], f"{y:.4g}", 11, "rm")
         self.text((left + right) / 2, bottom + 20, x_label, 12, "ma")
         self.text(left, top - 6, y_label, 12, "ld")
         return place

@@ -1,0 +1,192 @@
+"""Lesson 2's checks, and mistakes that they must name: {exercise: [(wrong answer, words of the sentence)]}."""
+
+import functools
+import math
+
+import torch
+
+import samplers
+from course.grading import Wrong, call, compare, predicted
+from course.solutions import lesson2 as right
+from diffusion import Schedule
+
+SCHEDULE = Schedule()
+
+
+def draw(count, shape=(2, 3, 4, 4)):
+    """Standard normal tensors, the same every time"""
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=g) for _ in range(count)]
+
+
+def two_bumps(z, t):
+    """The exact eps where a picture is one number, near -1 or near 1: 0.3 is each bump's standard deviation."""
+    alpha, sigma = SCHEDULE.alpha_sigma(t, z)
+    var = (0.3 * alpha) ** 2 + sigma**2
+    x0 = (0.09 * alpha * z + sigma**2 * torch.tanh(alpha * z / var)) / var
+    return (z - alpha * x0) / sigma
+
+
+def check_PREDICT_START(module):
+    predicted(module.PREDICT_START, SCHEDULE.space_timesteps(4)[0], {
+        "that is 'trailing', of models that are made for few steps. 'leading' counts up from 1 by strides of 250": 999,
+        "there is no such timestep: they are 0 .. 999": 1000,
+        "'leading' has an offset of 1: 1, 251, 501, ...": 750,
+    })
+
+
+@functools.cache
+def measure_factor():
+    """By how much 100 steps of DDIM are better than 50, as lesson 2 measures it"""
+    trailing = Schedule(spacing="trailing")
+    z = draw(1, (64, 1, 1, 1))[0].double()
+    ends = {k: samplers.run_sampler(two_bumps, z, samplers.make_sampler("ddim", trailing, k)) for k in (50, 100, 500)}
+    errors = [(ends[k] - ends[500]).abs().mean().item() for k in (50, 100)]
+    return round(errors[0] / errors[1], 2)
+
+
+def check_PREDICT_FACTOR(module):
+    predicted(module.PREDICT_FACTOR, measure_factor(), {
+        "that is a method of second order, such as Heun: DDIM is Euler's, of first order": 4,
+        "the error does fall with more steps": 1,
+    }, within=0.4)
+
+
+def check_ddim_step(module):
+    z, eps = draw(2)
+    sampler = samplers.ddim(SCHEDULE, 10)
+    want, _ = sampler.step(lambda z, t: eps, z, 3)
+    a, b = sampler.ladder.abar[3:5]  # abar, abar_next
+    x0 = (z - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    compare(call(module.ddim_step, z, eps, a, b), want, {
+        "that is x0, without any noise: go back to the level abar_next": x0,
+        "it is off by one step: it comes back to the level where it was": z,
+        "the levels are the wrong way round: z is at abar, the result at abar_next": right.ddim_step(z, eps, b, a),
+        "x0 is not made smaller by alpha of the next level": x0 + math.sqrt(1 - b) * eps,
+        "the noise comes back with the wrong sign": math.sqrt(b) * x0 - math.sqrt(1 - b) * eps,
+        "the noise comes back with sigma of this level, not of the next": math.sqrt(b) * x0 + math.sqrt(1 - a) * eps,
+        "alpha and sigma are without their square roots": b * (z - (1 - a) * eps) / a + (1 - b) * eps,
+    })
+
+
+def run_ladder(loop):
+    """A loop's result on the two bumps, in 8 steps; Wrong for a t that is no tensor (B,)"""
+    ladder = samplers.ddim(SCHEDULE, 8).ladder
+
+    def model(z, t):
+        if not torch.is_tensor(t) or t.shape != (len(z),):
+            raise Wrong("the model wants t as a tensor (B,): the same timestep for each picture of the batch")
+        if int(t[0]) not in ladder.timesteps:
+            raise Wrong("the model is asked with the number of the step, not with its timestep")
+        return two_bumps(z, t)
+
+    return call(loop, model, draw(1)[0], ladder.timesteps, ladder.abar)
+
+
+def stop_early(model, z, timesteps, abar):
+    return right.sample(model, z, timesteps[:-1], abar)
+
+
+def start_late(model, z, timesteps, abar):
+    return right.sample(model, z, timesteps[1:], abar[1:])
+
+
+def stay(model, z, timesteps, abar):
+    return right.sample(model, z, timesteps, abar[1:] + [1.0])
+
+
+def ask_once(model, z, timesteps, abar):
+    eps = model(z, torch.full((len(z),), timesteps[0]))
+    return right.sample(lambda z, t: eps, z, timesteps, abar)
+
+
+WRONG_LOOPS = {
+    "off by one step: the last step is not taken": stop_early,
+    "off by one step: the first step is not taken": start_late,
+    "off by one step: step i goes from abar[i] to abar[i + 1], and yours from abar[i + 1] to abar[i + 2]": stay,
+    "the model is asked once: ask it again at every step, about the new z": ask_once,
+}
+
+
+def check_sample(module):
+    compare(run_ladder(module.sample), run_ladder(right.sample),
+            {sentence: run_ladder(loop) for sentence, loop in WRONG_LOOPS.items()})
+
+
+def check_ddim_sigma(module):
+    a, b, eta = 0.4, 0.6, 0.5
+    var = (1 - b) / (1 - a) * (1 - a / b)
+    # Of eta = 1 it is DDPM's, whose variance is the posterior's.
+    compare(call(module.ddim_sigma, a, b, eta), right.ddim_sigma(a, b, eta), {
+        "that is the variance: take the square root": eta * var,
+        "eta stands inside the square root: it multiplies the standard deviation": math.sqrt(eta * var),
+        "eta is missing": math.sqrt(var),
+        "the two factors are upside down: abar is the smaller one, and less noise is at abar_next":
+            eta * math.sqrt((1 - a) / (1 - b) * (1 - a / b)),
+        "the second factor is missing: 1 - abar / abar_next": eta * math.sqrt((1 - b) / (1 - a)),
+    })
+
+
+def check_dpmpp_step(module):
+    z, x0, before = draw(3)
+    sampler = samplers.dpmpp(Schedule(prediction="sample"), 10)
+    want, _ = sampler.step(lambda z, t: x0, z, 3, samplers.History([before], torch.tensor(1)))
+    a = sampler.ladder.abar[2:5]
+    lam = [math.log(math.sqrt(x / (1 - x))) for x in a]
+    h, h_before = lam[2] - lam[1], lam[1] - lam[0]
+
+    def step(correction, sign=1):
+        D = x0 + correction * (x0 - before)
+        scale = math.sqrt((1 - a[2]) / (1 - a[1]))
+        return scale * z - sign * math.sqrt(a[2]) * (math.exp(-h) - 1) * D
+
+    compare(call(module.dpmpp_step, z, x0, before, *a), want, {
+        "the correction is missing: this is the step of first order, which is DDIM's": step(0),
+        "the correction is twice too large: divide by 2 h_before": step(h / h_before),
+        "the correction is upside down: h / h_before, the step to come over the step before": step(h_before / (2 * h)),
+        "the correction has the wrong sign: go on in the direction from x0_before to x0": step(-h / (2 * h_before)),
+        "the sign of the second term is wrong: exp(-h) - 1 is negative, so minus it adds":
+            step(h / (2 * h_before), sign=-1),
+    })
+
+
+def correct(times):
+    """A dpmpp_step whose correction is so many times the right one"""
+
+    def step(z, x0, x0_before, abar_before, abar, abar_next):
+        second = right.dpmpp_step(z, x0, x0_before, abar_before, abar, abar_next)
+        first = right.dpmpp_step(z, x0, x0, abar_before, abar, abar_next)
+        return first + times * (second - first)
+
+    return step
+
+
+MISTAKES = {
+    "PREDICT_START": [(999, "trailing"), (1000, "no such"), (750, "offset"), (600, "too small")],
+    "PREDICT_FACTOR": [(4, "second order"), (1, "does fall"), (8, "too large")],
+    "ddim_step": [
+        (lambda z, eps, a, b: right.ddim_step(z, eps, a, 1.0), "without any noise"),
+        (lambda z, eps, a, b: right.ddim_step(z, eps, b, a), "levels are the wrong way round"),
+        (lambda z, eps, a, b: right.ddim_step(z, eps, a, a), "off by one step"),
+        (lambda z, eps, a, b: b * (z - (1 - a) * eps) / a + (1 - b) * eps, "square roots"),
+    ],
+    "sample": [
+        (stop_early, "last step is not taken"),
+        (start_late, "first step is not taken"),
+        (stay, "step i goes from"),
+        (ask_once, "asked once"),
+        (lambda model, z, timesteps, abar: right.sample(lambda z, t: model(z, int(t[0])), z, timesteps, abar), "(B,)"),
+        (lambda model, z, timesteps, abar: right.sample(model, z, list(range(8)), abar), "number of the step"),
+    ],
+    "ddim_sigma": [
+        (lambda a, b, eta: right.ddim_sigma(a, b, eta) ** 2 / eta, "square root"),
+        (lambda a, b, eta: right.ddim_sigma(a, b, 1) * eta**0.5, "inside"),
+        (lambda a, b, eta: right.ddim_sigma(a, b, 1), "missing"),
+    ],
+    "dpmpp_step": [
+        (correct(0), "first order"),
+        (correct(2), "twice too large"),
+        (correct(-1), "wrong sign"),
+        (lambda z, x0, before, a0, a, b: right.dpmpp_step(z, before, x0, a0, a, b), "expected"),
+    ],
+}
