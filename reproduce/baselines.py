@@ -11,16 +11,7 @@ import diffdiff
 import samplers
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sections 5.1 and 5.2
-
-
-def blended_latent_diffusion(denoise, z_init, mask, sampler, noise, strength=1.0, **options):
-    """Blended Latent Diffusion (Avrahami et al. 2023): mask (..., H, W), 0 = edit, 1 = keep; two strengths, no more.
-
-    After each step the region outside the edit is put back at that step's noise level: a map of two values.
-    """
-    hard = (diffdiff.down_sample(mask.cpu(), z_init.shape[-2:]) > 0.5).float()
-    return diffdiff.differential_diffusion(denoise, z_init, 1 - strength * (1 - hard), sampler, noise, **options)
+# Section 5.1. What 5.2 compares with has files of its own: blended, diffedit, pix2pix
 
 
 def masked_noise(denoise, z_init, change_map, sampler, noise, step_noise=None, callback=None):

@@ -15,7 +15,7 @@ import samplers
 from checkpoints import published
 from editing import change_maps
 from networks import midas
-from reproduce import baselines, charts
+from reproduce import baselines, blended, charts
 from reproduce.dd_tables import pattern, wide_gradient
 from reproduce.lab import Outcome, item, judge, percent, plus_minus, progress, to_bytes
 from reproduce.metrics import cam, is_surely_less, mean_error, sharpness, sky_and_ground, soft_edges
@@ -257,7 +257,7 @@ def figure8(lab):
     edits = {
         "ours": lambda: edit(image, mu),
         "no nesting": lambda: edit(image, mu, nested=False),
-        "blended latent diffusion": lambda: edit(image, (mu > 0.5).float(), baselines.blended_latent_diffusion),
+        "blended latent diffusion": lambda: edit(image, (mu > 0.5).float(), blended.edit),
         "masked noise": lambda: edit(image, mu, baselines.masked_noise),
         composition: lambda: baselines.edit_level_by_level(edit, image, mu, levels, keep_outside=False),
         tiling: lambda: baselines.edit_level_by_level(edit, image, mu, levels, keep_outside=True),

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from reproduce import baselines, charts
-from reproduce.dd_tables import LESS, SIDE, bootstrap_cam, draw_pairs
+from reproduce.dd_tables import LESS, SIDE, bootstrap_cam
 from reproduce.lab import Outcome, item, judge, plus_minus
 from reproduce.metrics import is_surely_less, resample
 
@@ -23,8 +23,8 @@ def few_steps(lab):
     differs between neighbouring latents, root of the mean square, of 255, for as much change as a black map's.
     """
     n, size = lab.count(24, 2), lab.model.size
-    image, prompts = draw_pairs(lab, n)
-    image = image[:8].repeat(3, 1, 1, 1)[:n]
+    prompts = lab.prompts(n, seed=12)
+    image = lab.images(8, seed=11, meadow=False).repeat(3, 1, 1, 1)[:n]
     schedule = lab.model.schedule
     spacing, schedule.spacing = schedule.spacing, "trailing"
     found, sheet, parts = {}, [], []

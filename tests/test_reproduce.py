@@ -111,9 +111,6 @@ def test_the_baselines_in_latents():
     z_init, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     sampler, mu = samplers.make_sampler("ddim", diffusion.Schedule(), 10), torch.ones(8, 8)
     mu[:, :4] = 0.25
-    z = baselines.blended_latent_diffusion(denoise, z_init, mu, sampler, noise)
-    assert torch.equal(z[..., 4:], z_init[..., 4:])  # outside
-    assert (z[..., :4] != z_init[..., :4]).all()
     seen = []
     baselines.masked_noise(lambda z, t: seen.append(z) or denoise(z, t), z_init, mu, sampler, noise)
     torch.testing.assert_close(seen[0], sampler.noise_to(0, z_init, noise * (1 - mu)))  # none where the map is white
