@@ -27,14 +27,27 @@ from common.cli import TOY, TOY_MFX, Parser, folder_name, report_errors
 from common.devices import choose_device, choose_precision
 from common.files import atomic_write, write_json
 from kernels.memory import hold_memory
-from reproduce import cache, dd_figures, dd_tables, few_steps, fidelity, mfx_figures, mfx_tables, report, toy
+from reproduce import (
+    cache,
+    dd_figures,
+    dd_methods,
+    dd_tables,
+    few_steps,
+    fidelity,
+    mfx_figures,
+    mfx_methods,
+    mfx_tables,
+    report,
+    toy,
+)
 from reproduce.lab import MFX, OPEN, REGISTERED, Lab, NotHere, Outcome
 
 INPAINTING = TOY.parent / "toy-inpainting"
 MODULES = [  # as on the page
-    m.__name__ for m in (dd_tables, dd_figures, few_steps, mfx_tables, mfx_figures, toy, fidelity)]
+    m.__name__ for m in (
+        dd_tables, dd_figures, dd_methods, few_steps, mfx_tables, mfx_figures, mfx_methods, toy, fidelity)]
 ITEMS = {item.name: item for module in MODULES for item in REGISTERED if item.run.__module__ == module}
-WEIGHTS = "weights", "mfx_weights", "ablation_weights", "inpainting_weights"
+WEIGHTS = "weights", "mfx_weights", "ablation_weights", "inpainting_weights", "instruct_weights"
 
 
 def run_item(item, lab, key):
@@ -82,7 +95,7 @@ def run(args):
     args.mfx_weights = args.mfx_weights or TOY_MFX
     if asked := unfair & set(args.only or ()):
         raise ValueError(f"{', '.join(asked)} compares --weights with a Magic Fixup: say which, --mfx-weights")
-    for path in (args.images, args.inpainting_weights, args.networks):
+    for path in (args.images, args.inpainting_weights, args.instruct_weights, args.networks):
         if path and not path.exists():
             raise FileNotFoundError(f"{path}: there is no such file or folder")
     device = choose_device(args.device)
@@ -90,7 +103,8 @@ def run(args):
 
     # What is finished already.
     decisive = {name: cache.fingerprint(getattr(args, name)) for name in (*WEIGHTS, "images")}
-    decisive |= {"quick": args.quick, "as paper": args.as_paper, "prompt": args.prompt, "device": device.type, "distance": lab.perceptual[0]}
+    decisive |= {"quick": args.quick, "as paper": args.as_paper, "prompt": args.prompt, "device": device.type}
+    decisive["distance"] = lab.perceptual[0]
     keys = {name: cache.key_of(item, decisive) for name, item in ITEMS.items()}
     kept = {name: cache.read(item, keys[name], args.out) for name, item in ITEMS.items()}
     found = {name: outcome for name, outcome in kept.items() if outcome}
@@ -132,6 +146,8 @@ def main(argv=None):
                         "that was stopped; nothing else is done")
     parser.add_argument("--inpainting-weights", type=folder_name, help="an inpainting model, for Table 1's third "
                         "method; default: beside the toy weights/toy-inpainting, otherwise none")
+    parser.add_argument("--instruct-weights", type=folder_name, help="an InstructPix2Pix, for Figure 9 and Magic "
+                        "Fixup's Figure 2; default: none (reproduce.train_toys instruct trains the toy's)")
     parser.add_argument("--networks", type=folder_name, metavar="DIR", help="folder with LPIPS's two files (default: "
                         "weights; without them there, a distance on the autoencoder's features)")
     parser.add_argument("--images", type=folder_name, metavar="DIR", help="pictures to edit instead of the toy world's")

@@ -316,13 +316,13 @@ TRANSFORMS = {
 }
 
 
-def depth_maps(lab, image, n):
-    """(n, 1, H, W) in [0, 1], the nearest 1: the toy world's exact depth, or MiDaS's of --images."""
+def depth_maps(lab, image, n, seed=3):
+    """Of `lab.images(n, seed)`: (n, 1, H, W) in [0, 1], the nearest 1. The toy world's is exact; else MiDaS's."""
     if lab.options.images:
         model = published.load("midas", published.find("midas", lab.options.networks or published.FOLDER))
         inverse = [midas.depth(model, to_bytes(x)) for x in image]
     else:
-        inverse = 1 / world.render(lab.meadows(n), lab.model.size).depth  # the sky is infinitely far: 0
+        inverse = 1 / world.render(lab.meadows(n, seed), lab.model.size).depth  # the sky is infinitely far: 0
     return torch.stack([change_maps.depth_to_map(d) for d in inverse])[:, None]
 
 

@@ -1,6 +1,6 @@
 """What -m reproduce reproduces. A claim of a paper is an `Item`; a `Lab` is what an item has to work with.
 
-To add an item, write in dd_tables.py, dd_figures.py, mfx_tables.py, mfx_figures.py or toy.py
+To add an item, write in dd_tables.py or one of its neighbours
 
     @item("figure9", "Figure 9")                       its name for --only; where the paper says it
     def figure9(lab):
@@ -119,8 +119,8 @@ def progress(things):
 class Lab:
     """Models, pictures, edits, distances: made when first asked for.
 
-    options: weights, mfx_weights, ablation_weights, inpainting_weights (or None), networks (or None), images (folder or
-    None), prompt, quick, out
+    options: weights, mfx_weights, ablation_weights, inpainting_weights (or None), instruct_weights (or None), networks
+    (or None), images (folder or None), prompt, quick, as_paper, out
     """
 
     def __init__(self, options, device="cpu", dtype=torch.float32):
@@ -137,11 +137,20 @@ class Lab:
     @cached_property
     def inpainting(self):
         """An inpainting Stable Diffusion (9 channels), or None."""
-        if not self.options.inpainting_weights:
+        return self.load_wider(self.options.inpainting_weights, 1, "no inpainting model: it takes no mask")
+
+    @cached_property
+    def instruct(self):
+        """An InstructPix2Pix (8 channels), or None."""
+        return self.load_wider(self.options.instruct_weights, 0, "no InstructPix2Pix: it takes no picture, or a mask")
+
+    def load_wider(self, path, more, otherwise):
+        """A model that sees a latent and `more` channels beside its own, or None."""
+        if not path:
             return None
-        model = sd.load(self.options.inpainting_weights, self.dtype, self.device)
-        if model.unet.config.in_channels == model.unet.config.out_channels:
-            raise ValueError(f"{self.options.inpainting_weights} is no inpainting model: it takes no mask")
+        model = sd.load(path, self.dtype, self.device)
+        if model.unet.config.in_channels != 2 * model.unet.config.out_channels + more:
+            raise ValueError(f"{path} is {otherwise}")
         quicken(model.vae)
         return model
 
@@ -227,15 +236,17 @@ class Lab:
 
     @torch.inference_mode()
     def inpaint(self, image, mask, prompt=None, *, steps, guidance=7.5):
-        """As `edit`, by the inpainting model: from pure noise, shown all the time what to keep, mask (H, W) = 1.
+        """As `edit`, by the inpainting model: from pure noise, shown all the time what to keep, where the mask is 1,
+        (H, W) or (N, 1, H, W).
 
         In the end what was to be kept is put back. Where the words contradict what it sees, a toy follows them, and
         would change everything; that is less than an inpainting model can do, and no measure of the method.
         """
         model, out = self.inpainting, []
-        sampler, repaint = samplers.make_sampler("ddim", model.schedule, steps), 1 - mask[None, None].to(self.device)
+        sampler, repaint = samplers.make_sampler("ddim", model.schedule, steps), 1 - mask.to(self.device)
         for here, batch, prompts in self.batches(image, prompt):
-            z_init, beside = model.encode_image(batch), model.inpainting_channels(batch, repaint)
+            region = repaint[here] if mask.ndim == 4 else repaint[None, None]
+            z_init, beside = model.encode_image(batch), model.inpainting_channels(batch, region)
             denoise = model.denoiser(prompts, guidance=guidance, channels=beside)
             z = samplers.run_sampler(denoise, self.noise(z_init, here.start), sampler)
             out.append(model.decode(torch.lerp(z_init, z, beside[:, :1])).clamp(-1, 1).cpu())

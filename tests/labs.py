@@ -18,8 +18,9 @@ from tests.small import randomise
 
 
 def make_lab(out, **options):
-    usual = dict(weights=TOY, mfx_weights=TOY_MFX, inpainting_weights=None, images=None, networks=None, quick=True,
-                 as_paper=False, ablation_weights=Path(out, "none"), prompt="snow at night", out=out)
+    usual = dict(weights=TOY, mfx_weights=TOY_MFX, inpainting_weights=None, instruct_weights=None, images=None,
+                 networks=None, quick=True, as_paper=False, ablation_weights=Path(out, "none"),
+                 prompt="snow at night", out=out)
     return Lab(SimpleNamespace(**usual | options))
 
 
