@@ -99,7 +99,7 @@ def figure7(lab):
     edits that move something: squared error against the true re-render, as a ratio to Magic Fixup's.
     """
     model, n = lab.fixup(), lab.count(6, 3)
-    edits = make_user_edits(lab.count(48, 24), model.size)
+    edits = make_user_edits(8 * n, model.size)
     moved = [i for i, verb in enumerate(edits["verb"]) if verb == "move"][:n]
     edits = {name: [x[i] for i in moved] if isinstance(x, list) else x[moved] for name, x in edits.items()}
     n, after, slot = len(moved), edits["after"], edits["slot"]
