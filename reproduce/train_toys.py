@@ -3,6 +3,7 @@
     python -m reproduce.train_toys vae           toy scenes                          ->  runs/toy/model/vae
     python -m reproduce.train_toys base          its latents of scenes, and captions ->  runs/toy/model
     python -m reproduce.train_toys inpainting    from weights/toy, with masks        ->  runs/toy-inpainting/model
+    python -m reproduce.train_toys instruct      from weights/toy, pairs and orders  ->  runs/toy-instruct/model
     python -m reproduce.train_toys base --init weights/toy --out runs/toy2           trains the shipped weights further
 
 Magic Fixup is train.py's, which has the loop as well; --resume goes on exactly where a run stopped.
@@ -45,8 +46,10 @@ from common.run_state import (
 )
 from kernels.blocks import to_channels_last
 from kernels.memory import hold_memory
+from reproduce import pix2pix
 from toy import world
 from toy.clips import Clip
+from toy.edits import random_instructions
 from toy.leaves import dead_leaves
 from toy.vocabulary import learn_bpe
 
@@ -67,6 +70,7 @@ RECIPES = {
     "vae": ToyRecipe(steps=9000, batch=16, lr=1.5e-3, warmup=100, ema=0.998, muon=True),
     "base": ToyRecipe(steps=6000, batch=16, lr=1e-3, warmup=100, ema=0.999, muon=True),
     "inpainting": ToyRecipe(steps=1500, batch=16, lr=5e-4, warmup=100, ema=0.995, muon=True, scenes=8000),
+    "instruct": ToyRecipe(steps=1500, batch=16, lr=5e-4, warmup=100, ema=0.995, muon=True, scenes=8000),  # never run
 }
 
 # Autoencoder
@@ -82,6 +86,7 @@ OFFSETS = 1, 2, 4  # values along a side of the smooth noise, per channel
 # caption. So the unconditional model takes what it sees for what is there, and the captioned one believes its words.
 MIXED = 0.25
 GAMMA = 5.0  # of Min-SNR: low noise levels, where the weight would grow without bound, count no more than this
+LEFT_OUT = 0.05  # shares of the pairs whose picture, whose order, and of which both are hidden, as in InstructPix2Pix
 WHOLE = 0.25  # share of the masks that cover the whole picture, as of Stable Diffusion's own inpainting model
 
 
@@ -285,13 +290,13 @@ def train_base(recipe, out, resume, device):
 # Stage inpainting
 
 
-def widened(model):
-    """A copy of a UNet that reads (B, 2 C + 1, h, w): z_t, the mask, the latent of the masked picture. The new columns
-    of its first layer are zero, so that it begins as the very model that it was."""
-    C = model.config.in_channels
+def widened(model, more):
+    """A copy of a UNet that reads `more` channels behind z_t. The new columns of its first layer are zero, so that it
+    begins as the very model that it was."""
     tensors = {name: w.clone() for name, w in model.state_dict().items()}
-    tensors["conv_in.weight"] = F.pad(tensors["conv_in.weight"], (0, 0, 0, 0, 0, C + 1))
-    return build_part("unet", tensors, "this Stable Diffusion", replace(model.config, in_channels=2 * C + 1))
+    tensors["conv_in.weight"] = F.pad(tensors["conv_in.weight"], (0, 0, 0, 0, 0, more))
+    config = replace(model.config, in_channels=model.config.in_channels + more)
+    return build_part("unet", tensors, "this Stable Diffusion", config)
 
 
 def random_masks(n, size, generator):
@@ -337,7 +342,8 @@ def train_inpainting(recipe, out, resume, device):
     """
     scenes = world.random_scenes(recipe.scenes, generator_at(recipe.seed, 0))
     toy = given(recipe.init or TOY, device)
-    model = widened(toy.unet).requires_grad_(True).to(device, memory_format=torch.channels_last)
+    model = widened(toy.unet, toy.unet.config.in_channels + 1)  # the mask, the latent of the masked picture
+    model = model.requires_grad_(True).to(device, memory_format=torch.channels_last)
     latents, size = encode_masked(scenes, out / "masked.safetensors", toy, recipe, device), toy.size
     nothing = toy.inpainting_channels(torch.zeros(1, 3, size, size), torch.ones(1, 1, size, size))
 
@@ -367,9 +373,63 @@ def train_inpainting(recipe, out, resume, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Stage instruct
+
+
+def encode_told(before, after, path, toy, device):
+    """-> a dict of z, the scenes as they are wanted, and seen, as they are, not scaled: (N, C, h, w), fp16"""
+
+    def make():
+        parts = []
+        for i in tqdm(range(0, len(before), 32), desc="pairs", unit="batch", mininterval=1):
+            both = [world.render(scenes[i : i + 32], toy.size).image * 2 - 1 for scenes in (after, before)]
+            with torch.no_grad():
+                parts.append([toy.encode_image(to_channels_last(x.to(device))) for x in both])
+        z, seen = (torch.cat(x).half().cpu().contiguous() for x in zip(*parts))
+        return {"z": z, "seen": seen / toy.vae.config.scaling_factor}
+
+    return cache_tensors(path, digest(toy.vae, before.x.tolist(), after.time.tolist(), toy.size), make)
+
+
+def train_instruct(recipe, out, resume, device):
+    """A base model's UNet learns to do as it is told -> OUT/model, as fp16: InstructPix2Pix, on pairs of the toy world.
+    The text encoder and the autoencoder stay as they are."""
+    scenes = world.random_scenes(recipe.scenes, generator_at(recipe.seed, 0))
+    edited, orders = random_instructions(scenes, generator_at(recipe.seed, 1))
+    toy = given(recipe.init or TOY, device)
+    model = widened(toy.unet, toy.unet.config.in_channels).requires_grad_(True)
+    model = model.to(device, memory_format=torch.channels_last)
+    latents = encode_told(scenes, edited, out / "pairs.safetensors", toy, device)
+
+    def loss(step, _):
+        index, _, t, noise, g = draws(recipe, scenes, latents["z"].shape[1:], step)
+        share = torch.rand(recipe.batch, generator=g) / LEFT_OUT
+        told = ["" if s < 2 else orders[i] for i, s in zip(index.tolist(), share.tolist())]
+        shown = ((share < 1) | (share > 3)).float()[:, None, None, None]  # below 1 the order alone is hidden
+        seen = (latents["seen"][index].float() * shown).to(device)
+        z, t, noise = (to_channels_last(x.to(device)) for x in (latents["z"][index].float(), t, noise))
+        return base_loss(model, toy.schedule, z, toy.encode_prompt(told), t, noise, seen)
+
+    image, wanted = (world.render(s[:8], toy.size).image * 2 - 1 for s in (scenes, edited))
+    seen = pix2pix.look_at(toy, image.to(device))
+    start = torch.randn(seen.shape, generator=generator_at(recipe.seed + 2, 0)).to(device)
+
+    def sheet(average):
+        painter = replace(toy, unet=average)
+        denoise = pix2pix.denoiser(painter, seen, orders[:8])
+        with torch.no_grad():
+            z = samplers.run_sampler(denoise, start, samplers.make_sampler("ddim", toy.schedule, 25))
+            return torch.stack([image, painter.decode(z).cpu(), wanted]) / 2 + 0.5
+
+    average = train.fit("instruct", model, loss, sheet, recipe, out, resume)
+    sd.save(replace(toy, unet=average), out / "model", torch.float16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
-STAGES = {"vae": train_vae, "base": train_base, "inpainting": train_inpainting}
+STAGES = {"vae": train_vae, "base": train_base, "inpainting": train_inpainting, "instruct": train_instruct}
+MADE_OF_THE_TOY = ("inpainting", "instruct")
 
 
 def read_widths(text):
@@ -381,14 +441,14 @@ def main(argv=None):
     parser = Parser(prog="python -m reproduce.train_toys", description=__doc__)
     parser.add_argument("stage", choices=list(STAGES))
     train.add_loop_options(parser)
-    parser.add_argument("--out", type=folder_name, help="default: runs/toy; of inpainting, runs/toy-inpainting")
+    parser.add_argument("--out", type=folder_name, help="default: runs/toy; of inpainting and instruct, runs/toy-..")
     parser.add_argument("--widths", type=read_widths, help="of the autoencoder's levels, e.g. 24,64,128")
     parser.add_argument("--latent", type=number(int, 1, 64), help="its latent channels")
     parser.add_argument("--scenes", type=number(int, 1, 10**9), help="to learn from")
     parser.add_argument("--offset", type=number(float, 0, 1), help="how much smooth noise beside the white")
     args = parser.parse_args(argv)
-    # A folder of its own for inpainting: it would write its model over the one that it is made of.
-    out = args.out or Path("runs/toy-inpainting" if args.stage == "inpainting" else "runs/toy")
+    # A folder of their own for these: they would write a model over the one that it is made of.
+    out = args.out or Path(f"runs/toy-{args.stage}" if args.stage in MADE_OF_THE_TOY else "runs/toy")
     kept = functools.partial(say_kept, f"python -m reproduce.train_toys {args.stage}", out, args.stage)
     run = open_run(out, args.stage, args.resume, out / "model" / ("vae" if args.stage == "vae" else "unet"))
     with report_errors(parser, "try a smaller --batch", kept), run:
@@ -397,7 +457,7 @@ def main(argv=None):
         if args.stage == "vae" and not (args.scenes is None and args.offset is None):
             raise ValueError("--scenes and --offset are for base and inpainting: vae draws new scenes at every step")
         if args.resume:
-            recipe = resume_recipe(out, args.stage, ToyRecipe, args, TOY if args.stage == "inpainting" else None)
+            recipe = resume_recipe(out, args.stage, ToyRecipe, args, TOY if args.stage in MADE_OF_THE_TOY else None)
         else:
             recipe = change_recipe(RECIPES[args.stage], args)
         torch.manual_seed(recipe.seed)

@@ -3,13 +3,14 @@
     edited, edits = random_edits(scenes, generator)
     render(edited)                                       the truth, shadows and reflections included
     to_collage(edited[i : i + 1], edits[i], segments)    the same edit of a picture, for collage.composite
+    edited, told = random_instructions(scenes, generator)    edits told in words, for InstructPix2Pix
 """
 
 from dataclasses import dataclass, replace
 
 import torch
 
-from toy.world import POSE, project
+from toy.world import COLOURS, GROUNDS, KINDS, POSE, TIMES, project
 
 VERBS = ("move", "scale", "duplicate", "delete")
 
@@ -114,3 +115,24 @@ def to_collage(edited, edit, segments):
             k = slot if slot < K else edit.k  # a copy has the original's pixels
             pieces.append((segments == k + 1, edit.matrix if slot == changed else stays))
     return [*pieces, (segments == edit.k + 1, None)]
+
+
+def random_instructions(scenes, generator=None):
+    """One edit of each scene, told as an order: another time, another ground, another colour of its first object, or
+    that gone. -> edited, a Scene; [B texts]"""
+    B, told = len(scenes), []
+    edited = replace(scenes, **{n: getattr(scenes, n).clone() for n in ("time", "ground", "kind", "colour")})
+    verb, more = (torch.randint(n, (B,), generator=generator).tolist() for n in (4, 30))  # 30: 2, 3 and 5 alike
+    for i in range(B):
+        what, kind = f"the {COLOURS[scenes.colour[i, 0]]} {KINDS[scenes.kind[i, 0]]}", ("time", "ground", "colour")
+        if verb[i] == 3:
+            edited.kind[i, 0] = -1
+            told.append(f"remove {what}")
+            continue
+        names = (TIMES, GROUNDS, COLOURS)[verb[i]]
+        field = getattr(edited, kind[verb[i]])
+        place = (i, 0) if verb[i] == 2 else i
+        field[place] = (field[place] + 1 + more[i] % (len(names) - 1)) % len(names)
+        name = names[field[place]]
+        told.append((f"make it {name}", f"turn the ground into {name}", f"paint {what} {name}")[verb[i]])
+    return edited, told

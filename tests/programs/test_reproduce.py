@@ -5,7 +5,7 @@ import json
 import pytest
 
 from reproduce import __main__ as program
-from reproduce import dd_figures, mfx_tables, toy
+from reproduce import dd_figures, mfx_methods, mfx_tables, toy
 from reproduce.__main__ import ITEMS
 from reproduce.lab import DD, MFX, OPEN, TOY
 from reproduce.mfx_tables import ALONE, FLOW, FULL, TRAINED, TRAINING
@@ -24,7 +24,8 @@ def lab(tmp_path_factory):
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    for module, name in ((mfx_tables, "STEPS"), (mfx_tables, "ABLATION_STEPS"), (dd_figures, "BASELINE_STEPS"),
+    for module, name in ((mfx_tables, "STEPS"), (mfx_tables, "ABLATION_STEPS"),
+                         (mfx_methods, "ABLATION_STEPS"), (dd_figures, "BASELINE_STEPS"),
                          (toy, "STEPS")):
         monkeypatch.setattr(module, name, 2)
 

@@ -18,6 +18,7 @@ from reproduce.lab import Lab
 from tests import small
 from tests.training import fails
 from toy import world
+from toy.edits import random_instructions
 from toy.leaves import dead_leaves
 
 
@@ -139,7 +140,7 @@ def test_masks():
 @torch.no_grad()
 def test_a_widened_unet_is_the_same_until_it_is_trained():
     model = small.stable_diffusion()
-    wide = train_toys.widened(model.unet)
+    wide = train_toys.widened(model.unet, 5)
     assert (wide.config.in_channels, wide.config.out_channels) == (9, 4)
     g = torch.Generator().manual_seed(0)
     z, one, two = torch.randn(2, 4, 8, 8, generator=g), *torch.randn(2, 2, 5, 8, 8, generator=g)
@@ -168,6 +169,36 @@ def test_training_and_sampling_show_the_network_the_same():
     assert len(shown) == 4
     for seen in shown:
         torch.testing.assert_close(seen, taught)
+
+
+@pytest.mark.slow
+def test_a_model_that_follows_instructions_is_made_of_a_plain_one(plain, tmp_path):
+    command = words(plain, tmp_path, "--steps", 2)
+    train_toys.main(["instruct", *command[1:]])
+    model, made = sd.load(tmp_path / "model"), load_file(tmp_path / "pairs.safetensors")
+    assert model.unet.config.in_channels == 8 and made["z"].shape == made["seen"].shape == (40, 4, 8, 8)
+    assert made["z"].std() / made["seen"].std() == pytest.approx(model.vae.config.scaling_factor, rel=0.1)
+    assert cv2.imread(tmp_path / "instruct-samples.png").shape == (3 * 16, 8 * 16, 3)
+
+
+def test_instructions_say_what_was_changed():
+    scenes = world.random_scenes(60, torch.Generator().manual_seed(0))
+    edited, orders = random_instructions(scenes, torch.Generator().manual_seed(1))
+    for i, order in enumerate(orders):
+        changed = [name for name in ("time", "ground", "colour", "kind")
+                   if not torch.equal(getattr(scenes, name)[i], getattr(edited, name)[i])]
+        (field,), last = changed, order.split()[-1]
+        if field == "kind":
+            assert edited.kind[i, 0] == -1 and order == f"remove the {colour(scenes, i)} {last}"
+        else:
+            names = {"time": world.TIMES, "ground": world.GROUNDS, "colour": world.COLOURS}[field]
+            value = getattr(edited, field)[i]
+            assert last == names[value[0] if field == "colour" else value]
+            assert order.split()[0] == {"time": "make", "ground": "turn", "colour": "paint"}[field]
+
+
+def colour(scenes, i):
+    return world.COLOURS[scenes.colour[i, 0]]
 
 
 def test_inpainting_resumes_to_the_same_weights_and_leaves_the_rest_alone(plain, tmp_path, monkeypatch, capsys):
