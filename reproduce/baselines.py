@@ -91,6 +91,41 @@ def keep_variance(a, b, weight):
     return mixed * torch.where(found > 0, wanted / found, 1.0).sqrt()
 
 
+def own_schedules(denoise, z_init, change_map, sampler, noise, step_noise=None, callback=None):
+    """Likewise, for ddim and lcm: between two of them a pixel starts at a noise level of its own, below that of its
+    last override, and its first step goes from there to the next common level.
+
+    With x0 of the model and rho = sigma / alpha, a step of DDIM from rho to rho' keeps rho' / rho of the difference
+    between what a pixel was and x0. LCM keeps nothing of it.
+    """
+    k, ladder, schedule = sampler.k, sampler.ladder, sampler.ladder.schedule
+    mu_s = diffdiff.down_sample(change_map.cpu(), z_init.shape[-2:])
+    last = diffdiff.last_override(mu_s, k).to(z_init.device)
+    weight = (mu_s * k).to(z_init.device) - last  # how far below, 0 .. 1 of the way to the next level
+    levels = torch.tensor([*ladder.timesteps, 0.0]).to(weight)
+    outputs = []
+
+    def watched(z, t):
+        outputs.append((denoise(z, t), z, int(t[0])))
+        return outputs[-1][0]
+
+    z = sampler.noise_to(0, z_init, noise)
+    state = None
+    for i in range(k):
+        if i:
+            z = torch.where(last < i, z, sampler.noise_to(i, z_init, noise))
+        draw = step_noise(i) if sampler.stochastic else None
+        z, state = sampler.step(watched, z, i, state, draw)
+        x0, _ = schedule.convert_output(*outputs.pop())
+        level = torch.lerp(levels[i], levels[i + 1], weight).long().clamp(min=0)
+        alpha, sigma = (x.to(z)[level] for x in (schedule.alpha, schedule.sigma))
+        kept = ladder.rho[i + 1] * alpha / sigma
+        already = 0 if sampler.stochastic else ladder.rho[i + 1] / ladder.rho[i]
+        own = z + ladder.alpha[i + 1] * (kept.clamp(max=1) - already) * (z_init - x0)
+        z = torch.where((last == i) & (weight > 1e-3), own, z)
+    return torch.where(last < k, z, z_init)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures 6 and 12: softening
 

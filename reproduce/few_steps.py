@@ -1,4 +1,4 @@
-"""More strengths than k + 1 in k steps: two ways to what the paper leaves open, beside its own rule."""
+"""More strengths than k + 1 in k steps: three ways to what the paper leaves open, beside its own rule."""
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +9,15 @@ from reproduce.lab import Outcome, item, judge, plus_minus
 from reproduce.metrics import is_surely_less, resample
 
 STAIRS = 16
-PLAIN, DITHERED, BLENDED = "the paper's rule", "dithered", "blended"
-WAYS = {PLAIN: None, DITHERED: baselines.dither, BLENDED: baselines.blend_overrides}
+PLAIN = "the paper's rule"
+WAYS = {PLAIN: None, "dithered": baselines.dither, "blended": baselines.blend_overrides,
+        "own schedules": baselines.own_schedules}
 
 
 @item("few_steps", "Few steps", chapter=None)
 def few_steps(lab):
-    """With k steps a map has k + 1 strengths. Dithering it over neighbouring latents, or blending at each pixel's last
-    override, gives more, and costs nothing.
+    """With k steps a map has k + 1 strengths. Dithering it over neighbouring latents, blending at each pixel's last
+    override, or a noise level of its own for each pixel to start at, gives more, and costs nothing.
 
     A staircase of 16 strengths, once to the right and once to the left, on {n} edits of 8 pictures, in trailing steps
     of DDIM. Told apart: stairs that change more than the next one by two standard errors. The seam: how much the change

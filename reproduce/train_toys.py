@@ -4,6 +4,8 @@
     python -m reproduce.train_toys base          its latents of scenes, and captions ->  runs/toy/model
     python -m reproduce.train_toys inpainting    from weights/toy, with masks        ->  runs/toy-inpainting/model
     python -m reproduce.train_toys instruct      from weights/toy, pairs and orders  ->  runs/toy-instruct/model
+    python -m reproduce.train_toys refiner       for weights/toy, low noise alone    ->  runs/toy-refiner/model
+    python -m reproduce.train_toys if-1, if-2    scenes and captions, in pixels      ->  runs/toy-if/model/IF-I, IF-II
     python -m reproduce.train_toys base --init weights/toy --out runs/toy2           trains the shipped weights further
 
 Magic Fixup is train.py's, which has the loop as well; --resume goes on exactly where a run stopped.
@@ -17,7 +19,7 @@ if __name__ == "__main__":
 import functools
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,9 +34,11 @@ import sd
 import train
 import unet
 import vae
+from checkpoints.configs import schedule_to_json
 from checkpoints.parts import build_part, load_part, save_part
 from common.cli import TOY, Parser, folder_name, number, report_errors
 from common.devices import choose_device
+from common.files import write_json
 from common.run_state import (
     cache_tensors,
     change_recipe,
@@ -46,32 +50,29 @@ from common.run_state import (
 )
 from kernels.blocks import to_channels_last
 from kernels.memory import hold_memory
+from models import xl
 from reproduce import pix2pix
+from reproduce.toy_batches import ToyRecipe, base_loss, cache_latents, draws, given
+from reproduce.train_cascade import train_first, train_second
 from toy import world
 from toy.clips import Clip
 from toy.edits import random_instructions
 from toy.leaves import dead_leaves
 from toy.vocabulary import learn_bpe
 
-
-@dataclass
-class ToyRecipe(train.Recipe):
-    """Of the toys."""
-
-    widths: tuple = vae.CONFIGS["toy"].channels  # of the autoencoder's levels: each but the last halves the side
-    latent: int = vae.CONFIGS["toy"].latent_channels
-    scenes: int = 24_000  # that a base or inpainting model sees; captions are worded anew every time
-    # How much smooth noise stands beside the white noise. Stable Diffusion's noisiest level still shows how bright a
-    # picture is, and each side of it, which a model learns to trust over the words: noon would never turn into night.
-    offset: float = 0.2
-
-
 RECIPES = {
     "vae": ToyRecipe(steps=9000, batch=16, lr=1.5e-3, warmup=100, ema=0.998, muon=True),
     "base": ToyRecipe(steps=6000, batch=16, lr=1e-3, warmup=100, ema=0.999, muon=True),
     "inpainting": ToyRecipe(steps=1500, batch=16, lr=5e-4, warmup=100, ema=0.995, muon=True, scenes=8000),
     "instruct": ToyRecipe(steps=1500, batch=16, lr=5e-4, warmup=100, ema=0.995, muon=True, scenes=8000),  # never run
+    "refiner": ToyRecipe(steps=1600, batch=16, lr=1.5e-3, warmup=100, ema=0.998, muon=True, scenes=3000, offset=0,
+                         below=200),
+    "if-1": ToyRecipe(steps=2200, batch=32, lr=1.5e-3, warmup=100, ema=0.998, muon=True, scenes=6000, offset=0),
+    "if-2": ToyRecipe(steps=1200, batch=16, lr=1.5e-3, warmup=100, ema=0.997, muon=True, scenes=6000, offset=0),
 }
+
+FROM_TOY = "refiner", "inpainting", "instruct"  # the stages that begin with weights/toy where --init names nothing else
+REFINER = replace(unet.CONFIGS["toy"], channels=(48, 64), depth=(0, 0))  # its context is the text encoder's
 
 # Autoencoder
 CROP = 64  # pixels; three quarters of the crops are centred on an object, since the background teaches little
@@ -79,13 +80,7 @@ FULL_FROM = 0.85  # share of the steps after which whole pictures (a quarter as 
 KL = 1e-4  # weight of KL(q(z|x) || N(0, 1)) per latent number: enough to keep latents near the origin and smooth
 SMALL = 0.03  # an error, of -1 .. 1
 OBJECTS = 3.0  # weight of pixels inside objects
-# Base and inpainting model
-DROPPED = 0.1  # share of captions left out, so that there is an unconditional model to guide away from
-OFFSETS = 1, 2, 4  # values along a side of the smooth noise, per channel
-# Share of pictures of two hours: what a model sees under a change map, where the original shines through. They have no
-# caption. So the unconditional model takes what it sees for what is there, and the captioned one believes its words.
-MIXED = 0.25
-GAMMA = 5.0  # of Min-SNR: low noise levels, where the weight would grow without bound, count no more than this
+# Models that are shown something beside z_t
 LEFT_OUT = 0.05  # shares of the pairs whose picture, whose order, and of which both are hidden, as in InstructPix2Pix
 WHOLE = 0.25  # share of the masks that cover the whole picture, as of Stable Diffusion's own inpainting model
 
@@ -168,79 +163,6 @@ def train_vae(recipe, out, resume, device):
 # Stage base
 
 
-def render_mixed(scenes, generator):
-    """-> (n, 3, S, S) in [0, 1], (n,) bool: MIXED of the pictures become another hour on another ground from one side
-    on, and which these are."""
-    n, frames = len(scenes), world.render(scenes)
-    time, ground = (torch.randint(len(names), (n,), generator=generator) for names in (world.TIMES, world.GROUNDS))
-    other = world.render(replace(scenes, time=time, ground=ground))
-
-    # The other's share: a soft step across the picture, at any place and angle
-    draw = torch.rand(4, n, 1, 1, generator=generator)
-    angle, place, width = 2 * math.pi * draw[0], 1.2 * draw[1] - 0.6, 0.1 + draw[2]
-    mixed = draw[3] < MIXED
-    p = (torch.arange(frames.image.shape[-1]) + 0.5) / frames.image.shape[-1] * 2 - 1
-    step = ((p * angle.cos() + p[:, None] * angle.sin() - place) / width + 0.5).clamp(0, 1)
-    return frames.image.lerp(other.image, (step * mixed)[:, None]), mixed.flatten()
-
-
-def encode_scenes(scenes, path, autoencoder, device):
-    """-> a dict of latents (N, C, h, w), unscaled, and mixed (N,) bool: made once, and kept in a file for these scenes
-    and this autoencoder."""
-
-    def make():
-        parts = []
-        for i in tqdm(range(0, len(scenes), 64), desc="latents", unit="batch", mininterval=1):
-            image, mixed = render_mixed(scenes[i : i + 64], generator_at(len(scenes), i))  # not what they come from
-            with torch.no_grad():
-                z = autoencoder.encode(to_channels_last((image * 2 - 1).to(device)))[0].half().cpu()
-            parts.append((z, mixed))
-        latents, mixed = (torch.cat(x).contiguous() for x in zip(*parts))
-        return {"latents": latents, "mixed": mixed}
-
-    return cache_tensors(path, digest(autoencoder, scenes.x.tolist(), "mixed", MIXED), make)
-
-
-def draws(recipe, scenes, shape, step):
-    """What a step is about: which scenes (B,), B captions, timesteps t (B,), noise (B, *shape), and the generator for
-    more."""
-    g = generator_at(recipe.seed + 1, step)
-    index = torch.randint(recipe.scenes, (recipe.batch,), generator=g)
-    told = world.captions(scenes[index], g)
-    dropped = torch.rand(recipe.batch, generator=g) < DROPPED
-    told = ["" if d else c for c, d in zip(told, dropped)]
-    t = diffusion.draw_timesteps(recipe.batch, g)
-    noise = torch.randn(recipe.batch, *shape, generator=g)
-    for side in OFFSETS if recipe.offset else ():
-        rough = torch.randn(recipe.batch, shape[0], side, side, generator=g)
-        noise = noise + recipe.offset * F.interpolate(rough, shape[1:], mode="bilinear")
-    return index, told, t, noise, g
-
-
-def base_loss(model, schedule, z, context, t, noise, beside=None):
-    """The simple loss of DDPM, eq. 14, on the noise or on v.
-
-    On the noise it is weighted by Min-SNR (Hang et al. 2023): w = min(SNR, gamma) / SNR
-    z, noise (B, C, h, w), context (B, L, D), t (B,), beside (B, 1 + C, h, w) for an inpainting model: of `known`
-    """
-    z_t = schedule.add_noise(z, noise, t)
-    output = model(z_t if beside is None else torch.cat([z_t, beside], 1), t, context)
-    alpha, sigma = schedule.alpha_sigma(t, z)
-    if schedule.prediction == "v_prediction":
-        return (output - (alpha * noise - sigma * z)).square().mean()
-    return ((output - noise).square() * (GAMMA * sigma**2 / alpha**2).clamp(max=1)).mean()
-
-
-def given(path, device):
-    """The Stable Diffusion to start from. ValueError if its UNet reads more than a latent, or it reads no captions."""
-    model = sd.load(path, torch.float32, device)
-    if model.unet.config.in_channels != model.unet.config.out_channels:
-        raise ValueError(f"{path} is an inpainting model already: start from a plain one, e.g. --init weights/toy")
-    if model.tokenizer is None:
-        raise ValueError(f"captions need a tokenizer, and there is none: {model.tokenizer_help}")
-    return model
-
-
 def new_base(out, scenes, device):
     """The toy Stable Diffusion before its training: the autoencoder of stage vae, and a vocabulary of the captions."""
     if not (out / "model" / "vae").is_dir():
@@ -257,33 +179,47 @@ def new_base(out, scenes, device):
 
 
 def train_base(recipe, out, resume, device):
-    """Text encoder and UNet together (Stable Diffusion's came trained, ours has to learn) -> OUT/model, as fp16"""
+    """Text encoder and UNet together (Stable Diffusion's came trained, ours has to learn) -> OUT/model, as fp16
+
+    Of a refiner it is a narrow UNet alone, for the lowest timesteps. It reads the words of the model that it refines.
+    """
     scenes = world.random_scenes(recipe.scenes, generator_at(recipe.seed, 0))
-    toy = given(recipe.init, device) if recipe.init else new_base(out, scenes, device)
-    kept = encode_scenes(scenes, out / "latents.safetensors", toy.vae, device)
+    refines = recipe.below < diffusion.T
+    toy = given(recipe.init or TOY, device) if recipe.init or refines else new_base(out, scenes, device)
+    kept = cache_latents(scenes, out / "latents.safetensors", toy.vae, device)
     latents, mixed = kept["latents"], kept["mixed"].tolist()
     tokenizer, schedule, factor = toy.tokenizer, toy.schedule, toy.vae.config.scaling_factor
-    model = nn.ModuleDict({"unet": toy.unet, "text": toy.text}).requires_grad_(True)
+    C = toy.vae.config.latent_channels
+    parts = {"unet": unet.UNet(replace(REFINER, in_channels=C, out_channels=C, context=toy.text.config.width))}
+    if not refines:
+        parts = {"unet": toy.unet, "text": toy.text}
+    model = nn.ModuleDict(parts).requires_grad_(True)
     model = model.to(device, memory_format=torch.channels_last)
 
     def loss(step, _):
         index, told, t, noise, _ = draws(recipe, scenes, latents.shape[1:], step)
         told = ["" if mixed[i] else caption for i, caption in zip(index.tolist(), told)]
         z, t, noise = (to_channels_last(x.to(device)) for x in (latents[index].float() * factor, t, noise))
-        return base_loss(model["unet"], schedule, z, model["text"](tokenizer(told).to(device)), t, noise)
+        return base_loss(model["unet"], schedule, z, parts.get("text", toy.text)(tokenizer(told).to(device)), t, noise)
 
     def sheet(average):
-        shown = replace(toy, unet=average["unet"], text=average["text"])
+        shown = replace(toy, **dict(average))
         scenes = world.random_scenes(16, generator_at(recipe.seed + 2, 0))
         prompts = world.captions(scenes, generator_at(recipe.seed + 2, 0))
         noise = torch.randn(16, *latents.shape[1:], generator=generator_at(recipe.seed + 2, 0)).to(device)
+        denoise = shown.denoiser(prompts, guidance=4.0)
+        if refines:
+            denoise = xl.hand_over(toy.denoiser(prompts, guidance=4.0), denoise, 1 - recipe.below / diffusion.T)
         with torch.no_grad():
-            sampler = samplers.make_sampler("ddim", schedule, 25)
-            z = samplers.run_sampler(shown.denoiser(prompts, guidance=4.0), noise, sampler)
+            z = samplers.run_sampler(denoise, noise, samplers.make_sampler("ddim", schedule, 25))
             return shown.decode(z).cpu().unflatten(0, (2, 8)) / 2 + 0.5
 
-    average = train.fit("base", model, loss, sheet, recipe, out, resume)
-    sd.save(replace(toy, unet=average["unet"], text=average["text"]), out / "model", torch.float16)
+    average = train.fit("refiner" if refines else "base", model, loss, sheet, recipe, out, resume)
+    if refines:
+        save_part(average["unet"], out / "model" / "unet", torch.float16, sample_size=latents.shape[-1])
+        write_json(out / "model/scheduler/scheduler_config.json", schedule_to_json(schedule))
+    else:
+        sd.save(replace(toy, **dict(average)), out / "model", torch.float16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -428,8 +364,15 @@ def train_instruct(recipe, out, resume, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
-STAGES = {"vae": train_vae, "base": train_base, "inpainting": train_inpainting, "instruct": train_instruct}
-MADE_OF_THE_TOY = ("inpainting", "instruct")
+STAGES = {  # how it is trained, the default of --out, and what it would write over there
+    "vae": (train_vae, "runs/toy", "model/vae"),
+    "base": (train_base, "runs/toy", "model/unet"),
+    "refiner": (train_base, "runs/toy-refiner", "model/unet"),
+    "inpainting": (train_inpainting, "runs/toy-inpainting", "model/unet"),  # not over the model that it is made of
+    "instruct": (train_instruct, "runs/toy-instruct", "model/unet"),
+    "if-1": (train_first, "runs/toy-if", "model/IF-I"),
+    "if-2": (train_second, "runs/toy-if", "model/IF-II"),
+}
 
 
 def read_widths(text):
@@ -441,27 +384,29 @@ def main(argv=None):
     parser = Parser(prog="python -m reproduce.train_toys", description=__doc__)
     parser.add_argument("stage", choices=list(STAGES))
     train.add_loop_options(parser)
-    parser.add_argument("--out", type=folder_name, help="default: runs/toy; of inpainting and instruct, runs/toy-..")
+    parser.add_argument("--out", type=folder_name, help="default: runs/toy, or runs/toy- and the stage")
     parser.add_argument("--widths", type=read_widths, help="of the autoencoder's levels, e.g. 24,64,128")
     parser.add_argument("--latent", type=number(int, 1, 64), help="its latent channels")
     parser.add_argument("--scenes", type=number(int, 1, 10**9), help="to learn from")
     parser.add_argument("--offset", type=number(float, 0, 1), help="how much smooth noise beside the white")
     args = parser.parse_args(argv)
-    # A folder of their own for these: they would write a model over the one that it is made of.
-    out = args.out or Path(f"runs/toy-{args.stage}" if args.stage in MADE_OF_THE_TOY else "runs/toy")
+    train_stage, out, model = STAGES[args.stage]
+    out = args.out or Path(out)
     kept = functools.partial(say_kept, f"python -m reproduce.train_toys {args.stage}", out, args.stage)
-    run = open_run(out, args.stage, args.resume, out / "model" / ("vae" if args.stage == "vae" else "unet"))
+    run = open_run(out, args.stage, args.resume, out / model)
     with report_errors(parser, "try a smaller --batch", kept), run:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("the toys are trained in one process: only train.py can be shared by many")
         if args.stage == "vae" and not (args.scenes is None and args.offset is None):
             raise ValueError("--scenes and --offset are for base and inpainting: vae draws new scenes at every step")
+        if args.init and args.stage == "if-2":
+            raise ValueError("--init is not for if-2, which begins anew")
         if args.resume:
-            recipe = resume_recipe(out, args.stage, ToyRecipe, args, TOY if args.stage in MADE_OF_THE_TOY else None)
+            recipe = resume_recipe(out, args.stage, ToyRecipe, args, TOY if args.stage in FROM_TOY else None)
         else:
             recipe = change_recipe(RECIPES[args.stage], args)
         torch.manual_seed(recipe.seed)
-        STAGES[args.stage](recipe, out, args.resume, choose_device(args.device))
+        train_stage(recipe, out, args.resume, choose_device(args.device))
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def test_one_strength_at_a_time_edits_each_level_once():
     assert torch.equal(composed, torch.full((1, 3, 4, 10), 5.0))
 
 
-@pytest.mark.parametrize("how", [baselines.dither, baselines.blend_overrides])
+@pytest.mark.parametrize("how", [baselines.dither, baselines.blend_overrides, baselines.own_schedules])
 def test_more_strengths_than_steps(how):
     """At whole steps the paper's own rule; between two of them, results between theirs. White is the original."""
     sampler = samplers.make_sampler("ddim", diffusion.Schedule(spacing="trailing"), 4)

@@ -13,7 +13,7 @@ import diffusion
 import sample
 import sd
 from common.run_state import generator_at, list_states, read_recipe
-from reproduce import train_toys
+from reproduce import toy_batches, train_toys
 from reproduce.lab import Lab
 from tests import small
 from tests.training import fails
@@ -42,10 +42,10 @@ def words(init, out, *more):
 def test_a_mixed_picture_is_one_hour_on_one_side_and_another_on_the_other(monkeypatch):
     scenes = world.random_scenes(6, torch.Generator().manual_seed(0))
     plain = world.render(scenes).image
-    image, mixed = train_toys.render_mixed(scenes, torch.Generator().manual_seed(1))
+    image, mixed = toy_batches.render_mixed(scenes, torch.Generator().manual_seed(1))
     assert 0 < mixed.sum() < len(mixed) and torch.equal(image[~mixed], plain[~mixed])
-    monkeypatch.setattr(train_toys, "MIXED", 1.0)
-    image, mixed = train_toys.render_mixed(scenes, torch.Generator().manual_seed(1))
+    monkeypatch.setattr(toy_batches, "MIXED", 1.0)
+    image, mixed = toy_batches.render_mixed(scenes, torch.Generator().manual_seed(1))
     assert mixed.all()
     off = (image - plain).abs().amax(1)
     kept, changed = ((off < 1e-6).flatten(1).float().mean(1), (off > 0.05).flatten(1).float().mean(1))
@@ -68,7 +68,7 @@ def test_both_stages_end_to_end(tmp_path):
     assert stored["conv_out.weight"].dtype == torch.float16
     assert model.encode_prompt(["a red ball"]).shape == (1, 77, 128)
     assert model.vae.config.scaling_factor != 1
-    assert read_recipe(tmp_path, "base", train_toys.ToyRecipe).scenes == 4  # not said again, not forgotten
+    assert read_recipe(tmp_path, "base", toy_batches.ToyRecipe).scenes == 4  # not said again, not forgotten
     assert (tmp_path / "base-samples.png").exists() and (tmp_path / "vae-loss.png").exists()
 
 
@@ -118,7 +118,7 @@ def test_the_loss_is_none_for_a_network_that_knows_the_noise(prediction):
     assert loss < 1e-9
     off = train_toys.base_loss(lambda z_t, *_: truth + 1, schedule, z, None, t, noise)
     snr = (alpha / sigma).flatten().double() ** 2
-    weight = snr.clamp(max=train_toys.GAMMA) / snr if prediction == "epsilon" else torch.ones(1)
+    weight = snr.clamp(max=toy_batches.GAMMA) / snr if prediction == "epsilon" else torch.ones(1)
     torch.testing.assert_close(off.double(), weight.double().mean(), rtol=1e-4, atol=0)
 
 
@@ -212,7 +212,7 @@ def test_inpainting_resumes_to_the_same_weights_and_leaves_the_rest_alone(plain,
 
     capsys.readouterr()
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-        patch.setattr(train_toys, "generator_at", stops)
+        patch.setattr(toy_batches, "generator_at", stops)
         train_toys.main(broken)
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == ("python -m reproduce.train_toys: interrupted: the state after step 1 is saved; "
@@ -279,6 +279,8 @@ def test_mistakes_get_one_line(plain, tmp_path, capsys):
         (words(plain, out, "--scenes", 0), "--scenes"),
         (["base", "--out", out], "first python -m reproduce.train_toys vae"),
         (["vae", "--scenes", 5, "--out", out], "--scenes and --offset are for base and inpainting"),
+        (["if-2", "--out", out], "first python -m reproduce.train_toys if-1"),
+        (["if-2", "--init", plain, "--out", out], "--init is not for if-2"),
         (words(plain, out, "--resume"), "nothing to resume"),
         (words(tmp_path / "mute", out), "tokenizer"),
         (["base", "--init", tmp_path / "mute", "--out", out], "tokenizer"),
