@@ -29,10 +29,10 @@ def draw_pairs(folder, dark):
     """The first pairs of clips that data.py's rules keep: what goes in, and both coarse edits."""
     clip = Clip(8, generator_at(0, 0))
     films = list(zip(*[to_bytes(render(clip(k / (FRAMES - 1))).image) for k in range(0, FRAMES, 2)]))
-    heads = "reference I", "target", "flow", "importance", "model 1, flow", "model 2, affine", "its holes painted in"
-    canvas = Canvas(20 + 126 * len(heads), 30 + 126 * PAIRS, dark)
+    heads = "reference I", "target", "flow", "importance", "model 1, flow", "model 2, affine", "its holes filled"
+    canvas = Canvas(20 + 108 * len(heads), 30 + 108 * PAIRS, dark)
     for j, head in enumerate(heads):
-        canvas.text(16 + 126 * j + 60, 14, head, 13, "mm")
+        canvas.text(16 + 108 * j + 51, 14, head, 13, "mm")
     row = 0
     for frames in films:
         try:
@@ -50,7 +50,7 @@ def draw_pairs(folder, dark):
         painted = collage.fill_holes(*edits["affine"])
         shown.append(torch.from_numpy(painted).permute(2, 0, 1) / 127.5 - 1)
         for j, picture in enumerate(shown):
-            canvas.picture(picture, 16 + 126 * j, 28 + 126 * row, 120)
+            canvas.picture(picture, 16 + 108 * j, 28 + 108 * row, 102)
         row += 1
         if row == PAIRS:
             return canvas.save(folder, "lesson6-pairs")
@@ -92,9 +92,8 @@ def draw_composed(folder, dark):
     steps = len(next(iter(errors.values())))
     place = canvas.axes((60, 30, 440, 265), (1, steps), (0, 1.1 * most), "frames apart",
                         "median error of the flow on moving objects, pixels", ticks=4)
-    for colour, (name, error) in zip(canvas.lines, errors.items()):
-        canvas.line([place(i + 1, e) for i, e in enumerate(error)], colour)
-        canvas.dot(*place(steps, error[-1]), colour)
     for i, (colour, (name, error)) in enumerate(zip(canvas.lines, errors.items())):
+        canvas.line([place(k + 1, e) for k, e in enumerate(error)], colour)
+        canvas.dot(*place(steps, error[-1]), colour)
         canvas.text(455, 60 + 44 * i, f"{name}\nat the end {error[-1]:.2f}", 13, "la", colour)
     return canvas.save(folder, "lesson6-composed")
