@@ -16,8 +16,7 @@ import sd
 ROOT = Path(sample.__file__).parent
 MEADOW, GRADIENT = str(ROOT / "examples/meadow.png"), str(ROOT / "examples/gradient.png")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Running
+# --- Running --------------------------------------------------------------------------------------
 
 
 def run(tmp_path, *argv, out="out.png", steps=4):
@@ -49,8 +48,7 @@ def fails(capsys, *argv, program=sample):
     return lines[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparing
+# --- Comparing ------------------------------------------------------------------------------------
 
 
 def same_picture(a, b):
@@ -64,8 +62,7 @@ def contents(folder, but=(".png",)):
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix not in but}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files to run on
+# --- Files to run on ------------------------------------------------------------------------------
 
 
 def save(path, array):
@@ -124,8 +121,7 @@ def picture(files, extension):
     return cv2.imdecode(np.frombuffer(files[extension], np.uint8), cv2.IMREAD_UNCHANGED)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A Magic Fixup to run
+# --- A Magic Fixup to run -------------------------------------------------------------------------
 
 
 def random_fixup(toy):

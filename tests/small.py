@@ -135,8 +135,7 @@ def same_model(a, b):
             and all(relative_error(x, y) <= 1e-5 for x, y in zip(compute(a), compute(b), strict=True)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The original layout, as the original program names it
+# --- The original layout, as the original program names it ----------------------------------------
 
 
 def to_original(model, openclip=False):
@@ -247,8 +246,7 @@ def original_file(folder, kind, suffix):
     return file, tensors, model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Magic Fixup
+# --- Magic Fixup ----------------------------------------------------------------------------------
 
 
 TOY = unet.UNetConfig(12, 12, (32, 64), layers=1, depth=(1, 1), heads=4, context=16, groups=8)
@@ -294,8 +292,7 @@ def count_calls(module, do):
     return seen, result
 
 
-# --------------------------------------------------------------------------------------------------
-# Samplers, of one-line denoisers
+# --- Samplers, of one-line denoisers --------------------------------------------------------------
 
 EVERY_SAMPLER = [(name, {}) for name in samplers.SAMPLERS] + [("ddim", {"eta": 1.0})]
 SHAPE = (2, 4, 3, 5)

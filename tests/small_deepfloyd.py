@@ -74,8 +74,7 @@ def write_json(folder, nested=False):
         "added_tokens": special, "model": model}))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Both stages, in the layout of DeepFloyd's repositories
+# --- Both stages, in the layout of DeepFloyd's repositories ---------------------------------------
 
 UNET = {
     "_class_name": "UNet2DConditionModel", "act_fn": "gelu", "addition_embed_type": "text",

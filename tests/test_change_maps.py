@@ -20,8 +20,7 @@ from editing.change_maps import (
 )
 from networks import midas, sam
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Transforms
+# --- Transforms -----------------------------------------------------------------------------------
 
 
 def some_depth():
@@ -61,8 +60,7 @@ def test_equalize_flattens_the_histogram():
     assert torch.allclose(equalize(ties), torch.tensor([0, 0, 0.4, 0.4, 0.4, 1]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Specs
+# --- Specs ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text, spec", {
@@ -85,8 +83,7 @@ def test_everything_else_is_a_file(name):
     assert parse_spec(name) is None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Segments into maps, by a fake network
+# --- Segments into maps, by a fake network --------------------------------------------------------
 
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (60, 100, 3), np.uint8)

@@ -6,8 +6,7 @@ import pytest
 from collage import Collage, composite, fill_holes
 from tests.pictures import box, disc, noise, smooth
 
-# --------------------------------------------------------------------------------------------------
-# The verbs
+# --- The verbs ------------------------------------------------------------------------------------
 
 
 def test_nothing_done_changes_nothing():
@@ -66,8 +65,7 @@ def test_duplicates_delete_and_order():
         assert (edit.coarse()[2:10, 14:22, :3] == expected).all()
 
 
-# --------------------------------------------------------------------------------------------------
-# Seams
+# --- Seams ----------------------------------------------------------------------------------------
 
 
 def test_no_fringe_of_what_was_around_it():
@@ -106,8 +104,7 @@ def test_shrinking_averages():
         assert np.abs(edit.coarse()[32 - r : 32 + r, 32 - r : 32 + r, :3].astype(int) - 100).max() <= 12
 
 
-# --------------------------------------------------------------------------------------------------
-# Holes
+# --- Holes ----------------------------------------------------------------------------------------
 
 
 def test_holes_are_filled_from_around_and_nothing_else_changes():
@@ -123,3 +120,35 @@ def test_holes_are_filled_from_around_and_nothing_else_changes():
     one[20, 20] = True
     changed = (fill_holes(noise(64, 64), one, dilate=7) != noise(64, 64)).any(2)
     assert changed[17:24, 17:24].mean() > 0.9 and changed.sum() == changed[17:24, 17:24].sum()
+
+
+def test_about_a_point():
+    image = noise()
+    edit = Collage(image)
+    edit.segment(box(40, 48, 0, 0, 10, 10)).rotate(180, about=(24, 20))  # of the picture's centre
+    assert (edit.coarse()[30:, 38:, :3] == image[9::-1, 9::-1][:10, :10]).all()
+    edit = Collage(image)
+    edit.segment(box(40, 48, 0, 0, 10, 10)).scale(2, about=(0, 0))
+    assert (edit.segments[0].centre == [10, 10]).all()
+    blocks = edit.coarse()[:20, :20, :3].reshape(10, 2, 10, 2, 3).mean((1, 3))
+    assert np.corrcoef(blocks.ravel(), image[:10, :10].ravel())[0, 1] > 0.9  # interpolated noise: 0.947
+
+
+def test_no_holes_all_holes_and_nearly_all():
+    image = noise()
+    none = np.zeros((40, 48), bool)
+    copy = fill_holes(image, none)
+    assert (copy == image).all() and copy is not image
+    assert (fill_holes(image, ~none) == 128).all()
+    nearly = ~none
+    nearly[5, 5] = False
+    assert (fill_holes(image, nearly)[5, 5] == image[5, 5]).all()
+    edges = ~box(40, 48, 10, 10, 38, 30)
+    assert fill_holes(np.full((40, 48, 3), 90, np.uint8) * ~edges[..., None], edges).min() > 0
+
+
+def test_wrong_pictures_and_masks():
+    with pytest.raises(ValueError, match="uint8"):
+        Collage(np.zeros((4, 4, 3)))
+    with pytest.raises(ValueError, match="the mask is empty"):
+        Collage(noise()).segment(np.zeros((40, 48)))

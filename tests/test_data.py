@@ -19,8 +19,7 @@ from video.batches import ShardPairs
 
 SMALL = data.PairRecipe(size=64)
 
-# --------------------------------------------------------------------------------------------------
-# From a video to a pair
+# --- From a video to a pair -----------------------------------------------------------------------
 
 
 def test_a_pair_lines_up_with_its_target(tmp_path):
@@ -142,8 +141,7 @@ def test_depth_orders_what_moves_and_what_is_low():
     assert estimators.no_depth(np.zeros((64, 64, 3), np.uint8), flow).std() == 0
 
 
-# --------------------------------------------------------------------------------------------------
-# The work
+# --- The work -------------------------------------------------------------------------------------
 
 
 def test_what_is_added_leaves_the_work_before_it():
@@ -164,8 +162,7 @@ def test_clips_keep_their_order_and_new_ones_come_last(tmp_path):
         shards.order_clips(tmp_path, found[1:], [name for name, _ in found])
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading
+# --- Reading --------------------------------------------------------------------------------------
 
 
 def encode(extension, array):

@@ -10,8 +10,7 @@ from models.pipelines import flow_euler
 from samplers import SAMPLERS, invert_ddim, make_sampler, make_step_noise, run_sampler
 from tests.small import EVERY_SAMPLER, SHAPE, mixture, randn, trajectory
 
-# --------------------------------------------------------------------------------------------------
-# The schedule
+# --- The schedule ---------------------------------------------------------------------------------
 
 
 def test_schedule_endpoints():
@@ -62,8 +61,7 @@ def test_few_steps_start_at_the_noisiest_level():
     assert Schedule(offset=0).space_timesteps(4) == [750, 500, 250, 0]
 
 
-# --------------------------------------------------------------------------------------------------
-# Problems with a known answer
+# --- Problems with a known answer -----------------------------------------------------------------
 
 
 def test_a_rectified_flow_converges_to_the_datas_deviation():
@@ -151,8 +149,7 @@ def test_model_calls(name, calls):
     assert len(seen) == calls
 
 
-# --------------------------------------------------------------------------------------------------
-# What Algorithm 1 of Differential Diffusion asks
+# --- What Algorithm 1 of Differential Diffusion asks ----------------------------------------------
 
 
 def overridden(model, sampler, z_init, eps, release, noise, tell_all=True):

@@ -84,8 +84,7 @@ def test_how_a_scheduler_says_what_limits_the_picture(model):
     assert nothing.clip is None and nothing.name == "kandinsky" and nothing.offset == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Wrong inputs: each is one line
+# --- Wrong inputs: each is one line ---------------------------------------------------------------
 
 
 def say(file, **entries):
@@ -130,8 +129,7 @@ def test_without_an_image_encoder_there_must_be_a_negative_prompt(folders, tmp_p
         model.embed(["a", "b"], ["cats", ""])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# sample.py
+# --- sample.py ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("words", [["--image", MEADOW, "--change-map", GRADIENT], []], ids=["map", "text"])

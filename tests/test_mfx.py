@@ -20,8 +20,7 @@ def model():
     return magic_fixup()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From Stable Diffusion
+# --- From Stable Diffusion ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("C", [12, 4])
@@ -148,8 +147,7 @@ def test_any_noise_schedule_by_name():
     assert diffusion.Schedule("zero_snr").alphas_cumprod[-1] == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
+# --- Sampling -------------------------------------------------------------------------------------
 
 
 def test_several_timesteps_in_one_batch(model, monkeypatch):

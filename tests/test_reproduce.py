@@ -17,8 +17,7 @@ from reproduce import baselines, cache, charts, metrics, report
 from reproduce.lab import FALSE, OPEN, PART, TRUE, Outcome, judge
 from tests.labs import make_item, make_lab, run_on_page
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics
+# --- Metrics --------------------------------------------------------------------------------------
 
 
 def a_map(seed=0):
@@ -99,8 +98,7 @@ def test_bootstrap_weights_sum_to_one_and_are_always_the_same():
     torch.testing.assert_close(a.sum(1), torch.ones(20))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Baselines
+# --- Baselines ------------------------------------------------------------------------------------
 
 
 def denoise(z, t):
@@ -162,8 +160,7 @@ def test_pasting_keeps_the_original_outside_and_what_is_the_same_everywhere(past
     assert np.abs(paste(original, original, mu).astype(int) - original).max() <= 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Verdicts, and kept results
+# --- Verdicts, and kept results -------------------------------------------------------------------
 
 
 def test_verdicts_join_the_parts_of_a_claim():
@@ -222,8 +219,7 @@ def test_a_finished_item_is_read_back_and_one_that_lost_its_picture_is_not(tmp_p
     assert cache.read(item, "key", tmp_path) is None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The page
+# --- The page -------------------------------------------------------------------------------------
 
 
 def test_the_page_needs_nothing_else_and_escapes_what_it_shows(tmp_path):

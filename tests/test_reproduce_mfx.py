@@ -9,8 +9,7 @@ from reproduce.mfx_tables import AFFINE, ALONE, EVERYWHERE, FLOW, FULL, HOLES, O
 from toy import world
 from toy.edits import VERBS
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table of ablations
+# --- The table of ablations -----------------------------------------------------------------------
 
 PAPER = {AFFINE: (0.231, 0.220), FLOW: (0.229, 0.190), FULL: (0.231, 0.196), ALONE: (0.327, 0.269)}
 
@@ -40,8 +39,7 @@ def test_both_tests_are_of_the_same_scenes_and_other_warps():
     assert not torch.equal(affine["coarse"], flow["coarse"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Edits, and how wrong they are
+# --- Edits, and how wrong they are ----------------------------------------------------------------
 
 
 def test_edits_know_their_truth():
@@ -97,8 +95,7 @@ def test_darkness_measures_what_it_says():
     assert [round(v.item(), 3) for v in brighter.values()] == [0.1, 0.1, 10.0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Verdicts
+# --- Verdicts -------------------------------------------------------------------------------------
 
 
 def ratios(value, who):

@@ -65,8 +65,7 @@ def round_trip(model, x):
     return z, model.decode(z) / 2 + 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Differential Diffusion
+# --- Differential Diffusion -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", list(samplers.SAMPLERS))
@@ -162,8 +161,7 @@ def test_guidance_one_needs_no_unconditional_pass(toy):
     torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), atol=1e-4, rtol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Magic Fixup
+# --- Magic Fixup ----------------------------------------------------------------------------------
 
 
 def test_an_edit_is_magic_fixup_and_so_is_a_black_map(fixer, meadow, moved, decoded):

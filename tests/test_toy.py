@@ -14,8 +14,7 @@ from toy.clips import Clip
 from toy.world import COLOURS, GROUNDS, KINDS, TIMES, captions, random_scenes, render
 from video.batches import ShardPairs
 
-# --------------------------------------------------------------------------------------------------
-# Random scenes
+# --- Random scenes --------------------------------------------------------------------------------
 
 
 def test_same_seed_same_pictures_and_captions():
@@ -57,8 +56,7 @@ def test_captions_name_what_is_there():
     assert named > 0.8 * (scenes.kind >= 0).sum()
 
 
-# --------------------------------------------------------------------------------------------------
-# Drawing
+# --- Drawing --------------------------------------------------------------------------------------
 
 
 def test_a_scene_looks_the_same_in_any_batch():
@@ -134,8 +132,7 @@ def test_water_reflects_and_dry_ground_does_not():
         assert (change[0] - change[2] > 0.15).item() is reflects  # redder below the ball
 
 
-# --------------------------------------------------------------------------------------------------
-# Motion
+# --- Motion ---------------------------------------------------------------------------------------
 
 
 def test_exact_flow_leads_to_the_same_surface():
@@ -172,8 +169,7 @@ def test_flow_composed_of_ten_steps_is_the_exact_one():
     assert error[error.isfinite()].median() < 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Clips
+# --- Clips ----------------------------------------------------------------------------------------
 
 
 def test_a_house_turns_and_its_door_goes_round():

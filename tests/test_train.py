@@ -48,8 +48,7 @@ def run(model, out, resume=False, loss=None, recipe=RECIPE):
     return train.fit("tiny", model, loss or loss_of(model), lambda average: sheet, recipe, out, resume)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
+# --- The loop -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
@@ -175,8 +174,7 @@ def test_one_timestep_from_each_part():
     assert (t // 125).tolist() == list(range(8)) and t.dtype == torch.long
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Recipes
+# --- Recipes --------------------------------------------------------------------------------------
 
 
 def test_the_recipe_is_the_papers():
@@ -205,8 +203,7 @@ def test_the_micro_batch_fits_into_the_memory(monkeypatch):
         assert train.fit_micro_batch(32, torch.device("cuda")) == most
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Gradients and memory of Magic Fixup
+# --- Gradients and memory of Magic Fixup ----------------------------------------------------------
 
 
 def test_checkpointing_changes_memory_and_not_gradients(tmp_path):

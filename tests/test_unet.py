@@ -25,8 +25,7 @@ def inputs(config, batch=2):
     return z, torch.randint(0, 1000, (batch,), generator=g), context
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The forward pass
+# --- The forward pass -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -103,8 +102,7 @@ def test_half_precision_stays_half():
     assert model(z.bfloat16(), t, context.bfloat16()).dtype == torch.bfloat16
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configurations
+# --- Configurations -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "count"), [("sd1", 859_520_964), ("sd2", 865_910_724), ("sdxl", 2_567_463_684),

@@ -20,8 +20,7 @@ def random_model(config=TOY):
     return randomise(VAE(config))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scaling
+# --- Scaling --------------------------------------------------------------------------------------
 
 
 def test_scaled_latents_are_the_mean_times_the_factor():
@@ -42,8 +41,7 @@ def test_scaled_latents_are_float32_whatever_the_weights():
     assert model.decode(z.bfloat16()).dtype == torch.bfloat16
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Any size
+# --- Any size -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("h", "w", "side", "overlap"), [
@@ -114,8 +112,7 @@ def test_above_its_memory_no_more_is_computed_at_once():
     assert 8 * 8 <= shapes[0][2] * shapes[0][3] <= 12.5 * 12.5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configurations
+# --- Configurations -------------------------------------------------------------------------------
 
 
 def test_parameter_count_is_the_published_one():

@@ -20,8 +20,7 @@ from checkpoints.parts import SkipInit
 from models import xl
 from tests import small
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
+# --- Files ----------------------------------------------------------------------------------------
 
 
 def xl_file(folder, kind):
@@ -113,8 +112,7 @@ def test_names_and_shapes_at_full_size(kind):
     assert model.unet.config.context == sum(text.config.width for text, _ in model.readers())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What the UNet is told
+# --- What the UNet is told ------------------------------------------------------------------------
 
 
 def told(model, *texts, **options):
@@ -185,8 +183,7 @@ def test_an_unet_of_xl_beside_the_encoder_of_another_is_refused(tmp_path):
         sd.load(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Base and refiner: denoisers that take every pixel by itself
+# --- Base and refiner: denoisers that take every pixel by itself ----------------------------------
 
 K, SWITCH = 10, 0.75  # the base runs t = 901 .. 301: seven steps, since 201 < 250
 SCHEDULE = diffusion.Schedule()

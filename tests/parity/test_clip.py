@@ -16,8 +16,7 @@ import clip
 from checkpoints import configs
 from tests.small import CAPTIONS, TOKENIZER, random_ids, relative_error
 
-# --------------------------------------------------------------------------------------------------
-# The text encoder
+# --- The text encoder -----------------------------------------------------------------------------
 
 
 def ours_and_peer(folder, config):
@@ -70,8 +69,7 @@ def test_penultimate_layer_of_sd2_and_both_of_sdxl(tmp_path):
     assert relative_error(pooled, want.text_embeds) <= 1e-4
 
 
-# --------------------------------------------------------------------------------------------------
-# The tokenizer
+# --- The tokenizer --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -169,8 +169,7 @@ def test_learned_variance_and_clipping_are_diffusers(prediction, k):
     assert not torch.allclose(ours[-2], fixed[-2], atol=1e-3)
 
 
-# --------------------------------------------------------------------------------------------------
-# Rectified flow
+# --- Rectified flow -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 4, 28, 50])

@@ -45,8 +45,7 @@ def draw_in_peers(monkeypatch, module, draws):
     monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: draws(next(numbers)).expand(shape).clone())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Networks
+# --- Networks -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -78,8 +77,7 @@ def test_autoencoder(models):
     assert relative_error(ours.decode(z), peer.movq.decode(z, force_not_quantize=True).sample) <= 1e-4
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pipelines
+# --- Pipelines ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("negative", [None, NEGATIVE])
@@ -151,8 +149,7 @@ def test_a_change_map_as_a_plain_loop_over_the_peers(models):
     assert relative_error(last, torch.where(mu >= 1, z_init, want[-1])) <= 1e-4
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# At full size
+# --- At full size ---------------------------------------------------------------------------------
 
 MOVQ = VAEConfig((128, 256, 256, 512), scaling_factor=1.0)
 

@@ -63,8 +63,7 @@ def test_same_numbers_as_the_package(package, tmp_path):
             assert relative_error(got, want.reshape(shape)) <= 1e-4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Without peers
+# --- Without peers --------------------------------------------------------------------------------
 
 
 def random_model():

@@ -122,8 +122,7 @@ def from_edm(pipe, x, i):
     return x / (1 + pipe.scheduler.sigmas[i] ** 2) ** 0.5 if pipe.kind == "xl" else x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# An ordinary run
+# --- An ordinary run ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -171,8 +170,7 @@ def test_prompt_and_guidance_matter(peer):
         assert small.relative_error(alone, pipelines.make_denoiser(peer, PROMPT, guidance=0.0)(z, t)) == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Under a map
+# --- Under a map ----------------------------------------------------------------------------------
 
 
 def make_asker(pipe):
@@ -290,8 +288,7 @@ def test_a_change_map_as_the_community_pipelines(kind, module, name, tmp_path, m
         assert small.relative_error(ours, theirs) <= 1e-4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches, precision, the autoencoder, schedulers
+# --- Batches, precision, the autoencoder, schedulers ----------------------------------------------
 
 
 def test_pictures_of_a_batch_are_alone(peer):

@@ -76,8 +76,7 @@ def error(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parity
+# --- Parity ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("H, W", [pytest.param(*size, marks=pytest.mark.slow) for size in SIZES[:2]] + SIZES[2:])
@@ -172,8 +171,7 @@ def test_flows_of_a_clip_are_the_releases(peer, model):
     assert torch.equal(raft.clip_flows(model, [reversed_twice, second], size, 4)[0], ours)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The look-up, clips, memory
+# --- The look-up, clips, memory -------------------------------------------------------------------
 
 
 def test_look_up_is_its_definition():

@@ -108,8 +108,7 @@ def picture(H, W, seed=0):
     return cv2.resize(tiles, (W, H), interpolation=cv2.INTER_NEAREST)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The network
+# --- The network ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changed", [{}, {"window": 4}, {"window": 8, "global_blocks": ()}, {"size": 256, "heads": 2}])
@@ -189,8 +188,7 @@ def test_vit_b_same_numbers(peer):
     compare_predictions(peer.Predictor(theirs), ours, picture(427, 640), clicks(427, 640, 2, 1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Automatic masks
+# --- Automatic masks ------------------------------------------------------------------------------
 
 
 COMMON = dict(points_per_side=9, pred_iou_thresh=0.5, stability_score_thresh=0.5, stability_score_offset=0.002,
@@ -231,8 +229,7 @@ def test_suppression_is_the_plain_one():
     assert [c["n"] for c in kept] == plain_nms(torch.tensor(boxes).float(), torch.tensor(scores), 0.5).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# --- Files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["vit_b", "vit_l", "vit_h"])
@@ -274,8 +271,7 @@ def test_bf16(toy):
     assert low_res.isfinite().all() and iou.dtype == low_res.dtype == torch.float32
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the other files ask for
+# --- What the other files ask for -----------------------------------------------------------------
 
 
 def test_segmenter(toy, monkeypatch):

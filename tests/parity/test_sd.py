@@ -13,8 +13,7 @@ import unet
 from checkpoints import configs, names
 from tests import small
 
-# --------------------------------------------------------------------------------------------------
-# The original layout
+# --- The original layout --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", small.UNETS)
@@ -70,8 +69,7 @@ def test_xl_names_as_diffusers_converts_them():
     assert all(torch.equal(got[k], want[k]) for k in want)
 
 
-# --------------------------------------------------------------------------------------------------
-# The Hugging Face folder
+# --- The Hugging Face folder ----------------------------------------------------------------------
 
 
 def peer_folder(folder, kind):
@@ -148,8 +146,7 @@ def test_config_json_gives_the_configuration_back(name):
     assert configs.unet_config_from_json(spelled_out) == config
 
 
-# --------------------------------------------------------------------------------------------------
-# Whole pipelines
+# --- Whole pipelines ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

@@ -21,8 +21,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The algorithm
+# --- The algorithm --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("m", [2, 4])
@@ -67,8 +66,7 @@ def test_one_matrix_product_is_the_plain_convolution(size, stride, padding):
     assert relative_error(product(x, weight, None, stride, padding) + bias[:, None, None], want) <= 1e-5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In a network
+# --- In a network ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,7 @@ def options(**more):
     return SimpleNamespace(**dict(rounds=1, model=None, steps=None, batch=None, dtype=None, device=cpu) | more)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
+# --- Measuring ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -73,8 +72,7 @@ def test_a_process_of_its_own(monkeypatch):
         clock.run_in_own_process("bench.clock.compute_ratio", ours=[1], theirs=[2])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
+# --- The command ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("argv", "what"), [
@@ -102,8 +100,7 @@ def test_rows_are_printed_as_a_table(monkeypatch, capsys):
     assert row.startswith("ones ") and row.endswith("0e+00       twin")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The peers' loops
+# --- The peers' loops -----------------------------------------------------------------------------
 
 
 def make_picture(size=16, seed=0):
@@ -136,8 +133,7 @@ def test_the_straightforward_loop_gives_our_magic_fixup(prediction):
     assert relative_error(other, got) > 1e-3  # the reference matters
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The topics
+# --- The topics -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

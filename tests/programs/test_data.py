@@ -191,3 +191,13 @@ def test_what_is_wrong_is_said_in_one_line(clips, made, tmp_path, capsys, monkey
     assert "no manifest.json" in fails(capsys, clips, "--out", tmp_path / "foreign")
     monkeypatch.setenv("RANK", "7")
     assert "RANK and WORLD_SIZE" in fails(capsys, clips, "--out", out)
+
+
+def test_webdataset_opens_the_shards(made):
+    webdataset = pytest.importorskip("webdataset")
+    urls = [str(path) for path in sorted(made.glob("*.tar"))]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+    assert len(urls) > 1 and len(samples) == ShardPairs(made).pairs
+    for sample in samples:
+        assert {"ref.jpg", "gt.jpg", "flow.png", "affine.png", "json"} <= set(sample)
+        assert sample["ref.jpg"].shape == sample["gt.jpg"].shape == (64, 64, 3) and sample["json"]["size"] == 64

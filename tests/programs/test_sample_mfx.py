@@ -34,8 +34,7 @@ def edit(tmp_path):
     return save_edit(tmp_path / "edit.png")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What comes out
+# --- What comes out -------------------------------------------------------------------------------
 
 
 def test_samples_sheet_strip_and_parameters(tmp_path, model, edit):
@@ -64,8 +63,7 @@ def test_defaults_are_the_paper_s(tmp_path, edit, monkeypatch):
     assert seen["steps"] == 50 and seen["sampler"] == "ddim" and list(seen["seeds"]) == [0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What goes in
+# --- What goes in ---------------------------------------------------------------------------------
 
 
 @pytest.fixture

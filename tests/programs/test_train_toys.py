@@ -35,8 +35,7 @@ def words(init, out, *more):
             "--scenes", "40", *map(str, more)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stages vae and base
+# --- Stages vae and base --------------------------------------------------------------------------
 
 
 def test_a_mixed_picture_is_one_hour_on_one_side_and_another_on_the_other(monkeypatch):
@@ -122,8 +121,7 @@ def test_the_loss_is_none_for_a_network_that_knows_the_noise(prediction):
     torch.testing.assert_close(off.double(), weight.double().mean(), rtol=1e-4, atol=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage inpainting
+# --- Stage inpainting -----------------------------------------------------------------------------
 
 
 def test_masks():

@@ -17,8 +17,7 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Damage to bytes and to JSON
+# --- Damage to bytes and to JSON ------------------------------------------------------------------
 
 EDGES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]
 

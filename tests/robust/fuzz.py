@@ -30,8 +30,7 @@ SECONDS, BYTES = 10, 3 * 2**30  # of a case, at most
 MAKERS = KINDS | {"planted": planted}
 TOLD = ValueError, OSError, FloatingPointError  # what programs report in one line
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One process that reads, and the one that watches it
+# --- One process that reads, and the one that watches it ------------------------------------------
 
 
 def judge(call, folder, said):

@@ -28,8 +28,7 @@ threads = torch.get_num_threads()
 shards.quieten()  # what FFmpeg may say is settled at its first use in a process
 torch.set_num_threads(threads)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Clips
+# --- Clips ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(64, 112), pytest.param((3840, 2160), marks=pytest.mark.slow), (62, 50)])
@@ -224,8 +223,7 @@ def test_a_name_that_is_not_utf8_stops_no_other_clip(tmp_path, capfd):
     assert "mp4 has a name that is not UTF-8: rename it" in capfd.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards
+# --- Shards ---------------------------------------------------------------------------------------
 
 
 def write_done(folder, text='{"kept": 2, "rejected": {}}'):

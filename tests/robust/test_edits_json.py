@@ -11,8 +11,7 @@ from editing.click import segment_at
 from editing.edits_json import fill_polygon, read_edits
 from tests.pictures import box, disc, noise, smooth
 
-# --------------------------------------------------------------------------------------------------
-# What to cut out
+# --- What to cut out ------------------------------------------------------------------------------
 
 
 def test_polygons_and_boxes_hold_the_pixels_whose_centres_are_inside():
@@ -58,8 +57,7 @@ def test_a_click_in_any_picture(H, W):
         assert mask.shape == (H, W) and mask.dtype == bool and mask.any()
 
 
-# --------------------------------------------------------------------------------------------------
-# edits.json
+# --- edits.json -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -34,8 +34,7 @@ def refused(load, *arguments):
     return str(e.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# --- Files ----------------------------------------------------------------------------------------
 
 
 def test_find(folder, tmp_path):
@@ -126,8 +125,7 @@ def test_another_networks_file_is_recognised(folder):
     assert "this is Segment Anything" in refused(published.load_lpips, folder / FILES["sam"], folder / "alex.pth")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LPIPS: two files
+# --- LPIPS: two files -----------------------------------------------------------------------------
 
 
 def test_lpips_files(folder, tmp_path):
