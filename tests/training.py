@@ -43,6 +43,24 @@ def write_stable(folder):
     return folder
 
 
+def tiny_vae(seed=0, width=8):
+    torch.manual_seed(seed)
+    return vae.VAE(vae.VAEConfig(channels=(width, width), layers=1, latent_channels=2, groups=4))
+
+
+def fit_tiny(out, resume=False, recipe=None, width=8):
+    """A training of it, four steps unless the recipe says otherwise -> the model"""
+    model = tiny_vae(int(resume), width)
+
+    def loss(step, part):
+        x = torch.rand(2, 3, 8, 8, generator=train.generator_at(0, step)) * 2 - 1
+        return (model.decode(model.encode(x)[0]) - x).square().mean()
+
+    recipe = recipe or train.Recipe(steps=4, batch=2, lr=5e-3, warmup=3, ema=0.9, save_every=2)
+    train.fit("tiny", model, loss, None, recipe, out, resume)
+    return model
+
+
 def random_fixup(stable):
     model = mfx.from_stable_diffusion(sd.load(stable))
     for network in (model.synthesizer, model.extractor):

@@ -117,7 +117,8 @@ def random_strings(count, seed):
         yield "".join(parts)
 
 
-def test_same_ids_as_open_clip(open_clip):
+@pytest.mark.parametrize("count", [1000, pytest.param(6000, marks=pytest.mark.slow)])
+def test_same_ids_as_open_clip(open_clip, count):
     import ftfy
     import regex
 
@@ -130,9 +131,9 @@ def test_same_ids_as_open_clip(open_clip):
         theirs.cache[token] = token
     assert len(ours.vocab) == 49408
     # Mojibake repair is the part of ftfy that is not ours: strings that it would change are left out.
-    strings = [s for s in random_strings(6000, seed=0) if ftfy.fix_text(s) == ftfy.fix_text(s, fix_encoding=False)]
+    strings = [s for s in random_strings(count, seed=0) if ftfy.fix_text(s) == ftfy.fix_text(s, fix_encoding=False)]
     strings += ["", " ", "\ud83d\ude00 x\ud800 lone surrogate", "a <b>\n&rdquo;", "a " * 100, "word" * 200, *CAPTIONS]
-    assert len(strings) > 5000
+    assert len(strings) > 5 / 6 * count
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         got = ours(strings)

@@ -128,7 +128,7 @@ class Whole:
         from tests import small
         from tests.networks import write_networks
         from tests.runs import MEADOW
-        from tests.training import write_shards
+        from tests.training import fit_tiny, write_shards
 
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
@@ -157,7 +157,7 @@ class Whole:
             if path.exists() and path.stat().st_size:
                 self.clips[ending] = path.read_bytes()
         (folder / "run").mkdir()
-        fit_tiny(folder / "run", resume=False)
+        fit_tiny(folder / "run")
 
     def write_pictures(self, Image, np):
         """-> {name: bytes} in every format and mode that Pillow writes"""
@@ -518,27 +518,10 @@ def shards(whole, folder, rng):
     return read
 
 
-def fit_tiny(out, resume, recipe=None):
-    """A training of a tiny autoencoder: four steps, or two more"""
-    import torch
-
-    import train
-    import vae
-
-    torch.manual_seed(0)
-    model = vae.VAE(vae.VAEConfig(channels=(8, 8), layers=1, latent_channels=2, groups=4))
-
-    def loss(step, part):
-        x = torch.rand(2, 3, 8, 8, generator=train.generator_at(0, step)) * 2 - 1
-        return (model.decode(model.encode(x)[0]) - x).square().mean()
-
-    recipe = recipe or train.Recipe(steps=4, batch=2, lr=5e-3, warmup=3, ema=0.9, save_every=2)
-    train.fit("tiny", model, loss, None, recipe, out, resume)
-
-
 def states(whole, folder, rng):
     import train
     from common.run_state import list_states, read_recipe
+    from tests.training import fit_tiny
 
     out = folder / "run"
     shutil.copytree(whole.folder / "run", out)

@@ -1,8 +1,10 @@
 """Training that cannot start, cannot go on, or is killed: one line, and whole files."""
 
 import errno
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -14,11 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import mfx
 import train
-import vae
 from common import files
 from common.files import HOST, atomic_write
 from common.run_state import cache_tensors, list_states, open_run, read_newest_state, read_recipe
-from tests.training import arguments, fails, random_fixup, write_shards, write_stable
+from tests.training import arguments, fails, fit_tiny, random_fixup, write_shards, write_stable
 
 RECIPE = train.Recipe(steps=10, batch=2, lr=5e-3, warmup=3, ema=0.9, save_every=2)
 
@@ -28,24 +29,28 @@ def stable(tmp_path_factory):
     return write_stable(tmp_path_factory.mktemp("stable"))
 
 
-def fit(out, resume=False, recipe=RECIPE, width=8):
-    torch.manual_seed(int(resume))
-    model = vae.VAE(vae.VAEConfig(channels=(width, width), layers=1, latent_channels=2, groups=4))
-    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-    def loss(step, part):
-        return (model.decode(model.encode(x)[0]) - x).square().mean()
-
-    train.fit("tiny", model, loss, None, recipe, out, resume)
-    return model
+fit = functools.partial(fit_tiny, recipe=RECIPE)
 
 
-def test_the_last_states_are_kept_and_the_newest_whole_one_is_resumed(tmp_path, capsys):
-    fit(tmp_path)
-    kept = list_states(tmp_path, "tiny")
-    assert [p.name[11:18] for p in kept] == ["0000006", "0000008", "0000010"]
-    whole = load_file(kept[-1])
-    kept[-1].write_bytes(kept[-1].read_bytes()[:-1])  # a byte short
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fitted")
+    fit(folder)
+    return folder
+
+
+@pytest.fixture
+def newest(fitted, tmp_path):
+    """-> the last state, of step 10, of a run in tmp_path"""
+    shutil.copytree(fitted, tmp_path, dirs_exist_ok=True)
+    return list_states(tmp_path, "tiny")[-1]
+
+
+def test_the_last_states_are_kept_and_the_newest_whole_one_is_resumed(newest, tmp_path, capsys):
+    """Then the run ends where it would have without a break, bit for bit."""
+    assert [p.name[11:18] for p in list_states(tmp_path, "tiny")] == ["0000006", "0000008", "0000010"]
+    whole = load_file(newest)
+    newest.write_bytes(newest.read_bytes()[:-1])  # a byte short
     resumed = fit(tmp_path, resume=True)
     assert "0000010.safetensors is damaged" in capsys.readouterr().err
     assert all(torch.equal(whole[f"model.{name}"], p) for name, p in resumed.named_parameters())
@@ -141,9 +146,8 @@ def write_notes(path, **changed):
     dict(losses=[[1, 2]] * 10), dict(validation=3), dict(validation={"a": 1}), dict(validation=[[1]]),
     dict(validation=[["1", 0.5]]), dict(validation=[[99, 0.5]]), dict(validation=[1, 2]),
 ])  # fmt: skip
-def test_a_state_with_senseless_curves_is_passed_over(changed, tmp_path, capsys):
-    fit(tmp_path)
-    write_notes(list_states(tmp_path, "tiny")[-1], **changed)
+def test_a_state_with_senseless_curves_is_passed_over(changed, newest, tmp_path, capsys):
+    write_notes(newest, **changed)
     path, notes = read_newest_state(tmp_path, "tiny")
     assert path.name.endswith("8.safetensors") and len(notes["losses"]) == 8
     assert "0000010.safetensors is damaged" in capsys.readouterr().err
@@ -155,30 +159,26 @@ def test_a_state_with_senseless_curves_is_passed_over(changed, tmp_path, capsys)
     ("micro_batch", [1e9]), ("clip", {"a": 1}), ("seed", {"a": {}}), ("init", 3), ("precision", "fp64"),
     ("checkpointing", 1), ("muon", None),
 ])  # fmt: skip
-def test_a_state_with_a_senseless_recipe_is_told(name, value, tmp_path):
-    fit(tmp_path)
-    path = list_states(tmp_path, "tiny")[-1]
-    write_notes(path, recipe=asdict(RECIPE) | {name: value})
+def test_a_state_with_a_senseless_recipe_is_told(name, value, newest, tmp_path):
+    write_notes(newest, recipe=asdict(RECIPE) | {name: value})
     with pytest.raises(ValueError, match=f"is damaged: its recipe has {name} = "):
         read_recipe(tmp_path, "tiny", train.Recipe)
     for recipe in ([], None, "x", {"steps": 1}, asdict(RECIPE) | {"more": 1}):
-        write_notes(path, recipe=recipe)
+        write_notes(newest, recipe=recipe)
         with pytest.raises(ValueError, match="another version"):
             read_recipe(tmp_path, "tiny", train.Recipe)
 
 
-def test_a_state_with_other_tensors_is_told(tmp_path):
+def test_a_state_with_other_tensors_is_told(newest, tmp_path):
     """Those that PyTorch would widen or convert without a word, too."""
-    fit(tmp_path)
-    path = list_states(tmp_path, "tiny")[-1]
-    with safe_open(path, "pt") as file:
+    with safe_open(newest, "pt") as file:
         notes = file.metadata()
-    tensors = load_file(path)
+    tensors = load_file(newest)
     for prefix in ("model", "average", "m", "v"):
         name = f"{prefix}.encoder.conv_in.bias"
         for other in (tensors[name][:1], tensors[name].int(), tensors[name].half(), None):
             changed = {key: t for key, t in (tensors | {name: other}).items() if t is not None}
-            save_file(changed, path, notes)
+            save_file(changed, newest, notes)
             with pytest.raises(ValueError, match="is the state of another model"):
                 fit(tmp_path, resume=True)
 
