@@ -15,7 +15,7 @@ import samplers
 from reproduce import __main__ as program
 from reproduce import baselines, cache, charts, metrics, report
 from reproduce.lab import FALSE, OPEN, PART, TRUE, Outcome, judge
-from tests.labs import make_item, make_lab, run_on_page
+from tests.labs import make_item, make_lab
 
 # --- Metrics --------------------------------------------------------------------------------------
 
@@ -244,15 +244,6 @@ def test_charts_and_sheets_have_the_size_that_they_say():
     drawn = charts.sheet([[a, None], [a, torch.ones(64, 64)]], ["one", "a rather long label over a narrow cell"],
                          ["x", "y"], cell=64)
     assert drawn.width > 2 * 64 and drawn.height > 2 * 64
-
-
-def test_an_item_from_run_to_page(tmp_path):
-    lab = make_lab(tmp_path)
-    lab.count, lab.steps = (lambda full, quick: 2), (lambda toy: 2)
-    assert run_on_page("figure16", lab).results["n"] == 2
-    assert run_on_page("memory", lab).results["added, Stable Diffusion"] < 3e6
-    verdict, why = run_on_page("ablation", lab).verdict
-    assert verdict == OPEN and "The models affine, flow, alone, both are not in" in why and "--train-ablation" in why
 
 
 def test_a_cheap_item_from_command_to_page_twice_the_same_and_not_run_again(tmp_path, capsys, monkeypatch):

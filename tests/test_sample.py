@@ -10,7 +10,6 @@ from PIL import Image
 import collage
 import diffdiff
 import sample
-import samplers
 import sd
 import unet
 from common.pictures import picture_to_tensor
@@ -68,7 +67,7 @@ def round_trip(model, x):
 # --- Differential Diffusion -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", list(samplers.SAMPLERS))
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "pndm"])  # of all: tests/test_diffdiff.py
 def test_white_latents_stay_and_black_ones_change(toy, meadow, sampler, decoded):
     """Bit for bit. In pixels, the decoder's norms and its attention look at the whole picture, so that white ones
     follow a little."""
@@ -85,11 +84,6 @@ def test_a_white_map_costs_no_step(toy, meadow, decoded, monkeypatch):
     monkeypatch.setattr(unet.UNet, "forward", None)  # calling it would be an error
     sample.edit(toy, "snow at night", meadow, torch.ones(1, 1, 64, 64), steps=4)
     assert torch.equal(decoded[-1], z_init)
-
-
-def test_text_to_image_has_the_models_size_or_another(toy):
-    assert sample.edit(toy, "a red ball", steps=1).shape == (1, 3, 128, 128)
-    assert sample.edit(toy, "a red ball", size=(96, 64), steps=1).shape == (1, 3, 64, 96)
 
 
 def test_the_progress_bar_has_as_many_steps_as_are_run(toy, meadow, monkeypatch):
@@ -175,7 +169,7 @@ def test_an_edit_is_magic_fixup_and_so_is_a_black_map(fixer, meadow, moved, deco
     assert len(decoded) == 3 and all(torch.equal(z, want) for z in decoded)
 
 
-@pytest.mark.parametrize("sampler", list(samplers.SAMPLERS))
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "pndm"])  # of all: tests/test_diffdiff.py
 def test_white_stays_as_it_is_in_the_edit(fixer, meadow, moved, sampler, decoded):
     I_coarse, _ = round_trip(fixer, moved[0])
     decoded.clear()

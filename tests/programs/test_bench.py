@@ -148,7 +148,10 @@ def small_sizes(monkeypatch):
         monkeypatch.setitem(models.SIDES, kind, 16)
 
 
-@pytest.mark.parametrize("topic", ["unet", "vae", "edit", "mfx"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("edit", "mfx")]  # their loops: above
+
+
+@pytest.mark.parametrize("topic", ["unet", "vae", *SLOW])
 def test_the_rows_of_models_at_full_size(topic, small_sizes):
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")

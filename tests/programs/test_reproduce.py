@@ -38,6 +38,7 @@ def test_every_item_runs_to_its_place_on_the_page(lab, few_steps, name):
     ITEMS[name].done.format_map(outcome.results)
 
 
+@pytest.mark.slow
 def test_motion_models_from_pairs_to_page(lab):
     outcome = run_on_page("mfx_figure5", lab)
     warps = outcome.results["warps"]

@@ -22,9 +22,7 @@ def folders(tmp_path_factory):
 
 EDITS = {
     "map": ["--image", MEADOW, "--change-map", GRADIENT],
-    "mask": ["--image", MEADOW, "--mask", GRADIENT, "--softness", 4],
     "fan": ["--image", MEADOW, "--strength-fan", 4],
-    "strength": ["--image", MEADOW, "--strength", 0.8],
     "text": [],
 }
 
