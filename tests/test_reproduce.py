@@ -13,7 +13,7 @@ import diffdiff
 import diffusion
 import samplers
 from reproduce import __main__ as program
-from reproduce import baselines, cache, charts, metrics, report
+from reproduce import baselines, cache, metrics, report
 from reproduce.lab import FALSE, OPEN, PART, TRUE, Outcome, judge
 from tests.labs import make_item, make_lab
 
@@ -234,16 +234,6 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_shows(tmp_path):
     assert "@media print" in text and "figure9" in text and "A claim.<" in text
     for tag in ("section", "table", "figure", "dl", "div", "span", "main"):
         assert len(re.findall(f"<{tag}[ >]", text)) == text.count(f"</{tag}>"), tag
-
-
-def test_charts_and_sheets_have_the_size_that_they_say():
-    series = {"measured": ([0, 1, 2], [1.0, 2.0, 3.0]), "a line": ([0, 2], [1, 3])}
-    chart = charts.chart(series, "steps", "seconds")
-    assert chart.size == (1120, 680) and len(chart.getcolors(1 << 16)) > 10
-    a = Image.new("RGB", (64, 64), "red")
-    drawn = charts.sheet([[a, None], [a, torch.ones(64, 64)]], ["one", "a rather long label over a narrow cell"],
-                         ["x", "y"], cell=64)
-    assert drawn.width > 2 * 64 and drawn.height > 2 * 64
 
 
 def test_a_cheap_item_from_command_to_page_twice_the_same_and_not_run_again(tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 
 from checkpoints import published
 from networks import midas
-from tests.midas_file import LARGE, SMALL, published_shapes, random_tensors
+from tests.networks import DPT_LARGE, DPT_SMALL, published_shapes, random_tensors
 from tests.small import relative_error
 
 
@@ -75,12 +75,12 @@ def check_against_transformers(config, sizes, folder):
 
 
 def test_same_numbers_as_transformers(tmp_path):
-    check_against_transformers(SMALL, [(2, 64, 64), (1, 32, 96), (1, 96, 64), (1, 32, 32)], tmp_path)
+    check_against_transformers(DPT_SMALL, [(2, 64, 64), (1, 32, 96), (1, 96, 64), (1, 32, 32)], tmp_path)
 
 
 @pytest.mark.skipif("DPT_LARGE" not in os.environ, reason="slow: DPT_LARGE=1 runs it")
 def test_same_numbers_as_transformers_at_full_size(tmp_path):
-    check_against_transformers(LARGE, [(1, 384, 384), (1, 256, 416)], tmp_path)
+    check_against_transformers(DPT_LARGE, [(1, 384, 384), (1, 256, 416)], tmp_path)
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -94,10 +94,10 @@ def fake_file(path, shapes, **changes):
 
 
 def test_the_published_file_fits_at_full_size(tmp_path):
-    shapes = published_shapes(**LARGE)
+    shapes = published_shapes(**DPT_LARGE)
     assert round(sum(int(np.prod(s)) for s in shapes.values()) / 1e6) == 344  # as the release's table says, in millions
     model = published.load("midas", fake_file(tmp_path / "dpt_large_384.pt", shapes))
-    assert model.config == midas.DPTConfig() == midas.DPTConfig(**LARGE)
+    assert model.config == midas.DPTConfig() == midas.DPTConfig(**DPT_LARGE)
     ours = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     left_out = set(shapes) - set(ours)
     assert ours == {k: s for k, s in shapes.items() if k not in left_out}
@@ -107,7 +107,7 @@ def test_the_published_file_fits_at_full_size(tmp_path):
 
 
 def test_dtype(tmp_path):
-    model = published.load("midas", fake_file(tmp_path / "dpt.pt", published_shapes(**SMALL)), torch.bfloat16)
+    model = published.load("midas", fake_file(tmp_path / "dpt.pt", published_shapes(**DPT_SMALL)), torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     d = midas.depth(model, np.zeros((40, 50, 3), np.uint8))
     assert d.dtype == torch.float32 and d.shape == (40, 50)
@@ -119,7 +119,7 @@ def test_dtype(tmp_path):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("midas") / "small.pt"
-    torch.save(random_tensors(published_shapes(**SMALL)), path)
+    torch.save(random_tensors(published_shapes(**DPT_SMALL)), path)
     return path
 
 

@@ -5,7 +5,7 @@ import torch
 
 import unet
 from checkpoints.parts import load_part
-from tests.small import randomise, relative_error
+from tests.small import TOY, randomise, relative_error
 from unet import UNet, UNetConfig
 
 diffusers = pytest.importorskip("diffusers")
@@ -13,14 +13,10 @@ diffusers = pytest.importorskip("diffusers")
 SMALL = {
     "sd1": UNetConfig(channels=(32, 64), depth=(1, 0), heads=8, context=24),
     "sd1-inpainting": UNetConfig(9, channels=(32, 64, 64), depth=(1, 1, 0), heads=4, context=24),
-    "sd2": UNetConfig(
-        channels=(32, 64), depth=(1, 0), heads=None, head_width=16, linear_proj=True, context=40
-    ),
-    "xl": UNetConfig(
-        channels=(32, 32, 64), depth=(0, 1, 2), mid_depth=2, heads=None, head_width=16,
-        linear_proj=True, context=40, added=6 * 8 + 20,
-    ),
-    "toy": UNetConfig(12, 12, (32, 64), layers=1, depth=(1, 1), heads=4, context=16, groups=8),
+    "sd2": UNetConfig(channels=(32, 64), depth=(1, 0), heads=None, head_width=16, linear_proj=True, context=40),
+    "xl": UNetConfig(channels=(32, 32, 64), depth=(0, 1, 2), mid_depth=2, heads=None, head_width=16, linear_proj=True,
+                     context=40, added=6 * 8 + 20),
+    "toy": TOY,
 }
 
 
@@ -34,18 +30,12 @@ def make_peer(c, **options):
     if len({d for d in c.depth if d} | {c.mid_depth}) > 1:
         options["transformer_layers_per_block"] = [max(1, d) for d in c.depth]
     return diffusers.UNet2DConditionModel(
-        in_channels=c.in_channels,
-        out_channels=c.out_channels,
-        block_out_channels=c.channels,
-        layers_per_block=c.layers,
-        cross_attention_dim=c.context,
-        norm_num_groups=c.groups,
+        in_channels=c.in_channels, out_channels=c.out_channels, block_out_channels=c.channels,
+        layers_per_block=c.layers, cross_attention_dim=c.context, norm_num_groups=c.groups,
         down_block_types=["CrossAttnDownBlock2D" if x else "DownBlock2D" for x in cross],
         up_block_types=["CrossAttnUpBlock2D" if x else "UpBlock2D" for x in reversed(cross)],
         attention_head_dim=c.heads or [w // c.head_width for w in c.channels],
-        use_linear_projection=c.linear_proj,
-        **options,
-    ).eval()
+        use_linear_projection=c.linear_proj, **options).eval()
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 7)])

@@ -16,13 +16,9 @@ def test_same_numbers_as_diffusers(c):
     model = randomise(VAE(c))
     levels = len(c.channels)
     peer = diffusers.AutoencoderKL(
-        latent_channels=c.latent_channels,
-        block_out_channels=c.channels,
-        layers_per_block=c.layers,
-        norm_num_groups=c.groups,
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-    ).eval()
+        latent_channels=c.latent_channels, block_out_channels=c.channels, layers_per_block=c.layers,
+        norm_num_groups=c.groups, down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels).eval()
     peer.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 4 * c.factor, 3 * c.factor)
     mean, logvar = model.encode(x)

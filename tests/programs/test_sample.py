@@ -15,11 +15,14 @@ from safetensors.torch import save_file
 
 import sample
 import sd
+from common.files import read_json, write_json
 from common.pictures import picture_to_tensor, tensor_to_picture
+from diffusion import Schedule
 from editing import options
 from kernels import winograd
 from reproduce.train_toys import widened
-from tests.runs import GRADIENT, MEADOW, ROOT, fails, run, same_picture
+from tests import small
+from tests.runs import GRADIENT, MEADOW, ROOT, fails, last_line, run, same_picture
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +171,49 @@ def test_learned_words(tmp_path, capsys):
     assert "is the word <my-night>" in "".join(capsys.readouterr())
     assert same_picture(learned, run(tmp_path, "--prompt", "snow at night"))
     assert "--words" in fails(capsys, "--words", tmp_path / "word.safetensors", "--image", MEADOW, "--strength", "0.5")
+
+
+# --- Models of few steps: recognised by their folder, or named by an option --------------------------
+
+LCM, TURBO = ("lcm", 4, 1.0), ("ddim", 4, 1.0)
+FILE = "scheduler/scheduler_config.json"
+
+
+def save_stable(folder, **changes):
+    sd.save(small.stable_diffusion(), folder)
+    write_json(folder / FILE, read_json(folder / FILE) | changes)
+    return folder
+
+
+@pytest.mark.parametrize("folder, said, wanted", [
+    ({"_class_name": "LCMScheduler"}, [], LCM),
+    ({"timestep_spacing": "trailing", "_class_name": "EulerDiscreteScheduler"}, [], TURBO),
+    ({}, ["--sampler", "lcm"], LCM),
+    ({}, ["--spacing", "trailing"], TURBO),
+    ({"timestep_spacing": "trailing"}, ["--guidance", "2", "--steps", "5"], ("ddim", 5, 2.0)),
+    ({}, ["--steps", "10"], ("ddim", 10, 7.5)),
+])
+def test_what_is_left_out(tmp_path, folder, said, wanted):
+    save_stable(tmp_path, **folder)
+    out = tmp_path / "out.png"
+    sample.main(["--weights", str(tmp_path), "--image", MEADOW, "--change-map", GRADIENT, "--prompt", "a circle",
+                 "--precision", "fp32", "--out", str(out), *said])
+    found = json.loads(Image.open(out).text["parameters"])
+    assert (found["sampler"], found["steps"], found["guidance"]) == wanted
+
+
+def test_a_negative_prompt_without_guidance(tmp_path, capsys):
+    save_stable(tmp_path, timestep_spacing="trailing")
+    edit = "--weights", tmp_path, "--prompt", "a circle", "--negative", "a square", "--out", tmp_path / "out.png"
+    assert "no effect with --guidance 1" in last_line(capsys, *edit)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "lcm"])
+def test_a_spacing_is_saved_and_loaded(tmp_path, spacing):
+    model = small.stable_diffusion()
+    model.schedule = Schedule(spacing=spacing)
+    sd.save(model, tmp_path)
+    c = read_json(tmp_path / FILE)
+    assert (c["_class_name"] == "LCMScheduler") == (spacing == "lcm")
+    write_json(tmp_path / FILE, c | {"steps_offset": 0})  # as old folders say, and diffusers' pipelines do not heed
+    assert sd.load(tmp_path).schedule.space_timesteps(7) == model.schedule.space_timesteps(7)

@@ -245,57 +245,47 @@ def test_missing_shards_and_wrong_arguments(tmp_path):
             ShardPairs(tmp_path)
 
 
-@pytest.mark.parametrize("junk", [b"junk", b""])
-def test_damaged_shards_are_named(tmp_path, junk):
-    files = {extension: junk for extension in ("ref.jpg", "gt.jpg", "flow.png", "affine.png")}
-    shards.write_shard(tmp_path, 0, [(0, files), (1, files)], [], {})
+def write_pair(folder, number=0, side=32, **changed):
+    """A shard of one pair, black, but for the files that are given"""
+    black = np.zeros((side, side, 4), np.uint8)
+    jpg, png = shards.encode(black[..., :3], ".jpg"), shards.encode(black, ".png")
+    files = {"ref.jpg": jpg, "gt.jpg": jpg, "flow.png": png, "affine.png": png}
+    shards.write_shard(folder, number, [(number, files | changed)], [], {})
     shards.read_index.cache_clear()
-    with pytest.raises(ValueError, match="pairs-000000.tar is damaged"):
-        list(ShardPairs(tmp_path, epochs=1))
+    return folder / f"pairs-{number:06}.tar"
 
 
-@pytest.mark.parametrize("broken", ["size", "deep", "rgb", "grey"])
-def test_pictures_of_another_kind_are_named(tmp_path, broken):
-    picture = np.zeros((32, 32, 4), np.uint8)
-    files = {extension: shards.encode(picture[..., :3], ".jpg") for extension in ("ref.jpg", "gt.jpg")}
-    files["flow.png"] = shards.encode(picture, ".png")
-    shards.write_shard(tmp_path, 0, [(0, files)], [], {})
+def refused(folder, said, **options):
+    with pytest.raises(ValueError, match=said):
+        list(ShardPairs(folder, "flow", epochs=1, **options))
+
+
+@pytest.mark.parametrize("file, broken", [
+    ("gt.jpg", np.zeros((16, 32, 3), np.uint8)), ("flow.png", np.zeros((32, 32, 4), np.uint16)),
+    ("flow.png", np.zeros((32, 32, 3), np.uint8)), ("flow.png", np.zeros((32, 32), np.uint8)),
+    ("ref.jpg", b"junk"), ("ref.jpg", b""),
+])  # fmt: skip
+def test_pictures_of_another_kind_are_named(tmp_path, file, broken):
+    write_pair(tmp_path)
     assert len(list(ShardPairs(tmp_path, "flow", epochs=1))) == 1
-    if broken == "size":
-        files["gt.jpg"] = shards.encode(picture[:16, :, :3], ".jpg")
-    else:
-        wrong = {"deep": picture.astype(np.uint16), "rgb": picture[..., :3], "grey": picture[..., 0]}[broken]
-        files["flow.png"] = cv2.imencode(".png", wrong)[1].tobytes()
-    shards.write_shard(tmp_path, 0, [(0, files)], [], {})
-    shards.read_index.cache_clear()
-    with pytest.raises(ValueError, match="pair 0 cannot be read"):
-        list(ShardPairs(tmp_path, "flow", epochs=1))
+    content = broken if isinstance(broken, bytes) else cv2.imencode(file[-4:], broken)[1].tobytes()
+    write_pair(tmp_path, **{file: content})
+    refused(tmp_path, "pairs-000000.tar is damaged" if isinstance(broken, bytes) else "pair 0 cannot be read")
 
 
 def test_shards_of_two_sizes_are_named(tmp_path):
-    for number, side in enumerate((32, 16)):
-        picture = np.zeros((side, side, 4), np.uint8)
-        files = {extension: shards.encode(picture[..., :3], ".jpg") for extension in ("ref.jpg", "gt.jpg")}
-        files |= {extension: shards.encode(picture, ".png") for extension in ("flow.png", "affine.png")}
-        shards.write_shard(tmp_path, number, [(number, files)], [], {})
-    shards.read_index.cache_clear()
+    write_pair(tmp_path), write_pair(tmp_path, 1, side=16)
     for held_out in (None, True):
-        with pytest.raises(ValueError, match="000000.tar and .*000001.tar have pictures of 32x32 and of 16x16"):
-            list(ShardPairs(tmp_path, epochs=1, held_out=held_out))
+        refused(tmp_path, "000000.tar and .*000001.tar have pictures of 32x32 and of 16x16", held_out=held_out)
 
 
 def test_torn_shards_are_named(tmp_path):
-    rest = {extension: bytes(1000) for extension in ("ref.jpg", "gt.jpg", "flow.png", "affine.png")}
-    shards.write_shard(tmp_path, 0, [(0, rest)], [], {})
-    whole = (tmp_path / "pairs-000000.tar").read_bytes()
-    (tmp_path / "pairs-000000.tar").write_bytes(whole[:3000])
-    shards.read_index.cache_clear()
-    with pytest.raises(ValueError, match="pairs-000000.tar is damaged"):
-        list(ShardPairs(tmp_path, epochs=1))
-    with tarfile.open(tmp_path / "pairs-000000.tar", "w") as tar:  # pictures missing
+    tar = write_pair(tmp_path, **{"ref.jpg": bytes(1000)})
+    tar.write_bytes(tar.read_bytes()[:1300])
+    refused(tmp_path, "pairs-000000.tar is damaged")
+    with tarfile.open(tar, "w") as torn:  # pictures missing
         member = tarfile.TarInfo("000000.ref.jpg")
         member.size = 4
-        tar.addfile(member, io.BytesIO(b"junk"))
+        torn.addfile(member, io.BytesIO(b"junk"))
     shards.read_index.cache_clear()
-    with pytest.raises(ValueError, match="pair 0 cannot be read"):
-        list(ShardPairs(tmp_path, epochs=1))
+    refused(tmp_path, "pair 0 cannot be read")
