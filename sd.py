@@ -69,13 +69,10 @@ class StableDiffusion:
             reason = f"a prompt needs a tokenizer, and there is none: {self.tokenizer_help}"
             raise ValueError(reason)
 
-    def encode_image(self, x, noise=None):
+    def encode_image(self, x):
         """x (B, 3, H, W) in [-1, 1], H and W multiples of `vae.config.factor`
-          -> z (B, C, h, w), float32, scaled
-
-        noise  as for `VAE.encode_scaled`: None for the posterior's mean
-        """
-        return self.vae.encode_scaled(x, noise)
+        -> z (B, C, h, w), float32, scaled"""
+        return self.vae.encode_scaled(x)
 
     def decode(self, z):
         """z (B, C, h, w), scaled -> (B, 3, H, W), float32, about [-1, 1] but not clamped."""

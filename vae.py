@@ -215,20 +215,16 @@ class VAE(nn.Module):
         """z (B, C, h, w), unscaled -> (B, 3, 8h, 8w), about [-1, 1] but not clamped."""
         return self.decoder(self.post_quant_conv(z))
 
-    def encode_scaled(self, x, noise=None):
-        """x as for `encode`, on any device -> z (B, C, h, w), float32, scaled.
-
-        z is the posterior's mean, which is repeatable; with `noise` (B, C, h, w), standard normal,
-        it is the sample mean + std * noise.
-        """
+    def encode_scaled(self, x):
+        """x as for `encode`, on any device -> z (B, C, h, w), float32, scaled: the posterior's
+        mean, which is repeatable."""
 
         def encode(x):
             return torch.cat(self.encode(x), dim=1)
 
         moments = self.run_finite(encode, x, self.config.factor, 1)
-        mean, logvar = moments.chunk(2, dim=1)
-        z = mean if noise is None else mean + (logvar / 2).exp() * noise.to(mean)
-        return z.float() * self.config.scaling_factor
+        mean, _ = moments.chunk(2, dim=1)
+        return mean.float() * self.config.scaling_factor
 
     def decode_scaled(self, z):
         """z (B, C, h, w), scaled -> (B, 3, 8h, 8w), float32, about [-1, 1] but not clamped."""

@@ -54,13 +54,6 @@ def test_timesteps():
     assert all(make_sampler(name, Schedule(), 7).timesteps == seven for name in SAMPLERS if name != "lcm")
 
 
-def test_few_steps_start_at_the_noisiest_level():
-    assert Schedule(spacing="trailing").space_timesteps(4) == [999, 749, 499, 249]
-    assert Schedule(spacing="linspace").space_timesteps(4) == [999, 666, 333, 0]
-    assert make_sampler("lcm", Schedule(), 4).timesteps == [999, 759, 499, 259]
-    assert Schedule(offset=0).space_timesteps(4) == [750, 500, 250, 0]
-
-
 # --- Problems with a known answer -----------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""common/cli.py and common/devices.py: wrong numbers, names, options and devices."""
+"""common/cli.py: wrong numbers, names and options, interrupts, errors."""
 
 import argparse
 import signal
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from tqdm import tqdm
 
-from common import cli, devices
+from common import cli
 from common.interrupts import came, finish_steps
 
 
@@ -86,11 +86,6 @@ def test_a_number_out_of_its_range_is_told(text, capsys):
         parser.parse_args(["--n", text])
     assert e.value.code == 2
     assert capsys.readouterr().err == f"it: error: argument --n: {text!r} is not a whole number in 1 .. 10\n"
-
-
-def test_a_device_that_is_not_there_is_told():
-    with pytest.raises(ValueError, match="--device abacus cannot be used here"):
-        devices.choose_device("abacus")
 
 
 def test_names_and_sizes():

@@ -93,45 +93,34 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(stable, tmp_path, ca
 
 
 def test_what_resuming_may_change_and_what_not(stable, tmp_path, capsys, monkeypatch):
+    """Also of what was left out: the usual weights, and what they predict, as the paper's recipe leaves it to them."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "TOY", stable)
+    monkeypatch.setitem(train.RECIPES, "toy", replace(train.RECIPES["toy"], prediction=None))
     pairs, out = write_shards(tmp_path / "pairs"), tmp_path / "out"
     other = write_stable(tmp_path / "other")
-    begun = arguments(stable, out, "--steps", 1, "--data", "pairs", "--motion", "flow")
+    _, _, *begun = arguments(stable, out, "--steps", 1, "--data", "pairs", "--motion", "flow")
     train.main(begun)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    known = {"--init": stable, "--prediction": "epsilon"}
     for words, what in (
-        (["--prediction", "epsilon"], "--prediction epsilon"), (["--no-cross-reference"], "--no-cross-reference"),
+        (["--prediction", "v_prediction"], "--prediction v_pred"), (["--no-cross-reference"], "--no-cross-reference"),
         (["--init", other], f"--init {other}"), (["--data", "toy"], "--data toy"), (["--data", other], "--data"),
         (["--motion", "affine"], "--motion affine"), (["--seed", 5], "--seed 5"), (["--batch", 2], "--batch 2"),
         (["--pairs", 0], "--pairs 0"), (["--held-out", 0], "--held-out 0"), (["--exact", 0.5], "--exact 0.5"),
     ):
         line = fails(train.main, ["--out", out, "--resume", *words], capsys)
         assert f"--resume cannot change {what}" in line and "start anew with another --out" in line
+        assert f"was begun with {words[0]} {known.get(words[0], '')}" in line or words[0] not in known
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
     # The same said again, otherwise spelled, or moved, and what changes no meaning
-    train.main([*begun, "--resume", "--cross-reference", "--prediction", "v_prediction", "--data", str(pairs)])
+    same = ["--init", str(stable), "--prediction", "epsilon", "--data", str(pairs)]
+    train.main([*begun, "--resume", "--cross-reference", *same])
     pairs.rename(tmp_path / "moved")
     train.main(["--out", str(out), "--resume", "--data", "moved", "--steps", "2", "--lr", "1e-4", "--warmup", "2",
                 "--save-every", "1", "--held-out", "1", "--micro-batch", "2", "--checkpointing", "--device", "cpu"])
     assert read_recipe(out, "mfx", train.FixupRecipe).data == "moved"
-
-
-def test_the_usual_initial_weights_may_be_named(stable, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "TOY", stable)
-    _, _, *words = arguments(stable, tmp_path / "out", "--steps", 1, "--held-out", 0)
-    train.main(words)
-    line = fails(train.main, ["--out", tmp_path / "out", "--resume", "--init", tmp_path], capsys)
-    assert f"--resume cannot change --init {tmp_path}" in line and f"was begun with --init {stable}" in line
-    train.main([*words, "--resume", "--init", str(stable)])
-
-
-def test_the_initial_weights_prediction_is_not_changed_either(stable, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(train.RECIPES, "toy", replace(train.RECIPES["toy"], prediction=None))  # as the paper's
-    train.main(arguments(stable, tmp_path, "--steps", 1, "--held-out", 0))
-    line = fails(train.main, ["--out", tmp_path, "--resume", "--prediction", "v_prediction"], capsys)
-    assert "the run in" in line and "was begun with --prediction epsilon" in line
-    train.main(["--out", str(tmp_path), "--resume", "--prediction", "epsilon", "--device", "cpu"])
 
 
 def write_notes(path, **changed):
