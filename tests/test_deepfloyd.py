@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-import samplers
 from common.files import read_json
 from common.pictures import picture_to_tensor, tensor_to_picture
 from diffusion import Schedule
@@ -75,19 +74,6 @@ def test_white_is_the_original_at_both_sizes(model):
     assert large.abs().max() <= 1 and large.isfinite().all()
     small, large = edit(model, torch.ones(1, 1))
     assert torch.equal(small, shrunk) and torch.equal(large, PICTURE)
-
-
-def test_black_is_the_ordinary_run(model):
-    """The map alone is left out: what a stage runs without it is tests/parity's."""
-    got = edit(model, torch.zeros(1, 1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deepfloyd.diffdiff, "differential_diffusion", run_without_map)
-        want = edit(model, torch.zeros(1, 1))
-    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
-
-
-def run_without_map(denoise, z_init, change_map, sampler, noise, step_noise, callback):
-    return samplers.run_sampler(denoise, sampler.noise_to(0, z_init, noise), sampler, step_noise=step_noise)
 
 
 def test_seeds_are_one_batch_or_alone(model):

@@ -159,24 +159,6 @@ def overridden(model, sampler, z_init, eps, release, noise, tell_all=True):
 
 
 @pytest.mark.parametrize("name, options", EVERY_SAMPLER)
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("tell_all", [True, False])
-def test_a_constant_map_is_sdedit(name, options, prediction, tell_all):
-    schedule = Schedule(prediction=prediction)
-    pointwise = mixture(schedule)
-
-    def model(z, t):  # not pointwise: what happens next door matters
-        return pointwise(z, t) + 0.1 * z.roll(1, -1)
-
-    sampler = make_sampler(name, schedule, 8, **options)
-    z_init, eps, noise = randn(*SHAPE), randn(*SHAPE, seed=1), make_step_noise(SHAPE[1:], [5, 6])
-    for start in range(8):
-        sdedit = trajectory(model, sampler.noise_to(start, z_init, eps), sampler, start=start, step_noise=noise)
-        ours = overridden(model, sampler, z_init, eps, torch.full((1, 1, 3, 5), start), noise, tell_all)
-        assert all(torch.equal(a, b) for a, b in zip(ours[start:], sdedit, strict=True))
-
-
-@pytest.mark.parametrize("name, options", EVERY_SAMPLER)
 @pytest.mark.parametrize("tell_all", [True, False])
 def test_each_pixel_starts_where_its_own_override_ends(name, options, tell_all):
     """With a pointwise denoiser every pixel of a mixed map is its own SDEdit, and no pixel disturbs another."""
