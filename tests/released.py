@@ -5,6 +5,7 @@ one where a checkout of that is at hand.
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
@@ -78,22 +79,12 @@ class PlainResnet(nn.Module):
         return self.skip_connection(x) + self.out_layers(h)
 
 
-class PlainDown(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.op = nn.Conv2d(c, c, 3, stride=2, padding=1)
-
-    def forward(self, x):
-        return self.op(x)
+def make_down(c):
+    return nn.Sequential(OrderedDict(op=nn.Conv2d(c, c, 3, stride=2, padding=1)))
 
 
-class PlainUp(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2))
+def make_up(c):
+    return nn.Sequential(OrderedDict(up=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1)))
 
 
 class Plain(nn.Module):
@@ -112,7 +103,7 @@ class Plain(nn.Module):
                 self.input_blocks.append(nn.ModuleList(layers))
                 widths.append(c)
             if level + 1 < len(times):
-                self.input_blocks.append(nn.ModuleList([PlainDown(c)]))
+                self.input_blocks.append(nn.ModuleList([make_down(c)]))
                 widths.append(c)
         self.middle_block = nn.ModuleList(
             [PlainResnet(c, c, c_time), PlainTransformer(c, context, heads), PlainResnet(c, c, c_time)]
@@ -122,7 +113,7 @@ class Plain(nn.Module):
             for i in range(3):
                 layers, c = [PlainResnet(c + widths.pop(), times[level] * width, c_time)], times[level] * width
                 layers += [PlainTransformer(c, context, heads)] * attends[level]
-                layers += [PlainUp(c)] * (level > 0 and i == 2)
+                layers += [make_up(c)] * (level > 0 and i == 2)
                 self.output_blocks.append(nn.ModuleList(layers))
         self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, 4, 3, padding=1))
 
