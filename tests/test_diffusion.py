@@ -25,28 +25,6 @@ def test_schedule_endpoints():
         assert (s.alphas_cumprod.diff() < 0).all()
 
 
-def test_add_noise():
-    s = Schedule()
-    x0, noise = randn(*SHAPE), randn(*SHAPE, seed=1)
-    t = torch.tensor([3, 700])
-    z = s.add_noise(x0, noise, t)
-    for b in range(2):  # an int and a batch of timesteps are the same numbers
-        assert torch.equal(z[b : b + 1], s.add_noise(x0[b : b + 1], noise[b : b + 1], int(t[b])))
-        a = s.alphas_cumprod[t[b]].double()
-        torch.testing.assert_close(z[b], (a.sqrt() * x0[b] + (1 - a).sqrt() * noise[b]).float(), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("t", [1, 500, 981, torch.tensor([1, 981])])
-def test_prediction_is_inverted(prediction, t):
-    s = Schedule(prediction=prediction)
-    x0, eps = randn(*SHAPE), randn(*SHAPE, seed=1)
-    alpha, sigma = s.alpha_sigma(t, x0)
-    output = eps if prediction == "epsilon" else alpha * eps - sigma * x0
-    for got, want in zip(s.convert_output(output, s.add_noise(x0, eps, t), t), (x0, eps)):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-
-
 def test_timesteps():
     assert make_sampler("ddim", Schedule(), 50).timesteps == list(range(981, 0, -20))
     assert make_sampler("ddim", Schedule(), T).timesteps == list(range(999, -1, -1))

@@ -49,15 +49,6 @@ def draw_in_peers(monkeypatch, module, draws):
 
 
 @torch.no_grad()
-def test_prior(models):
-    ours, peer, _ = models
-    z, t, states, pooled = randn(2, 32), torch.tensor([3, 700]), randn(2, 77, 32, seed=1), randn(2, 32, seed=2)
-    seen = torch.arange(77) < torch.tensor([[5], [77]])
-    want = peer.prior(z, t, pooled, states, seen).predicted_image_embedding
-    assert relative_error(ours.prior(z, t, states, pooled, seen), want) <= 1e-4
-
-
-@torch.no_grad()
 def test_images_and_texts(models):
     ours, peer, _ = models
     x = randn(2, 3, 28, 28)

@@ -74,25 +74,6 @@ def random_model():
     return model
 
 
-def test_a_distance():
-    model = random_model()
-    x, y = pictures(40, 33)
-    near = x + 0.05 * (y - x)
-    assert torch.equal(model(x, x), torch.zeros(2))
-    assert torch.allclose(model(x, y), model(y, x), rtol=1e-5)
-    assert (model(x, y) > model(x, near)).all() and (model(x, near) > 0).all()
-    one_by_one = torch.cat([model(a[None], b[None]) for a, b in zip(x, y)])
-    assert torch.allclose(model(x, y), one_by_one, rtol=1e-5)
-
-
-def test_the_map_shows_where():
-    model = random_model()
-    x, y = pictures(64, 64, B=1)
-    y[..., 32:] = x[..., 32:]
-    d = model(x, y, spatial=True)
-    assert d[..., :16].mean() > 10 * d[..., 48:].mean()
-
-
 def test_the_gradient_is_finite_where_a_layer_sees_nothing():
     model = random_model()
     model.features[0].bias.fill_(-100)  # nothing gets through the first ReLU
