@@ -101,6 +101,8 @@ def check_first_step(module):
             "that is the mean of the map: one dark pixel is enough to begin early":
                 k - math.floor((1 - sum(values) / 3) * k + 1e-4),
             "the rounding is the wrong one: L is rounded down, so the first step is rounded up": math.floor(low * k),
+            "a float's 0.3 is a little more than 3/10, and a whole step is lost: add 1e-4 before you round down":
+                k - math.floor((1 - mu.min().item()) * k),
             "off by one step: one step too many is skipped": k - L + 1,
         })
 
@@ -205,6 +207,7 @@ MISTAKES = {
         (lambda mu, k: right.first_step(mu.amax(), k), "brightest"),
         (lambda mu, k: math.floor(mu.min() * k + 1e-4), "rounding"),
         (lambda mu, k: right.first_step(mu, k) + 1, "too many is skipped"),
+        (lambda mu, k: k - math.floor((1 - mu.min().item()) * k), "1e-4"),
     ],
     "differential_diffusion": [(wrong, sentence) for sentence, wrong in WRONG_ALGORITHMS.items()],
     "soften": [

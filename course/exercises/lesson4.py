@@ -25,6 +25,8 @@ def keep_mask(mu: torch.Tensor, i: int, k: int) -> torch.Tensor:
 def first_step(mu: torch.Tensor, k: int) -> int:
     """Algorithm 2: the first step i that has to be run. All that comes before it is replaced anyway.
 
+    A float's 0.3 is not quite 3/10. Add 1e-4 before you round down.
+
     mu (1, 1, h, w) -> a whole number in 0 .. k
     """
     ...
