@@ -62,23 +62,26 @@ def figure3(lab):
         [("figure3.png", f"“{lab.options.prompt}” under a gradient: left changes, right is kept.")])
 
 
-@item("figure4", "Figure 4")
+@item("figure4", "Figures 2 and 4")
 def figure4(lab):
     """At each step what the map keeps is copied from the noised original. The masks are nested.
 
     Algorithm 1 written out line by line here, beside diffdiff.py's, on one meadow with a gradient and {k} steps. Six of
-    the steps are decoded.
+    the steps are decoded, and of each the two products of line 9.
     """
     k, image, mu = lab.steps(20), lab.images(1), wide_gradient(lab.model.size)
     sampler = samplers.make_sampler("ddim", lab.model.schedule, k)
     z_init = lab.model.encode_image(image.to(lab.device))
     noise, mu_s = lab.noise(z_init, 0), diffdiff.down_sample(mu, z_init.shape[-2:])
     denoise = lab.model.denoiser([lab.options.prompt], guidance=7.5)
-    masks, originals, mixes, z = [], [], [], None
+    masks, originals, mixes, products, z = [], [], [], ([], []), None
     for t in range(k, -1, -1):  # the paper's t
         i = k - t
         z_t = sampler.noise_to(i, z_init, noise) if t else z_init  # lines 4 and 7
         mask = torch.floor(mu_s.double() * k + 1e-4) < i  # line 8
+        here = mask.to(z_t)
+        for kept, product in zip(products, ((1 - here) * z_t, here * (z_t if z is None else z))):
+            kept.append(product)
         z = z_t if z is None else torch.where(mask.to(z.device), z, z_t)  # line 9
         masks.append(mask)
         originals.append(z_t)
@@ -92,8 +95,9 @@ def figure4(lab):
         return [lab.model.decode(latents[i])[0].clamp(-1, 1).cpu() for i in shown]
 
     rows = [decoded(originals), [charts.to_picture(masks[i][0, 0].float()).resize((128, 128), 0) for i in shown],
-            decoded(mixes)]
-    names = ["noised original", "mask: white from the step before", "what the model is given"]
+            *map(decoded, products), decoded(mixes)]
+    names = ["noised original", "mask: white from the step before", "copied from the original", "kept of the last step",
+             "their sum: what the model is given"]
     lab.save(charts.sheet(rows, [f"t = {k - i}" for i in shown], names), "figure4.png")
     nested = all(bool((a <= b).all()) for a, b in zip(masks, masks[1:]))
     free = [[i, round(masks[i].float().mean().item(), 4)] for i in shown]

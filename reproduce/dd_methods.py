@@ -161,19 +161,32 @@ def edit_by_all(lab):
     return image, depth.repeat(seeds, 1, 1, 1), mu, prompts, made
 
 
+def measure_seam(change, keep):
+    """change (N, 3, S, S) in [-1, 1], masks (N, 1, S, S) -> how much it differs, of 255, between neighbouring pixels of
+    which one is inside the mask, (N,)"""
+    total = count = 0
+    for axis in (2, 3):
+        rim = keep.diff(dim=axis).abs()
+        total = total + (change.diff(dim=axis).abs() * rim).mean(1).sum((1, 2)) * 127.5
+        count = count + rim.sum((1, 2, 3))
+    return total / count
+
+
 @item("figure10", "Figures 10 and 13", needs=("weights", "inpainting_weights"))
 def figure10(lab):
     """Blended latent diffusion and an inpainting model know two strengths: they blend nothing gradually, and lose what
     a map keeps in part. That is no matter of the seed.
 
-    Three pictures under maps from depth and a gradient, {seeds} seeds each. CAM of each edit's {distance} by itself;
-    the difference between methods pair by pair. Blended latent diffusion as published: masks that shrink, and in the
+    Three pictures under maps from depth and a gradient, {seeds} seeds each, and differences between methods pair by
+    pair. The seam: how much the change jumps where the others' masks end, of 255. CAM of each edit by itself, of
+    {distance}. Blended latent diffusion as published: masks that shrink, and in the
     sheet a decoder that has learned each picture's background, whose squared error (thousandths) is given.
     """
     image, _, mu, _, made = edit_by_all(lab)
     seeds, asked = len(image) // 3, words(lab, ASKED["figure10"])
     cams = {m: adhere(lab.distance(image, x), mu) for m, x in made.items()}
     keep, background = (mu > 0.5).float(), {}
+    seams = {m: measure_seam(x - image, keep) for m, x in made.items()}
     fitted = torch.cat([blended.reconstruct_background(lab.model.vae, image[i : i + 1].to(lab.device),
                                                        made[BLD][i : i + 1].to(lab.device), keep[i].to(lab.device),
                                                        steps=lab.count(75, 3)).cpu() for i in progress(range(3))])
@@ -188,13 +201,15 @@ def figure10(lab):
     lab.save(charts.sheet(rows, ["input", "map", *made], labels), "figure10.png")
     parts = []
     for m in [m for m in made if m != OURS]:
-        less, each = mean_error(cams[OURS] - cams[m]), (cams[OURS] - cams[m]).view(seeds, 3).mean(1)
-        parts.append((less[0] > 2 * less[1] and (each > 0).all(), f"ours less {m} in CAM is {plus_minus(less, 3)}, by "
-                      f"seed {write_range(each.tolist(), '{:+.2f}')}"))
-    found = {m: mean_error(c) for m, c in cams.items()}
+        for what, of, sign in (("CAM", cams, 1), ("the seam", seams, -1)):
+            less, each = mean_error(of[OURS] - of[m]), (of[OURS] - of[m]).view(seeds, 3).mean(1)
+            parts.append((sign * less[0] > 2 * less[1] and (sign * each > 0).all(), f"ours less {m} in {what} is "
+                          f"{plus_minus(less)}, by seed {write_range(each.tolist(), '{:+.2f}')}"))
+    found, seams = ({m: mean_error(x) for m, x in of.items()} for of in (cams, seams))
     return Outcome(
-        {"seeds": seeds, "distance": lab.perceptual[0], "cam": found, "background": background}, judge(*parts),
+        {"seeds": seeds, "distance": lab.perceptual[0], "cam": found, "seam": seams, "background": background}, judge(*parts),
         [["", *made], ["CAM, edit by edit", *(plus_minus(v, 3) for v in found.values())],
+         ["seam, of 255", *(plus_minus(v, 1) for v in seams.values())],
          ["background's error", "", " then ".join(plus_minus(v) for v in background.values())]],
         [("figure10.png", "Two seeds a row; the first one's blended latent diffusion with its background "
           "reconstructed.")])
@@ -273,7 +288,7 @@ def gallery(lab):
     Figure 21's twenty, and Figure 27's three masks, whose rims are an eighth of the picture's side wide. CAM of each
     edit's {distance} by itself. In the words of the toy world; of --images in the paper's.
     """
-    size, steps, rows, cams = lab.model.size, lab.steps(20), {}, []
+    size, steps, sheets, cams = lab.model.size, lab.steps(20), {}, []
 
     def run(image, mu, prompts):
         edited = lab.edit(image, mu, prompts, steps=steps)
@@ -285,7 +300,9 @@ def gallery(lab):
         image = lab.images(len(edits), seed=int(name))
         mu = make_maps([e["map"] for e in edits], depth_maps(lab, image, len(edits), int(name)))
         edited = run(image.repeat(seeds, 1, 1, 1), mu.repeat(seeds, 1, 1, 1), words(lab, edits) * seeds)
-        rows[name] = [*zip(*(x.split(10) for x in (image, mu[:, 0], *edited.split(len(edits)))))]
+        shown = (image, mu[:, 0], *edited.split(len(edits)))
+        for j in range(0, len(edits), 10):
+            sheets[f"{name}{'b' if j else ''}"] = words(lab, edits)[j : j + 10], [x[j : j + 10] for x in shown]
     eight = ("near", "far", "left", "right", "shapes", "triangles", "disc", "gradient")[: lab.count(8, 2)]
     image = lab.images(1, seed=15)
     mu = make_maps(eight, depth_maps(lab, image, 1, 15).repeat(len(eight), 1, 1, 1))
@@ -296,14 +313,13 @@ def gallery(lab):
 
     edited = lab.edit(image, mu, words(lab, ASKED["figure15"])[0], steps=steps, how=same_noise)
     cams.append(adhere(lab.distance(image, edited), mu))
-    rows["15"] = [(mu[:, 0], edited)]
+    sheets["15"] = eight, [mu[:, 0], edited]
     image = lab.images(len(maps), seed=27)
     hard = (disc(size) > 0.5).float()
     mu = diffdiff.soft_inpainting_map(hard, 64 * size / 512).expand(len(maps), 1, size, size)
-    rows["27"] = [(image, mu[:, 0], run(image, mu, words(lab, maps)))]
-    for name, parts in rows.items():
-        shown = [row for part in parts for row in part]
-        lab.save(charts.sheet(shown, cell=100), f"gallery{name}.png")
+    sheets["27"] = words(lab, maps), [image, mu[:, 0], run(image, mu, words(lab, maps))]
+    for name, (heads, rows) in sheets.items():
+        lab.save(charts.sheet(rows, heads, cell=100), f"gallery{name}.png")
     cams = torch.cat(cams)
     follow = (cams > 0).float().mean().item()
     return Outcome(
@@ -311,4 +327,4 @@ def gallery(lab):
         judge((follow == 1, f"{percent(follow)} of {len(cams)} edits change more where their map is darker, CAM "
                f"{plus_minus(mean_error(cams))}")),
         [["", ""], ["edits whose CAM is above 0", percent(follow)], ["CAM", plus_minus(mean_error(cams))]],
-        [(f"gallery{name}.png", f"Figure {name}.") for name in rows])
+        [(f"gallery{name}.png", f"Figure {name}.") for name in sheets])
