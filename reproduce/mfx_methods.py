@@ -2,7 +2,6 @@
 
 import torch
 
-import diffdiff
 from reproduce import charts, masactrl
 from reproduce.dd_methods import run_pix2pix
 from reproduce.lab import MFX, Outcome, item, judge, percent, plus_minus, progress
@@ -12,29 +11,19 @@ from reproduce.mfx_tables import (
     FIXED,
     OBJECTS,
     SHADOWS,
-    STRENGTH,
     caption,
     compare_to_truth,
     draw_columns,
     edit_scenes,
     fix_up,
     make_user_edits,
+    run_sdedit,
     surely_above,
     take,
 )
 from toy import world
 
 COLLAGE = "collage"
-
-
-def run_sdedit(lab, image, prompts, guidance=7.5):
-    """Both (N, 3, S, S) in [0, 1]: SDEdit at the user study's strength, of collages"""
-
-    def how(denoise, z_init, mu, sampler, noise, step_noise):
-        return diffdiff.sdedit(denoise, z_init, STRENGTH, sampler, noise, step_noise)
-
-    edited = lab.edit(image * 2 - 1, image[0, 0], prompts, steps=ABLATION_STEPS, guidance=guidance, how=how)
-    return edited / 2 + 0.5
 
 
 def run_masactrl(lab, image, prompts):
@@ -70,7 +59,7 @@ def figure2(lab):
     edits = make_user_edits(n, model.size)
     told = [caption(edits["after"], i) for i in range(n)]
     shown = {COLLAGE: edits["coarse"], "MasaCtrl": run_masactrl(lab, edits["reference"], told),
-             "SDEdit": run_sdedit(lab, edits["coarse"], told)}
+             "SDEdit": run_sdedit(lab, edits["coarse"], told, ABLATION_STEPS)}
     if lab.instruct:
         orders = [f"{verb} it" for verb in edits["verb"]]
         shown["InstructPix2Pix"] = run_pix2pix(lab, edits["reference"] * 2 - 1, orders, ABLATION_STEPS) / 2 + 0.5
@@ -180,7 +169,8 @@ def figure11(lab):
     edits = make_user_edits(n, model.size)
     told = [caption(edits["after"], i) for i in range(n)]
     ours = fix_up(model, edits, ABLATION_STEPS, seeds=range(samples)).unflatten(0, (n, samples))
-    theirs = run_sdedit(lab, edits["coarse"].repeat_interleave(samples, 0), [t for t in told for _ in range(samples)])
+    told, coarse = [t for t in told for _ in range(samples)], edits["coarse"].repeat_interleave(samples, 0)
+    theirs = run_sdedit(lab, coarse, told, ABLATION_STEPS)
     theirs, votes = theirs.unflatten(0, (n, samples)), []
     for i in range(n):
         truth, changed = edits["truth"][i : i + 1].expand(samples, -1, -1, -1), edits["changed"][i]

@@ -181,6 +181,15 @@ def caption(scenes, i):
     return f"{things} on {where}" if things else where
 
 
+def run_sdedit(lab, image, prompts, steps, guidance=7.5):
+    """(N, 3, S, S) in [0, 1] -> the same, edited as the study's other side"""
+
+    def how(denoise, z_init, mu, sampler, noise, step_noise):
+        return diffdiff.sdedit(denoise, z_init, STRENGTH, sampler, noise, step_noise)
+
+    return lab.edit(image * 2 - 1, image[0, 0], prompts, steps=steps, guidance=guidance, how=how) / 2 + 0.5
+
+
 def count_votes(apart):
     """{who: (n,)} -> in what share of edits Magic Fixup is nearer than both SDEdits, and that share's standard error,
     as of four edits more, two of them won (Agresti & Coull 1998: otherwise a share of 1 had none)."""
@@ -199,17 +208,10 @@ def sdedit(lab):
     """
     model, n = lab.fixup(), lab.count(120, 24)
     edits = make_user_edits(n, model.size)
-    truth, coarse = edits["truth"], edits["coarse"] * 2 - 1
-
-    def edited(prompts, guidance):
-        def how(denoise, z_init, mu, sampler, noise, step_noise):
-            return diffdiff.sdedit(denoise, z_init, STRENGTH, sampler, noise, step_noise)
-
-        return lab.edit(coarse, coarse[0, 0], prompts, steps=STEPS, guidance=guidance, how=how) / 2 + 0.5
-
+    truth, coarse = edits["truth"], edits["coarse"]
     captions = [caption(edits["after"], i) for i in range(n)]
-    shown = {"collage": edits["coarse"], SILENT: edited([""] * n, 1.0), CAPTIONED: edited(captions, 7.5),
-             FIXED: fix_user_edits(model, n)}
+    shown = {"collage": coarse, SILENT: run_sdedit(lab, coarse, "", STEPS, 1.0),
+             CAPTIONED: run_sdedit(lab, coarse, captions, STEPS), FIXED: fix_user_edits(model, n)}
     distance = lab.perceptual[0]
     apart = {who: lab.distance(x * 2 - 1, truth * 2 - 1).mean((1, 2)) for who, x in shown.items()}
     squared = {who: (x - truth).square().mean((1, 2, 3)) for who, x in shown.items()}
