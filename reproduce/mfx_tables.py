@@ -92,6 +92,7 @@ def compare(shown, target, regions, base):
         for who, e in each.items():
             drawn = (draws @ e) / (draws @ each[base])
             error[who] = round((e.sum() / chosen.sum()).item(), 6)
+            drawn = drawn[drawn.isfinite()]  # a draw of few pictures may have nothing in a region
             ratio[who] = [round((e.sum() / each[base].sum()).item(), 3), round(drawn.std().item(), 3)]
         found[where] = {"error": error, "ratio": ratio}
     return found
