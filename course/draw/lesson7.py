@@ -92,8 +92,8 @@ def draw_networks(folder, dark):
     for i, ((block, top), (_, bottom)) in enumerate(zip(boxes[0], boxes[1])):
         tokens, width = into[block]
         canvas.arrow((top[0], top[1] + 9), (bottom[0], bottom[1] - 10), canvas.lines[2], 1.5)
-        same = i and into[boxes[0][i - 1][0]] == (tokens, width) and top[0] - boxes[0][i - 1][1][0] < 40
-        if not same:
+        beside = i + 1 < len(boxes[0]) and boxes[0][i + 1][1][0] - top[0] < 40  # of the same stage, and the same shape
+        if not beside:
             canvas.text(top[0] + 6, 238, f"{tokens} x {width}", 11, "lm", canvas.lines[2])
     for row, places in boxes.items():
         for block, (x, y) in places:
