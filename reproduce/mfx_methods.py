@@ -97,8 +97,8 @@ def figure7(lab):
     empty = after[:]
     empty.kind = gone
     without, told = ([caption(scenes, i) for i in range(n)] for scenes in (empty, after))
-    # The place that was left: where the collage differs, but for where the thing goes.
-    left = widen(((edits["reference"] - edits["coarse"]).abs().amax(1) > 0.02) & ~edits["object"], 3)
+    # The place that was left is where the collage differs; where the thing goes it is painted over anyway.
+    left = widen((edits["reference"] - edits["coarse"]).abs().amax(1) > 0.02, 3)
     cut = lab.inpaint(edits["reference"] * 2 - 1, 1 - left, without, steps=ABLATION_STEPS)
     again = lab.inpaint(cut, 1 - there, told, steps=ABLATION_STEPS) / 2 + 0.5
     shown = {COLLAGE: edits["coarse"], "cut": cut / 2 + 0.5, "inserted again": again,
