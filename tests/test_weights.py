@@ -79,13 +79,12 @@ def test_change_follows_a_gradient(lab):
 
 @pytest.mark.slow
 def test_shadows_and_reflections_follow_an_edit(lab):
-    """Of 24 edits: 0.599 of the squared error in shadows, 0.35 of all; all absolute error 1.55 times the collage's. The
-    toy before was held to 0.6 in shadows, and would fail the other two: the next one should pass all three."""
+    """Of 24 edits: 0.63 of the squared error in shadows, 0.59 of all; all absolute error 1.25 times the collage's"""
     with torch.inference_mode():
         result = mfx_tables.magic_fixup(lab).results
-    assert result["shadows and reflections"]["squared"]["removed"][0] >= 0.55
-    assert result["everywhere"]["squared"]["removed"][0] >= 0.25
-    assert result["everywhere"]["absolute"]["output"] <= 1.8 * result["everywhere"]["absolute"]["coarse edit"]
+    assert result["shadows and reflections"]["squared"]["removed"][0] >= 0.6
+    assert result["everywhere"]["squared"]["removed"][0] >= 0.5
+    assert result["everywhere"]["absolute"]["output"] <= 1.4 * result["everywhere"]["absolute"]["coarse edit"]
 
 
 @pytest.mark.slow
