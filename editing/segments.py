@@ -11,7 +11,7 @@ import numpy as np
 WORK = 256  # pixels on the longer side: finer detail is texture
 FINE = 40.0  # of the first regions: the larger, the fewer
 CONTRAST = 7.0  # in CIELAB: across a weaker border, two regions are one
-LEAST = 0.005  # of the picture: a smaller region's borders count as weaker
+LEAST = 0.004  # of the picture: a region's borders count as weaker if its inside is smaller
 
 
 def find_segments(image):
@@ -89,9 +89,12 @@ def join_regions(labels, a, b, contrast):
             lengthen(i, j, weight, 1)
             lengthen(j, i, weight, 1)
 
+    rim = [sum(pairs for _, pairs in beside.values()) for beside in borders]
+
     def strength(i, j):
         total, pairs = borders[i][j]
-        return total / pairs * min(1, min(size[i], size[j]) / (LEAST * len(labels))) ** 2
+        inner = min(size[n] - rim[n] / 2 for n in (i, j))  # a thin strip has nearly none
+        return total / pairs * min(1, max(0, inner) / (LEAST * len(labels))) ** 2
 
     # An entry that is no longer true is passed over: a new one was made when it changed.
     heap = [(strength(i, j), i, j) for i in parent for j in borders[i]]
@@ -102,6 +105,7 @@ def join_regions(labels, a, b, contrast):
             continue
         parent[j] = i
         size[i] += size[j]
+        rim[i] += rim[j] - 2 * borders[i][j][1]
         for k, (total, pairs) in borders[j].items():
             del borders[k][j]
             if k != i:
