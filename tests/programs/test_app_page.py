@@ -34,7 +34,8 @@ class Browser:
         port = self.root.rpartition(":")[2]
         self.driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait(lambda: answers(f"{self.root}/status"))
-        chrome = {"args": ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]}
+        chrome = {"args": ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu",
+                           f"--window-size={width},{height + 200}"]}  # the mouse does not leave the window
         wanted = {"goog:chromeOptions": chrome, "goog:loggingPrefs": {"browser": "ALL"}}
         made = self.send("/session", {"capabilities": {"alwaysMatch": wanted}})
         self.root += f"/session/{made['sessionId']}"
