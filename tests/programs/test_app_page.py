@@ -21,7 +21,7 @@ import sample
 from tests.runs import MEADOW, ROOT
 
 DRIVER = shutil.which("chromedriver")
-BALL = [[94, 82], [62, 100]]  # in the meadow: from where, and to where it is dragged
+BALL = [[106, 90], [74, 108]]  # in the meadow: from where, and to where it is dragged
 
 
 class Browser:
