@@ -268,8 +268,10 @@ def main(argv=None):
         with lock_folder(args.folder):
             server, address = make_server(args)
             tell(f"app.py: open {address}")
-            with server:
+            try:
                 server.serve_forever()
+            finally:
+                server.RequestHandlerClass.studio.jobs.stop()
 
 
 if __name__ == "__main__":

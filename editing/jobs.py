@@ -56,6 +56,8 @@ class Jobs:
         self.all = {}
         self.version = 0  # grows with each change
         self.changes = threading.Condition()
+        self.idle = threading.Event()  # no job runs
+        self.idle.set()
         for path in sorted(folder.iterdir()):
             if re.fullmatch(RESULT, path.name):
                 self.read_result(path)
@@ -118,6 +120,7 @@ class Jobs:
         while True:
             with self.changes:
                 job = self.changes.wait_for(self.next_job)
+                self.idle.clear()
                 self.change(job, state="running")
             try:
                 self.finish(job)
@@ -131,6 +134,13 @@ class Jobs:
                     why = "out of memory: fewer samples may fit" if "memory" in why else f"it failed: {why}"
                 shutil.rmtree(self.folder / job.id, ignore_errors=True)
                 self.change(job, state="failed", pictures=[], notes=[why])
+            self.idle.set()
+
+    def stop(self):
+        """Before the program ends: PyTorch aborts where it is interrupted. So the step that runs is waited for."""
+        for name in list(self.all):
+            self.cancel(name)
+        self.idle.wait(60)
 
     def finish(self, job):
         with warnings.catch_warnings(record=True) as notes:

@@ -170,7 +170,7 @@ def test_both_tabs_from_a_photo_to_a_result(tmp_path):
         browser.click("[data-do=closeError]")
         browser.run("$('steps').value = 1000; $('guidance').value = 2; $('negative').value = ''")
         browser.click("#run")
-        browser.until("jobs.get(shown)?.step > 0 && $('samples').querySelector('img')")
+        browser.until("jobs.get(shown)?.state === 'running' && $('samples').querySelector('img')")
         browser.click("[data-do=cancel]")
         browser.until("jobs.get(shown).state === 'cancelled'")
 
