@@ -46,9 +46,9 @@ class MagicFixup(nn.Module):
 
     synthesizer  UNet: 2C + 1 channels in, C out, a second attention to features as wide as its own
                  blocks (context=None)
-    extractor    UNet: 2C + 1 channels in, no second attention (context=0). None is an ablation: the
-                 synthesizer has no second attention either, and never sees the reference. (The
-                 paper's ablation attends to the reference's CLIP embedding, a single vector.)
+    extractor    UNet: 2C + 1 channels in, no second attention (context=0). None: the ablation
+    image_encoder  of the ablation, in the extractor's place: the synthesizer attends to a single
+                 vector, what CLIP's network makes of the reference (context=its width)
     size         pixels along a side of the square pictures that it is for
     as_paper     what the paper's text has otherwise than its release, which is what runs here: 11
                  features in place of 16, a mask's nearest pixels in place of their mean, coarse
@@ -56,11 +56,13 @@ class MagicFixup(nn.Module):
     ValueError if the parts do not fit together.
     """
 
-    def __init__(self, synthesizer, extractor, vae, schedule, size=512, as_paper=False):
+    def __init__(self, synthesizer, extractor, vae, schedule, size=512, as_paper=False,
+                 image_encoder=None):
         super().__init__()
         self.synthesizer = synthesizer
         self.extractor = extractor
         self.vae = vae
+        self.image_encoder = image_encoder
         self.schedule = schedule
         self.size = size
         self.as_paper = as_paper
@@ -69,9 +71,11 @@ class MagicFixup(nn.Module):
         if channels != (2 * C + 1, C):
             raise ValueError(f"a synthesizer for {C} latent channels has {2 * C + 1} channels in, "
                              f"{C} out, not {channels[0]} and {channels[1]}")
-        if config.context != (None if extractor else 0):
-            raise ValueError("a synthesizer attends to an extractor's features, or has no second "
-                             "attention and no extractor")
+        if config.context != (image_encoder.config.projection if image_encoder else None):
+            raise ValueError("a synthesizer attends to the features of an extractor, or to the "
+                             "vector of an image encoder")
+        if bool(extractor) == bool(image_encoder):
+            raise ValueError("there is an extractor, or else an image encoder")
         if extractor and extractor.config != replace(config, context=0):
             raise ValueError("the extractor is not built as the synthesizer is")
 
@@ -89,8 +93,13 @@ class MagicFixup(nn.Module):
         return self.vae.decode_scaled(z)
 
     def encode_edit(self, reference, coarse, mask):
-        """Pictures (B, 3, H, W) in [-1, 1], mask (B, 1, H, W) -> the same three for `forward`."""
-        reference, coarse = self.encode_image(reference), self.encode_image(coarse)
+        """Pictures (B, 3, H, W) in [-1, 1], mask (B, 1, H, W) -> the same three for `forward`.
+        The ablation's reference is its embedding, (B, 1, D)."""
+        coarse = self.encode_image(coarse)
+        if self.image_encoder:
+            reference = self.image_encoder.embed(reference).float()[:, None]
+        else:
+            reference = self.encode_image(reference)
         if self.as_paper:  # section 3.2
             return reference, coarse, F.interpolate(mask, coarse.shape[-2:]).to(coarse)
         return reference, coarse, diffdiff.down_sample(mask, coarse.shape[-2:]).to(coarse)
@@ -108,8 +117,8 @@ class MagicFixup(nn.Module):
     def extract_details(self, reference, mask, t, noise):
         """What the synthesizer reads of the reference at t (B,) -> a block's keys and values,
         [(B, heads, N, d) twice]. They do not depend on the edit's own latent."""
-        if self.extractor is None:
-            return ()
+        if self.image_encoder:
+            return self.synthesizer.keys_values(reference.to(self.synthesizer.conv_in.weight))
         # Equation 2, whose (1 - abar) lacks its square root in print
         I_t = self.schedule.add_noise(reference, noise, t)
         z = torch.cat([I_t, reference, mask], dim=1).to(self.extractor.conv_in.weight.dtype)
@@ -194,7 +203,7 @@ class MagicFixup(nn.Module):
         """`extract_details` for several timesteps in one batch -> {timestep: details}"""
         n, B = len(timesteps), len(reference)
         details = self.extract_details(
-            reference.repeat(n, 1, 1, 1),
+            torch.cat([reference] * n),
             mask.repeat(n, 1, 1, 1),
             torch.tensor(timesteps, device=reference.device).repeat_interleave(B),
             torch.cat([noise(t) for t in timesteps]).to(reference),
@@ -216,7 +225,7 @@ class MagicFixup(nn.Module):
         timesteps, B = list(timesteps), len(reference)
         if noise is None:
             # Steps beyond the sampler's own: its noise at a step must not be the reference's.
-            draw = samplers.make_step_noise(reference.shape[1:], [0] * B)
+            draw = samplers.make_step_noise(coarse.shape[1:], [0] * B)
             noise = lambda t: draw(T + t)  # noqa: E731
         times = self.synthesizer.times_of(timesteps)
         ready = {}  # timestep -> details
@@ -255,7 +264,7 @@ class MagicFixup(nn.Module):
         """
         sampler = samplers.make_sampler("ddim", self.schedule, steps, eta=eta)
         device = self.synthesizer.conv_in.weight.device
-        seeds, shape, B = list(seeds), reference.shape[1:], len(reference)
+        seeds, shape, B = list(seeds), coarse.shape[1:], len(coarse)
         g = [torch.Generator().manual_seed(seed) for seed in seeds]
         x_T = torch.cat([torch.randn(1, *shape, generator=one) for one in g])
         x_T = x_T.repeat(B, 1, 1, 1).to(device)
@@ -308,12 +317,13 @@ SECOND = re.compile(r"(.*transformer_blocks\.\d+)\.(attn2|norm2)\..*")  # text a
 FIRST = re.compile(r"(.*transformer_blocks\.\d+)\.(attn|norm)1(\..*)")  # self-attention, its norm
 
 
-def from_stable_diffusion(sd, cross_reference=True, schedule=None, as_paper=False):
+def from_stable_diffusion(sd, schedule=None, as_paper=False, image_encoder=None):
     """Section 3.4: a Magic Fixup to be trained, in float32, from a `sd.StableDiffusion`, 1 or 2.
 
-    cross_reference=False is the ablation without the detail extractor. schedule=None keeps the
-    noise schedule and the prediction that the weights know. The autoencoder is shared with `sd`.
-    With features of zero the synthesizer is exactly Stable Diffusion without its text attention.
+    schedule=None keeps the noise schedule and the prediction that the weights know. The autoencoder
+    is shared with `sd`. With features of zero the synthesizer is exactly Stable Diffusion without
+    its text attention. With an image encoder it is the ablation, which keeps that attention, to
+    read the reference's embedding: CLIP's is as wide as SD 1's text; of others D is learned anew.
     """
     if sd.xl:
         raise ValueError("a Magic Fixup begins as a Stable Diffusion 1 or 2, not as an XL")
@@ -322,8 +332,10 @@ def from_stable_diffusion(sd, cross_reference=True, schedule=None, as_paper=Fals
     def start(context):
         tensors = {}
         for name, w in sd.unet.state_dict().items():
-            if not SECOND.fullmatch(name):
+            if context or not SECOND.fullmatch(name):
                 tensors[name] = w.to(torch.float32, copy=True)
+            if context and re.search(r"attn2\.to_[kv]\.", name) and w.shape[1] != context:
+                tensors[name] = nn.Linear(context, len(w), bias=False).weight.detach()
         # New input channels begin at zero. (An inpainting model's own mean other things.)
         tensors["conv_in.weight"] = F.pad(tensors["conv_in.weight"][:, :C], (0, 0, 0, 0, 0, C + 1))
         # The attention to the reference begins as a copy of self-attention, as in the release: it
@@ -336,9 +348,10 @@ def from_stable_diffusion(sd, cross_reference=True, schedule=None, as_paper=Fals
         config = replace(sd.unet.config, in_channels=2 * C + 1, context=context)
         return build_part("unet", tensors, "this Stable Diffusion", config)
 
-    extractor = start(0) if cross_reference else None
-    synthesizer = start(None if cross_reference else 0)
-    return MagicFixup(synthesizer, extractor, sd.vae, schedule or sd.schedule, sd.size, as_paper)
+    extractor = None if image_encoder else start(0)
+    synthesizer = start(image_encoder.config.projection if image_encoder else None)
+    return MagicFixup(synthesizer, extractor, sd.vae, schedule or sd.schedule, sd.size, as_paper,
+                      image_encoder)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
     python sample.py --image P.png --mask M.png --softness 8 --prompt "..."        soft-inpainting
     python sample.py --image P.png --strength-fan 5 --prompt "..."    columns of growing strength
     python sample.py --image P.png --strength 0.6 --prompt "..."   one strength everywhere: SDEdit
+    python sample.py --image P.png --strength 0.6 --prompt auto    the words for the picture found
     python sample.py --prompt "..."                                                  text to image
     python sample.py --image P.png --edit E.png      Magic Fixup of a coarse edit; alpha 0 = holes
     python sample.py --collage edits.json               the same edit, written down as segments

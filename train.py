@@ -36,6 +36,7 @@ import mfx
 import sd
 import unet
 from checkpoints.magicfixup import looks_like_magic_fixup
+from checkpoints.parts import CLIP_IMAGES, TOY_CAPTIONER, load_image_encoder
 from common.cli import TOY, Parser, file_name, folder_name, number, report_errors
 from common.devices import choose_device, choose_precision, find_unets
 from common.interrupts import came, finish_steps
@@ -103,10 +104,9 @@ class FixupRecipe(Recipe):
     pairs: int = 0  # encoded once, and seen often under new noise; 0 = encoded as they come
     exact: float = 0.0  # share of the toy world's exact pairs among those encoded from shards
     motion: str = "both"  # what makes the coarse edits: 'flow', 'affine', or half of each
-    cross_reference: bool = True  # False = the ablation without the detail extractor
+    cross_reference: bool = True  # False = the ablation: CLIP's embedding of the reference instead
     prediction: str | None = None  # 'epsilon' or 'v_prediction'; None = as the initial weights
-    # The paper's text where the release differs: its noise schedule, and see mfx.MagicFixup
-    as_paper: bool = False
+    as_paper: bool = False  # its text where the release differs: linear noise; mfx.MagicFixup
     held_out: int = 64  # pairs for the validation loss and the sheet, never trained on
 
 
@@ -133,8 +133,7 @@ def choose_recipe(init):
 
 def read_init(path):
     """-> a Magic Fixup, to be trained further, or a Stable Diffusion, to be made one"""
-    is_fixup = looks_like_magic_fixup(path)
-    return mfx.load(path, torch.float32) if is_fixup else sd.load(path)
+    return mfx.load(path, torch.float32) if looks_like_magic_fixup(path) else sd.load(path)
 
 
 def fit_micro_batch(share, device):
@@ -161,7 +160,9 @@ def start_model(recipe):
     name = "linear" if recipe.as_paper else given.schedule.name
     schedule = diffusion.Schedule(name, recipe.prediction)
     if isinstance(given, sd.StableDiffusion):
-        given = mfx.from_stable_diffusion(given, recipe.cross_reference, schedule, recipe.as_paper)
+        where = CLIP_IMAGES if given.unet.config.channels[0] >= FULL_WIDTH else TOY_CAPTIONER
+        encoder = None if recipe.cross_reference else load_image_encoder(where)
+        given = mfx.from_stable_diffusion(given, schedule, recipe.as_paper, encoder)
     elif bool(given.extractor) != recipe.cross_reference:
         what, say = ("a", "leave out") if given.extractor else ("no", "it goes with")
         raise ValueError(f"{path} has {what} detail extractor: {say} --no-cross-reference")
@@ -371,9 +372,8 @@ def main(argv=None):
     p.add_argument("--held-out", type=number(int, 0, 4096), help="pairs to validate on; 0 = none")
     p.add_argument("--micro-batch", type=number(int, 1, 4096), help="samples in memory at once")
     for name, what in (
-        ("as-paper", "its text where the release differs: schedule, 11 features, nearest mask, "
-         "nothing dropped"),
-        ("cross-reference", "the detail extractor; without is the paper's ablation"),
+        ("as-paper", "its text where the release differs: docs/training.md lists where"),
+        ("cross-reference", "the detail extractor; without is the paper's ablation, with CLIP"),
         ("checkpointing", "less memory for a third more work"),
         ("compile", "torch.compile, block by block"),
     ):

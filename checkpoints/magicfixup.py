@@ -13,7 +13,7 @@ import torch
 
 from checkpoints.configs import schedule_from_json, schedule_to_json
 from checkpoints.names import IGNORED, translate, warn_of_unknown
-from checkpoints.parts import build_part, load_part, read_latent_side, save_part
+from checkpoints.parts import build_part, load_image_encoder, load_part, read_latent_side, save_part
 from checkpoints.read import read_tensors
 from common.files import read_json, write_json
 from diffusion import BETAS, Schedule, T
@@ -58,14 +58,16 @@ def read_parts(path, dtype, device):
         raise FileNotFoundError(f"{path} needs the autoencoder in {vae}: there is no such folder")
     synthesizer = load_part(path / "synthesizer", "unet", dtype, device)
     vae = load_part(vae, "vae", dtype, device)
-    extractor = None
-    if synthesizer.config.context != 0:
-        dtype = synthesizer.conv_in.weight.dtype  # one reads what the other writes
+    dtype = synthesizer.conv_in.weight.dtype  # one reads what the other writes
+    extractor = encoder = None
+    if synthesizer.config.context is None:
         extractor = load_part(path / "extractor", "unet", dtype, device)
+    elif (path / "image_encoder").is_dir():
+        encoder = load_image_encoder(path / "image_encoder", dtype, device)
     schedule = schedule_from_json(read_json(path / "scheduler" / "scheduler_config.json"))
     return dict(synthesizer=synthesizer, extractor=extractor, vae=vae, schedule=schedule,
                 size=read_latent_side(path / "synthesizer") * vae.config.factor,
-                as_paper=index.get("as_paper") is True)
+                as_paper=index.get("as_paper") is True, image_encoder=encoder)
 
 
 def save(model, folder, dtype=None, vae=None):
@@ -86,6 +88,8 @@ def save(model, folder, dtype=None, vae=None):
     save_part(model.synthesizer, folder / "synthesizer", dtype, sample_size=latent)
     if model.extractor:
         save_part(model.extractor, folder / "extractor", dtype, sample_size=latent)
+    else:
+        save_part(model.image_encoder, folder / "image_encoder", dtype)
     if vae is None:
         save_part(model.vae, folder / "vae", dtype, sample_size=model.size)
     write_json(folder / INDEX, {"vae": str(vae or "vae"), "as_paper": model.as_paper})

@@ -23,7 +23,8 @@ from checkpoints.read import copy_tensors, describe_misfits, read_folder, read_t
 from clip import TextEncoder
 from common.devices import choose_stored
 from common.files import atomic_write, read_json, write_json
-from models import adm, movq, prior, t5
+from models import adm, image_encoder, movq, prior, t5
+from models.image_encoder import ImageEncoder
 from unet import UNet
 from vae import VAE
 
@@ -39,8 +40,16 @@ PARTS = {  # folder: (network, configuration from shapes, from config.json, to c
     "t5": (t5.T5, None, t5.config_from_json, None),
     "movq": (movq.MOVQ, None, movq.config_from_json, None),
     "prior": (prior.Prior, None, prior.config_from_json, None),
-    "image_encoder": (prior.ImageEncoder, None, prior.image_config_from_json, None),
+    "image_encoder": (ImageEncoder, None, image_encoder.image_config_from_json,
+                      image_encoder.image_config_to_json),
+    "toy_image_encoder": (image_encoder.ToyImageEncoder, None, image_encoder.toy_image_config_from_json,
+                          image_encoder.toy_image_config_to_json),
 }
+
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+TOY_CAPTIONER = WEIGHTS / "toy-captioner"
+CLIP_IMAGES = WEIGHTS / "clip-vit-large-patch14"  # where a user puts it
 
 
 class SkipInit(torch.overrides.TorchFunctionMode):
@@ -113,6 +122,15 @@ def load_part(folder, part, dtype=None, device="cpu"):
     return build_part(part, tensors, folder, config, dtype, device)
 
 
+def load_image_encoder(folder, dtype=None, device="cpu"):
+    """CLIP's network for pictures, or the toy world's, as config.json says. Errors as `sd.load`."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"there is no image encoder in {folder}: CLIP ViT-L/14's folder of that name, or a "
+                                "toy's captioner")
+    is_toy = read_json(folder / "config.json").get("_class_name") == "ToyImageEncoder"
+    return load_part(folder, "toy_image_encoder" if is_toy else "image_encoder", dtype, device)
+
+
 def fold_guidance(tensors, guidance=8.5):
     """A latent consistency model's UNet is told its guidance with the time (2310.04378, section 4.2). At one strength
     that is a bias: make it so, in place, and an ordinary UNet is left.
@@ -177,14 +195,14 @@ def read_schedule(folder, default=None, prediction=None, **known):
 
 
 def save_part(model, folder, dtype=None, **more):
-    """Write a UNet, VAE or TextEncoder as one part's folder, each file whole or not at all.
+    """Write a UNet, VAE, text or image encoder as one part's folder, each file whole or not at all.
 
     dtype  the stored precision; None as it is
     more   further entries of config.json, e.g. sample_size=64
     """
     folder = Path(folder)
     to_json = next(to_json for network, _, _, to_json in PARTS.values() if type(model) is network)
-    stem = "model" if isinstance(model, TextEncoder) else "diffusion_pytorch_model"
+    stem = "model" if isinstance(model, (TextEncoder, ImageEncoder)) else "diffusion_pytorch_model"
     tensors = {}
     for name, tensor in model.state_dict().items():
         tensors[name] = tensor.detach().to("cpu", dtype).contiguous()

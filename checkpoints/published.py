@@ -1,6 +1,6 @@
 """The published weight files of the networks that the papers lean on: their names, where they lie, reading them.
 
-    model = load("sam", find("sam"))          sam.SAM; "raft" gives a raft.RAFT, "midas" a midas.DPT
+    model = load("sam", find("sam"))          sam.SAM; "raft" gives a raft.RAFT, "midas" a midas.DPT, "blip" a blip.BLIP
     metric = load_lpips(*find_lpips())        lpips.LPIPS
 
 They are too large to be shipped here. A user puts a file, under its published name, into FOLDER or names another
@@ -15,7 +15,7 @@ import torch
 
 from checkpoints.read import copy_tensors, describe_misfits, read_tensors
 from common.devices import choose_stored
-from networks import lpips, midas, raft, sam
+from networks import blip, lpips, midas, raft, sam
 
 FOLDER = Path(__file__).parent.parent / "weights"
 PUBLISHED = {  # kind: what it is, its files from the first choice to the last, and where they come from
@@ -24,6 +24,8 @@ PUBLISHED = {  # kind: what it is, its files from the first choice to the last, 
     "sam": ("Segment Anything", ("sam_vit_h_4b8939.pth", "sam_vit_l_0b3195.pth", "sam_vit_b_01ec64.pth"),
             "the model checkpoints of github.com/facebookresearch/segment-anything"),
     "midas": ("MiDaS's DPT-Large", ("dpt_large_384.pt",), "the releases of github.com/isl-org/MiDaS"),
+    "blip": ("BLIP", ("blip-image-captioning-base/model.safetensors", "blip-image-captioning-base/pytorch_model.bin"),
+             "Salesforce's folder of that name on Hugging Face, with its vocab.txt or tokenizer.json"),
 }
 LPIPS = "alexnet-owt-7be5be79.pth", "alex.pth"  # the backbone's file, and the heads'
 LPIPS_SOURCE = ("torchvision's IMAGENET1K_V1 weights of AlexNet, and lpips/weights/v0.1 of "
@@ -32,11 +34,13 @@ BUILD = {  # kind: a stored name -> the model's, or None for what it has no use 
     "raft": (raft.rename, lambda shapes: raft.RAFT()),
     "sam": (lambda name: name, lambda shapes: sam.SAM(sam.config_from_shapes(shapes))),
     "midas": (midas.rename, lambda shapes: midas.DPT(midas.config_from_shapes(shapes))),
+    "blip": (blip.rename, lambda shapes: blip.BLIP(blip.config_from_shapes(shapes))),
 }
 SIGNS = {  # how the names of tensors begin in files that may be mistaken for each other
     "raft": (r"(module\.)?(fnet|feature_encoder)\.", "RAFT"),
     "sam": (r"image_encoder\.(patch_embed|blocks)\.", "Segment Anything"),
     "midas": (r"pretrained\.", "a MiDaS"),
+    "blip": (r"text_decoder\.bert\.", "BLIP's captioner"),
     "backbone": (r"features\.\d+\.", "a classifier of torchvision, as LPIPS looks into"),
     "heads": (r"lin\d\.model\.", "the heads of LPIPS"),
     "sd": (r"model\.diffusion_model\.", "Stable Diffusion"),
@@ -44,7 +48,7 @@ SIGNS = {  # how the names of tensors begin in files that may be mistaken for ea
 
 
 def find(kind, folder=FOLDER):
-    """The first of the files of 'raft', 'sam' or 'midas' that is in the folder -> Path. FileNotFoundError: none is."""
+    """The first file of 'raft', 'sam', 'midas' or 'blip' that is in the folder -> Path. FileNotFoundError: none is."""
     what, files, source = PUBLISHED[kind]
     for name in files:
         if (path := Path(folder) / name).is_file():
@@ -73,9 +77,10 @@ def digest(path):
 
 
 def load(kind, path, dtype=None, device="cpu"):
-    """A published file, or one of the same layout at another width -> raft.RAFT, sam.SAM, midas.DPT: frozen, in eval.
+    """A published file, or one of the same layout at another width -> raft.RAFT, sam.SAM, midas.DPT, blip.BLIP: frozen,
+    in eval mode.
 
-    kind   'raft', 'sam' or 'midas'
+    kind   'raft', 'sam', 'midas' or 'blip'
     path   .pth, .pt or .safetensors; RAFT in torchvision's or in its authors' layout
     dtype  None: as stored where the device computes well in that (see `choose_stored`), and on the CPU the weights stay
            in the file, mapped: processes share its pages

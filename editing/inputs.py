@@ -12,11 +12,14 @@ from PIL import Image
 import collage
 import diffdiff
 from checkpoints import published
+from checkpoints.parts import TOY_CAPTIONER, load_part
+from common.cli import tell
 from common.colours import to_srgb
 from common.pictures import (
     KINDS,
     STRIP,
     fit_edit,
+    fitted_size,
     map_over,
     map_to_grey,
     map_to_tensor,
@@ -27,7 +30,9 @@ from common.pictures import (
 )
 from editing import change_maps
 from editing.edits_json import read_edits
-from networks import sam
+from editing.options import AUTO
+from networks import blip, sam
+from toy import captions
 
 ALPHA = "alpha"  # as a map or mask: the picture's own
 
@@ -35,16 +40,21 @@ ALPHA = "alpha"  # as a map or mask: the picture's own
 def read(args, dtype, device):
     """-> the picture, RGB; a coarse edit of it, RGBA; a map or mask over it, (H, W), 0 = change.
 
-    None for what the options do not name. ValueError or OSError for what cannot be used. The
-    networks that find depth and segments are gone when this returns.
+    None for what the options do not name. A prompt "auto" becomes words. ValueError or OSError for
+    what cannot be used. The networks that find depth, segments, words are gone when this returns.
     """
     # All files of networks are found before the first is read
     spec = change_maps.parse_spec(args.change_map or "")
     kinds = [spec.network] if spec else []
     if args.segments == "sam":
         kinds.append("sam")
+    auto = args.prompt == AUTO
+    is_toy = Path(args.weights).resolve().name.startswith("toy")
+    if auto and not is_toy:
+        kinds.append("blip")
     if args.networks and not kinds:
-        raise ValueError("--networks needs --change-map depth or sam:..., or --segments sam")
+        raise ValueError("--networks needs --change-map depth or sam:..., or --segments sam, or "
+                         "--prompt auto with other weights than the toy's")
     folder = args.networks or published.FOLDER
     files = {kind: published.find(kind, folder) for kind in kinds}
     networks = {kind: published.load(kind, files[kind], dtype, device) for kind in files}
@@ -52,6 +62,9 @@ def read(args, dtype, device):
 
     photo = open_picture(args.image) if args.image else None
     original = to_rgb(photo) if photo else None
+    if auto:
+        args.prompt = describe(original, networks.get("blip"), files.get("blip"), device)
+        tell(f"the prompt is '{args.prompt}'")
     coarse = mu = None
     if args.edit:
         coarse = open_picture(args.edit)
@@ -89,6 +102,15 @@ def read(args, dtype, device):
         mu = map_over(grey, original, args.white_is_change)
         warn_of_greys(picture, grey, drawn, bool(args.mask), args.white_is_change)
     return original, coarse, mu
+
+
+def describe(original, network, file, device):
+    """What is in a picture, RGB, in words: by BLIP, its file given; without it by the toy's own."""
+    x = picture_to_tensor(original, fitted_size(original, 512, 8))
+    if network:
+        return blip.caption(network, blip.Tokenizer.load(file.parent), x)[0]
+    encoder = load_part(TOY_CAPTIONER, "toy_image_encoder", torch.float32, device)
+    return captions.describe(encoder, x)[0]
 
 
 def alpha_of(photo, name):

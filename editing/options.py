@@ -8,6 +8,7 @@ import vae
 from common.cli import Parser, check_needs, check_outputs, file_name, given, number, picture_size
 from editing.change_maps import RIGHT
 
+AUTO = "auto"  # as a prompt: what is in the picture
 MAPS = ["change_map", "mask", "strength_fan", "strength"]
 COARSE = ["edit", "collage"]
 TEXT = ["prompt", "negative", "a1111", "words", "lora", "guidance", "prediction", "vae", "refiner"]
@@ -33,7 +34,8 @@ def parse(argv, description):
     add_coarse = p.add_mutually_exclusive_group().add_argument
     add_coarse("--edit", type=file_name, help="for Magic Fixup: a coarse edit, alpha 0 = holes")
     add_coarse("--collage", type=file_name, help="JSON: such an edit, of its picture or --image")
-    add("--prompt", help="what the edited parts should show")
+    add("--prompt", help="what the edited parts should show; or auto: what is in --image, by BLIP "
+        "or the toy's own captioner")
     add("--negative", help="what they should not show")
     add("--a1111", action="store_true", help="read prompts as that web UI does: weights as "
         "(word:1.4), and more than 75 tokens")
@@ -51,7 +53,7 @@ def parse(argv, description):
     add("--paste-back", action="store_true", help="at the size of --image: what the map keeps in "
         "full is the photograph's own pixels")
     add("--segments", choices=["classical", "sam"], help="who resolves a collage's clicks")
-    add("--networks", type=file_name, help="folder of SAM's and MiDaS's files (default: weights)")
+    add("--networks", type=file_name, help="folder of SAM's, MiDaS's, BLIP's files (default: weights)")
     add("--weights", type=file_name, help="a folder, .safetensors or .ckpt (default: the toy)")
     add("--vae", type=file_name, help="another autoencoder in place of theirs: a folder or a file")
     add("--refiner", type=file_name, help="likewise, for the last steps: Stable Diffusion XL's, or for any other model "
@@ -115,6 +117,8 @@ def check(args):
                          "--strength-fan or --strength; or what it becomes: --edit or --collage")
     if not (args.image or args.collage or args.prompt):
         raise ValueError('say what to draw: --prompt "a red ball on grass at noon"')
+    if args.prompt == AUTO and not args.image:
+        raise ValueError("--prompt auto says what is in --image: say which")
     check_guidance(args)
     if args.prior and (other := given(args, NOT_KANDINSKY)):
         raise ValueError(f"{other[0]} does not go with --prior, which is Kandinsky's")

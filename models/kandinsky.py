@@ -21,6 +21,7 @@ from checkpoints.words import load_tokenizer
 from common.files import read_json
 from diffusion import Schedule, T
 from models import adm, movq, prior
+from models.image_encoder import ImageEncoder
 from models.prompts import list_texts, warn_of_weights
 
 GUIDANCE = 4.0  # of the prior, and where nobody says another of the drawing: the release's
@@ -39,7 +40,7 @@ class Kandinsky:
     prior_schedule: Schedule
     text: clip.TextEncoder
     tokenizer: clip.Tokenizer
-    image: prior.ImageEncoder | None  # only asked what stands for no prompt
+    image: ImageEncoder | None  # only asked what stands for no prompt
     size: int  # pixels along a side of the square pictures that it was trained on
     xl = None  # it is none
 

@@ -1,5 +1,5 @@
 """The prior of Kandinsky 2.2, unCLIP's: from a text to the CLIP embedding of a picture of it. Ramesh et al. 2022, arXiv
-2204.06125, section 2.2. And the CLIP network that embeds pictures, which is asked for one of them only.
+2204.06125, section 2.2.
 
     z (B, D), t (B,), of a text states (B, L, D), pooled (B, D), seen (B, L)  -->  the clean embedding (B, D)
 
@@ -12,7 +12,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import clip
 from checkpoints.configs import refuse_other_options
 from unet import Embedding, timestep_embedding
 
@@ -96,61 +95,3 @@ def config_from_json(c):
     })
     return PriorConfig(c["num_attention_heads"], c["attention_head_dim"], c["num_layers"], c["embedding_dim"],
                        c.get("num_embeddings", 77))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# CLIP for pictures
-
-
-@dataclass(frozen=True)
-class ImageConfig(clip.TextConfig):
-    """The sizes of its layers are named as a text encoder's."""
-
-    side: int = 224  # pixels
-    patch: int = 14  # pixels along a side
-
-
-class ImageEncoder(nn.Module):
-    """CLIP's vision transformer."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        width = config.width
-        m = self.vision_model = nn.Module()
-        m.embeddings = nn.Module()
-        m.embeddings.class_embedding = nn.Parameter(torch.zeros(width))
-        m.embeddings.patch_embedding = nn.Conv2d(3, width, config.patch, config.patch, bias=False)
-        m.embeddings.position_embedding = nn.Embedding((config.side // config.patch) ** 2 + 1, width)
-        m.pre_layrnorm = nn.LayerNorm(width)  # the published name
-        m.encoder = nn.Module()
-        m.encoder.layers = nn.ModuleList(clip.Layer(config) for _ in range(config.layers))
-        for layer in m.encoder.layers:
-            layer.self_attn.causal = False
-        m.post_layernorm = nn.LayerNorm(width)
-        self.visual_projection = nn.Linear(width, config.projection, bias=False)
-
-    def forward(self, x):
-        """x (B, 3, side, side), by CLIP's mean and deviation -> (B, projection)"""
-        m = self.vision_model
-        x = m.embeddings.patch_embedding(x).flatten(2).mT
-        x = torch.cat([m.embeddings.class_embedding.expand(len(x), 1, -1), x], dim=1)
-        x = m.pre_layrnorm(x + m.embeddings.position_embedding.weight)
-        for layer in m.encoder.layers:
-            x = layer(x)
-        return self.visual_projection(m.post_layernorm(x[:, 0]))
-
-
-def image_config_from_json(c):
-    """The content of the config.json of transformers' CLIPVisionModelWithProjection -> ImageConfig"""
-    refuse_other_options(c, {"num_channels": 3, "attention_dropout": 0.0, "layer_norm_eps": 1e-5})
-    return ImageConfig(
-        width=c["hidden_size"],
-        layers=c["num_hidden_layers"],
-        heads=c["num_attention_heads"],
-        mlp_width=c["intermediate_size"],
-        activation=c["hidden_act"],
-        projection=c["projection_dim"],
-        side=c["image_size"],
-        patch=c["patch_size"],
-    )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from checkpoints.parts import TOY_CAPTIONER, load_image_encoder
 from common.pictures import picture_to_tensor
 from common.run_state import generator_at
 from editing import paste
@@ -21,7 +22,7 @@ from reproduce.lab import HELD_OUT, TOY, NotHere, Outcome, item, judge, percent,
 from reproduce.metrics import mean_error
 from reproduce.mfx_tables import STEPS, edit_scenes, fix_up
 from reproduce.toy import paint_prompts, probe_object
-from toy import world
+from toy import captions, world
 from toy.edits import VERBS
 from toy.world import KINDS
 
@@ -112,6 +113,35 @@ def kinds(lab):
                    judge((painted >= 0.97, f"the kind is right in {percent(painted, 1)}"),
                          (true >= 0.97, f"the classifier is right on {percent(true, 1)} of true renders")),
                    [["pictures", "all", *KINDS], *([w, *(percent(v) for v in f.values())] for w, f in found.items())])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words for pictures
+
+
+@item("captions", "Words for pictures", chapter=TOY, needs=())
+def captions_of_scenes(lab):
+    """The toy's captioner says what is in a picture: at least nine captions of ten are right in every word.
+
+    {n} held-out scenes of one to three objects, in pictures of 128 pixels; what the captions name of each.
+    """
+    scenes = lab.scenes(lab.count(1024, 64), 90)
+    encoder = load_image_encoder(TOY_CAPTIONER, torch.float32, lab.device)
+    images = world.render(scenes).image * 2 - 1
+    with torch.no_grad():
+        scores = torch.cat([encoder.embed(x.to(lab.device)).cpu() for x in images.split(64)])
+    said = [s.argmax(-1) for s in captions.split_scores(scores)]
+    time, ground, kind, colour = captions.read_scenes(scenes)
+    there = kind > 0
+    right = {"hour": said[0] == time, "ground": said[1] == ground,
+             "number of objects": (said[2] > 0).sum(1) == there.sum(1), "kinds": (said[2] == kind).all(1),
+             "colours": ((said[3] == colour) | ~there).all(1)}
+    right["every word"] = torch.stack([right[what] for what in ("hour", "ground", "kinds", "colours")]).all(0)
+    found = {what: mean_error(r.float()) for what, r in right.items()}
+    whole = found["every word"]
+    return Outcome({"n": len(scenes)} | found,
+                   judge((whole[0] >= 0.9, f"every word is right in {percent(whole)} of the captions")),
+                   [["right", ""], *([what, percent(share)] for what, share in found.items())])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,11 +23,15 @@ OFF = {"brightness": 4, "blacks": 4, "squared error": 2}  # what is measured: di
 def sample_from(lab, model, edits, latent_init, hidden):
     """MagicFixup.sample written out, each edit with noise of its own -> (n, 3, S, S) in [0, 1].
 
-    hidden  the model is not shown the coarse edit, as in a fifth of its training; it may still start from it
+    hidden  the model is not shown the coarse edit, as in a fifth of its training, and a grey picture for its reference;
+            it may still start from the coarse edit
     """
     sampler, out = samplers.make_sampler("ddim", model.schedule, mfx_tables.ABLATION_STEPS, eta=1.0), []
     for i in progress(range(0, len(edits["truth"]), 8)):
-        reference, coarse, mask = mfx_tables.encode_edit(model, mfx_tables.take(edits, i, 8))
+        edit = mfx_tables.take(edits, i, 8)
+        if hidden:
+            edit["reference"] = torch.full_like(edit["reference"], 0.5)
+        reference, coarse, mask = mfx_tables.encode_edit(model, edit)
         epsilon = lab.noise(coarse, i)
         x_T = sampler.noise_to(0, coarse, epsilon) if latent_init else epsilon  # equation 4
         shown = (0 * coarse, 0 * mask) if hidden else (coarse, mask)
@@ -53,7 +57,7 @@ def figure4(lab):
 
     {n} edits of grass and water at night, both ways, {steps} steps. Off from the truth: brightness, the brightness that
     a twentieth of the picture is darker than (blacks), squared error in thousandths. A control: the model without its
-    extractor, the coarse edit hidden, so that only its start can tell it of the night.
+    extractor, the coarse edit hidden and its reference grey, so that only its start can tell it of the night.
     """
     models, n = mfx_tables.load_ablation(lab, FULL, ALONE), lab.count(48, 8)
     scenes = lab.scenes(n, 64)

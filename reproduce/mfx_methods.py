@@ -11,7 +11,6 @@ from reproduce.mfx_tables import (
     FIXED,
     OBJECTS,
     SHADOWS,
-    caption,
     compare_to_truth,
     draw_columns,
     edit_scenes,
@@ -22,6 +21,7 @@ from reproduce.mfx_tables import (
     take,
 )
 from toy import world
+from toy.captions import caption_scenes
 
 COLLAGE = "collage"
 
@@ -57,7 +57,7 @@ def figure2(lab):
     """
     model, n = lab.fixup(), lab.count(6, 4)
     edits = make_user_edits(n, model.size)
-    told = [caption(edits["after"], i) for i in range(n)]
+    told = caption_scenes(edits["after"])
     shown = {COLLAGE: edits["coarse"], "MasaCtrl": run_masactrl(lab, edits["reference"], told),
              "SDEdit": run_sdedit(lab, edits["coarse"], told, ABLATION_STEPS)}
     if lab.instruct:
@@ -96,7 +96,7 @@ def figure7(lab):
     gone[torch.arange(n), slot] = -1
     empty = after[:]
     empty.kind = gone
-    without, told = ([caption(scenes, i) for i in range(n)] for scenes in (empty, after))
+    without, told = (caption_scenes(scenes) for scenes in (empty, after))
     # The place that was left is where the collage differs; where the thing goes it is painted over anyway.
     left = widen((edits["reference"] - edits["coarse"]).abs().amax(1) > 0.02, 3)
     cut = lab.inpaint(edits["reference"] * 2 - 1, 1 - left, without, steps=ABLATION_STEPS)
@@ -167,7 +167,7 @@ def figure11(lab):
     """
     model, n, samples = lab.fixup(), lab.count(10, 4), 3
     edits = make_user_edits(n, model.size)
-    told = [caption(edits["after"], i) for i in range(n)]
+    told = caption_scenes(edits["after"])
     ours = fix_up(model, edits, ABLATION_STEPS, seeds=range(samples)).unflatten(0, (n, samples))
     told, coarse = [t for t in told for _ in range(samples)], edits["coarse"].repeat_interleave(samples, 0)
     theirs = run_sdedit(lab, coarse, told, ABLATION_STEPS)

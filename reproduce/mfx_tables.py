@@ -20,6 +20,7 @@ from reproduce import charts
 from reproduce.lab import HELD_OUT, MFX, NotHere, Outcome, item, judge, percent, plus_minus, progress
 from reproduce.metrics import changed_shadows, mean_error, resample, shadow_share
 from toy import clips, world
+from toy.captions import caption_scenes
 from toy.edits import VERBS, random_edits, to_collage
 from video.batches import ShardPairs
 
@@ -172,16 +173,6 @@ STRENGTH = 0.4
 CAPTIONED, SILENT, FIXED = "SDEdit, captioned", "SDEdit, no caption", "Magic Fixup"
 
 
-def caption(scenes, i):
-    """Scene i in words, as the base model has learned them: all its objects from left to right, ground and time. In the
-    paper BLIP looks at the picture."""
-    order = [k for k in scenes.x[i].argsort().tolist() if scenes.kind[i, k] >= 0]
-    things = [f"a {world.COLOURS[scenes.colour[i, k]]} {world.KINDS[scenes.kind[i, k]]}" for k in order]
-    things = " and ".join(filter(None, [", ".join(things[:-1]), *things[-1:]]))
-    where = f"{world.GROUNDS[scenes.ground[i]]} at {world.TIMES[scenes.time[i]]}"
-    return f"{things} on {where}" if things else where
-
-
 def run_sdedit(lab, image, prompts, steps, guidance=7.5):
     """(N, 3, S, S) in [0, 1] -> the same, edited as the study's other side"""
 
@@ -210,7 +201,7 @@ def sdedit(lab):
     model, n = lab.fixup(), lab.count(120, 24)
     edits = make_user_edits(n, model.size)
     truth, coarse = edits["truth"], edits["coarse"]
-    captions = [caption(edits["after"], i) for i in range(n)]
+    captions = caption_scenes(edits["after"])  # in the paper BLIP looks at the picture
     shown = {"collage": coarse, SILENT: run_sdedit(lab, coarse, "", STEPS, 1.0),
              CAPTIONED: run_sdedit(lab, coarse, captions, STEPS), FIXED: fix_user_edits(model, n)}
     distance = lab.perceptual[0]
@@ -238,7 +229,7 @@ def sdedit(lab):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The four models of the ablation. They differ in the motion model that made the coarse edits of their training pairs,
-# and one has no detail extractor. They see as many steps of as many pairs
+# and one has an embedding of the reference in place of the detail extractor. They see as many steps of as many pairs
 
 FULL, ALONE, FLOW, AFFINE = "both", "alone", "flow", "affine"
 TRAINED = {  # by these options of train.py, into folders of these names; the rest of their training is the same
@@ -376,13 +367,12 @@ def ablation_verdict(tests):
 
 @item("cross_reference", "Figure 10", chapter=MFX, needs=("ablation_weights",))
 def cross_reference(lab):
-    """Without cross-reference attention to the untouched photograph, edits come out worse. Such a model cannot see what
-    was changed, and so stays too close to the coarse edit.
+    """Without cross-reference attention to the untouched photograph, edits come out worse. Such a model, which sees an
+    embedding of the photograph instead, cannot see what was changed, and so stays too close to the coarse edit.
 
     The toy, and one of the same training without its detail extractor, on the same {n} held-out edits: squared error
     against the true re-render, and squared distance from the coarse edit where shadows and reflections have to change.
-    Ratios with standard errors by bootstrap. (The paper's model without it sees an embedding of the photograph by CLIP
-    instead; ours sees nothing of it.)
+    Ratios with standard errors by bootstrap. (The embedding is the toy captioner's, where the paper has CLIP's.)
     """
     models, n = load_ablation(lab, FULL, ALONE), lab.count(120, 24)
     edits = make_user_edits(n, models[FULL].size)

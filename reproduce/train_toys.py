@@ -2,6 +2,7 @@
 
     python -m reproduce.train_toys vae           toy scenes                          ->  runs/toy/model/vae
     python -m reproduce.train_toys base          its latents of scenes, and captions ->  runs/toy/model
+    python -m reproduce.train_toys captioner     toy scenes; ten minutes              ->  runs/toy-captioner/model
     python -m reproduce.train_toys inpainting    from weights/toy, with masks        ->  runs/toy-inpainting/model
     python -m reproduce.train_toys instruct      from weights/toy, pairs and orders  ->  runs/toy-instruct/model
     python -m reproduce.train_toys refiner       for weights/toy, low noise alone    ->  runs/toy-refiner/model
@@ -50,11 +51,11 @@ from common.run_state import (
 )
 from kernels.blocks import to_channels_last
 from kernels.memory import hold_memory
-from models import xl
+from models import image_encoder, xl
 from reproduce import pix2pix
 from reproduce.toy_batches import ToyRecipe, base_loss, cache_latents, draws, given
 from reproduce.train_cascade import train_first, train_second
-from toy import world
+from toy import captions, world
 from toy.clips import Clip
 from toy.edits import random_instructions
 from toy.leaves import dead_leaves
@@ -63,6 +64,7 @@ from toy.vocabulary import learn_bpe
 RECIPES = {
     "vae": ToyRecipe(steps=9000, batch=16, lr=1.5e-3, warmup=100, ema=0.998, muon=True),
     "base": ToyRecipe(steps=6000, batch=16, lr=1e-3, warmup=100, ema=0.999, muon=True),
+    "captioner": ToyRecipe(steps=1100, batch=32, lr=2e-3, warmup=50, ema=0.99, muon=True),
     "inpainting": ToyRecipe(steps=1500, batch=16, lr=5e-4, warmup=100, ema=0.995, muon=True, scenes=8000),
     "instruct": ToyRecipe(steps=1500, batch=16, lr=5e-4, warmup=100, ema=0.995, muon=True, scenes=8000),  # never run
     "refiner": ToyRecipe(steps=1600, batch=16, lr=1.5e-3, warmup=100, ema=0.998, muon=True, scenes=3000, offset=0,
@@ -223,6 +225,34 @@ def train_base(recipe, out, resume, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Stage captioner
+
+
+def train_captioner(recipe, out, resume, device):
+    """-> OUT/model, as fp16: a network that sees what is in a picture of the toy world"""
+    model = image_encoder.ToyImageEncoder(image_encoder.ToyImageConfig(sum(captions.SIZES)))
+    model = model.to(device, memory_format=torch.channels_last)
+
+    def loss(step, _):
+        g = generator_at(recipe.seed, step)
+        scenes = world.random_scenes(recipe.batch, g)
+        x = world.render(scenes, model.config.side).image * 2 - 1
+        x = x + 0.04 * torch.rand(1, generator=g) * torch.randn(x.shape, generator=g)
+        return captions.caption_loss(model(to_channels_last(x.to(device))).cpu(), scenes)
+
+    g = generator_at(recipe.seed + 3, 0)
+    scenes = world.random_scenes(256, g)
+    truth, images = captions.caption_scenes(scenes), world.render(scenes).image * 2 - 1
+
+    def validate(average):
+        """The share of captions that are wrong somewhere"""
+        return sum(a != b for a, b in zip(captions.describe(average, images), truth)) / len(truth)
+
+    average = train.fit("captioner", model, loss, None, recipe, out, resume, validate)
+    save_part(average, out / "model", torch.float16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Stage inpainting
 
 
@@ -368,6 +398,7 @@ STAGES = {  # how it is trained, the default of --out, and what it would write o
     "vae": (train_vae, "runs/toy", "model/vae"),
     "base": (train_base, "runs/toy", "model/unet"),
     "refiner": (train_base, "runs/toy-refiner", "model/unet"),
+    "captioner": (train_captioner, "runs/toy-captioner", "model/config.json"),
     "inpainting": (train_inpainting, "runs/toy-inpainting", "model/unet"),  # not over the model that it is made of
     "instruct": (train_instruct, "runs/toy-instruct", "model/unet"),
     "if-1": (train_first, "runs/toy-if", "model/IF-I"),
@@ -397,10 +428,10 @@ def main(argv=None):
     with report_errors(parser, "try a smaller --batch", kept), run:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("the toys are trained in one process: only train.py can be shared by many")
-        if args.stage == "vae" and not (args.scenes is None and args.offset is None):
-            raise ValueError("--scenes and --offset are for base and inpainting: vae draws new scenes at every step")
-        if args.init and args.stage == "if-2":
-            raise ValueError("--init is not for if-2, which begins anew")
+        if args.stage in ("vae", "captioner") and not (args.scenes is None and args.offset is None):
+            raise ValueError(f"--scenes and --offset are not for {args.stage}, which draws new scenes at every step")
+        if args.init and args.stage in ("if-2", "captioner"):
+            raise ValueError(f"--init is not for {args.stage}, which begins anew")
         if args.resume:
             recipe = resume_recipe(out, args.stage, ToyRecipe, args, TOY if args.stage in FROM_TOY else None)
         else:

@@ -14,7 +14,7 @@ from reproduce import cache, report
 from reproduce.__main__ import ITEMS, run_item
 from reproduce.lab import FALSE, OPEN, PART, TRUE, Item, Lab, Outcome, judge
 from reproduce.mfx_tables import ALONE, TRAINED
-from tests.small import randomise
+from tests.small import randomise, small_image_encoder
 
 
 def make_lab(out, **options):
@@ -36,7 +36,8 @@ def save_ablation(folder):
     config = unet.UNetConfig(C, C, (16, 16), layers=1, depth=(1, 0), heads=2, context=8, groups=8)
     narrow = replace(toy, unet=unet.UNet(config))
     for seed, name in enumerate(TRAINED):
-        model = mfx.from_stable_diffusion(narrow, cross_reference=name != ALONE)
+        encoder = small_image_encoder() if name == ALONE else None
+        model = mfx.from_stable_diffusion(narrow, image_encoder=encoder)
         for part in (model.synthesizer, model.extractor):
             if part:
                 randomise(part, seed)

@@ -16,7 +16,7 @@ import samplers
 import sd
 import unet
 import vae
-from models import xl
+from models import image_encoder, xl
 from toy.vocabulary import learn_bpe
 
 CAPTIONS = ["a red circle on a sandy beach", "Two blue squares, one in front of the other", "a photo of 12 cats!!",
@@ -263,6 +263,13 @@ def magic_fixup(prediction="epsilon"):
     for network in (made.synthesizer, made.extractor):
         randomise(network, seed=4)
     return made
+
+
+def small_image_encoder():
+    """A random one of the toy world's kind, narrow"""
+    torch.manual_seed(0)
+    made = image_encoder.ToyImageEncoder(image_encoder.ToyImageConfig(5, (8, 8), hidden=8, side=16))
+    return made.eval().requires_grad_(False)
 
 
 def edit(C=12, batch=1, h=8, w=8, seed=0):

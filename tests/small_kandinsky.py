@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 import clip
 from checkpoints import configs
 from models import adm, movq, prior
+from models.image_encoder import ImageConfig, ImageEncoder
 from tests.small import TEXT, TOKENIZER, randomise, replace
 from vae import VAEConfig
 
@@ -19,7 +20,7 @@ PARTS = {  # of both folders: the network, its configuration, and what stands in
         "embedding_dim": D}),
     "prior/text_encoder": (clip.TextEncoder, TEXT_CONFIG, configs.text_config_to_json(TEXT_CONFIG)),
     "prior/image_encoder": (
-        prior.ImageEncoder, prior.ImageConfig(width=D, layers=3, heads=4, mlp_width=37, projection=D, side=28), {
+        ImageEncoder, ImageConfig(width=D, layers=3, heads=4, mlp_width=37, projection=D, side=28), {
             "architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model", "hidden_size": D,
             "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 37, "projection_dim": D,
             "image_size": 28, "patch_size": 14, "hidden_act": "quick_gelu"}),

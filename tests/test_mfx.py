@@ -99,17 +99,33 @@ def test_coarse_edit_and_mask_are_hidden_together(model):
 
 
 def test_without_cross_reference_attention(tmp_path):
-    ablated = mfx.from_stable_diffusion(without_text(), cross_reference=False)
-    assert ablated.extractor is None and not any("attn2" in name for name in ablated.state_dict())
-    (reference, coarse, mask), (other, *_) = edit(), edit(seed=1)
-    got = ablated.sample(reference, coarse, mask, steps=3)
-    assert torch.equal(got, ablated.sample(other, coarse, mask, steps=3))
-    ablated.unfreeze()
-    ablated.loss(training_batch()).backward()
+    """The paper's ablation: all that the synthesizer knows of the reference is one vector."""
+    stable = without_text()
+    ablated = mfx.from_stable_diffusion(stable, image_encoder=small.small_image_encoder())
+    assert ablated.extractor is None
+    g = torch.Generator().manual_seed(0)
+    (one, other, collage), mask = torch.rand(3, 1, 3, 16, 16, generator=g), torch.ones(1, 1, 16, 16)
+    (a, coarse, mask), (b, *_) = (ablated.encode_edit(x, collage, mask) for x in (one, other))
+    assert a.shape == (1, 1, 5) and torch.equal(a[:, 0], ablated.image_encoder.embed(one))
+    got = ablated.sample(a, coarse, mask, steps=3, seeds=(0, 1))
+    assert relative_error(ablated.sample(b, coarse, mask, steps=3), got[:1]) > 1e-4
+    parameters = ablated.unfreeze()
+    ablated.loss(training_batch(batch=1) | {"reference": a}).backward()
+    assert {id(p) for p in parameters} == {id(p) for p in ablated.parameters() if p.grad is not None}
+    assert not any(p.requires_grad for p in ablated.image_encoder.parameters())
     mfx.save(ablated, tmp_path / "ablated")
     again = mfx.load(tmp_path / "ablated")
     assert again.extractor is None and same_weights(again, ablated)
-    assert relative_error(again.sample(reference, coarse, mask, steps=3), got) <= 1e-5
+    assert relative_error(again.sample(a, coarse, mask, steps=3, seeds=(0, 1)), got) <= 1e-5
+
+    # An encoder as wide as the words: Stable Diffusion's own attention to them stays.
+    wide = small.small_image_encoder()
+    wide.config = replace(wide.config, projection=stable.unet.config.context)
+    kept = mfx.from_stable_diffusion(stable, image_encoder=wide).synthesizer.state_dict()
+    assert all(torch.equal(kept[n], w) for n, w in stable.unet.state_dict().items() if "attn2" in n)
+    with pytest.raises(ValueError, match="an extractor, or else an image encoder"):
+        mfx.MagicFixup(ablated.synthesizer, ablated.synthesizer, ablated.vae, ablated.schedule, 16, False,
+                       ablated.image_encoder)
 
 
 def test_the_papers_text_where_the_release_differs(tmp_path):

@@ -6,7 +6,6 @@ import torch
 from reproduce import mfx_figures, mfx_tables
 from reproduce.lab import FALSE, PART, TRUE
 from reproduce.mfx_tables import AFFINE, ALONE, EVERYWHERE, FLOW, FULL, HOLES, OBJECTS, SHADOWS, TESTS
-from toy import world
 from toy.edits import VERBS
 
 # --- The table of ablations -----------------------------------------------------------------------
@@ -64,17 +63,6 @@ def test_errors_are_compared_picture_by_picture():
     assert found["error"]["base"] == pytest.approx(noise.square().mean().item(), abs=1e-6)
     assert found["ratio"]["base"] == [1, 0] and found["ratio"]["twice"] == [4, 0]  # however different the pictures are
     assert found["ratio"]["other"][0] == pytest.approx(4, rel=0.2) and found["ratio"]["other"][1] > 0.01
-
-
-def test_captions_name_everything_and_an_empty_scene_its_place():
-    scenes = world.random_scenes(40, torch.Generator().manual_seed(1))
-    captions = [mfx_tables.caption(scenes, i) for i in range(40)]
-    count = (scenes.kind >= 0).sum(1)
-    for i, text in enumerate(captions):
-        assert text.count("a ") == count[i] and world.TIMES[scenes.time[i]] in text
-        assert (" and " in text) == (count[i] > 1) and text.count(",") == max(0, count[i] - 2)
-    scenes.kind[:] = -1
-    assert mfx_tables.caption(scenes, 0).split(" at ")[0] in world.GROUNDS
 
 
 def test_votes_go_to_what_is_nearest():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import data
 import warp
 from tests.toy import scene, seeded
+from toy import captions as toy_captions
 from toy import clips, motion, world
 from toy.clips import Clip
 from toy.world import COLOURS, GROUNDS, KINDS, TIMES, captions, random_scenes, render
@@ -38,6 +40,28 @@ def test_a_new_kind_changes_no_old_scene(monkeypatch):
             assert torch.equal(getattr(old, field.name), getattr(new, field.name))
     assert old.kind.max() == 5 and new.kind.max() == 6
     assert torch.equal(old.kind >= 0, new.kind >= 0)
+
+
+def test_plain_captions_name_everything_and_an_empty_scene_its_place():
+    scenes = random_scenes(40, seeded(1))
+    count = (scenes.kind >= 0).sum(1)
+    for i, text in enumerate(toy_captions.caption_scenes(scenes)):
+        assert text.count("a ") == count[i] and TIMES[scenes.time[i]] in text
+        assert (" and " in text) == (count[i] > 1) and text.count(",") == max(0, count[i] - 2)
+    scenes.kind[:] = -1
+    assert toy_captions.caption_scenes(scenes)[0].split(" at ")[0] in GROUNDS
+
+
+def test_scores_are_read_as_the_scenes_that_they_stand_for():
+    """The loss is zero, and the words right, for scores that are sure of the truth."""
+    scenes = random_scenes(30, seeded(2))
+    time, ground, kind, colour = toy_captions.read_scenes(scenes)
+    sizes = len(TIMES), len(GROUNDS), len(KINDS) + 1, len(COLOURS)
+    sure = [30.0 * torch.nn.functional.one_hot(x, n).flatten(1) for x, n in zip((time, ground, kind, colour), sizes)]
+    scores = torch.cat(sure, 1)
+    assert scores.shape[1] == sum(toy_captions.SIZES) and toy_captions.caption_loss(scores, scenes) < 1e-6
+    sees = SimpleNamespace(embed=lambda x: scores, projection=torch.nn.Linear(1, 1))
+    assert toy_captions.describe(sees, torch.zeros(30, 3, 8, 8)) == toy_captions.caption_scenes(scenes)
 
 
 def test_captions_name_what_is_there():

@@ -10,13 +10,15 @@ import diffdiff
 import sample
 import samplers
 import sd
+from checkpoints.parts import TOY_CAPTIONER, load_image_encoder
 from models import xl
 from reproduce import mfx_tables
 from reproduce import toy as toy_items
 from reproduce.__main__ import INPAINTING
+from reproduce.lab import HELD_OUT
 from reproduce.toy_batches import base_loss
 from tests.labs import make_lab
-from toy import world
+from toy import captions, world
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +131,12 @@ def test_the_refiner_takes_more_of_low_noise_away(toy):
         sampler = samplers.make_sampler("ddim", toy.schedule, 6)
         kept = diffdiff.differential_diffusion(both, z[:1], mu, sampler, noise[:1])
     assert torch.equal(kept[..., mu == 1], z[:1][..., mu == 1]) and not torch.equal(kept, z[:1])
+
+
+def test_the_captioner_says_what_is_there():
+    """Of scenes that it has not seen, docs/toy.md; it has less than a megabyte."""
+    assert sum(f.stat().st_size for f in TOY_CAPTIONER.iterdir()) < 1e6
+    scenes = world.random_scenes(256, torch.Generator().manual_seed(HELD_OUT + 90))
+    told = captions.describe(load_image_encoder(TOY_CAPTIONER, torch.float32), world.render(scenes).image * 2 - 1)
+    right = [a == b for a, b in zip(told, captions.caption_scenes(scenes))]
+    assert sum(right) / len(right) > 0.8

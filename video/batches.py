@@ -173,6 +173,8 @@ def cache_latents(recipe, path, model, device):
             parts.append({name: tensor.half().cpu() for name, tensor in encoded.items()})
         return {name: torch.cat([p[name] for p in parts]).contiguous() for name in parts[0]}
 
+    encoder = model.image_encoder and digest(model.image_encoder)
+    source = (*source, encoder) if encoder else source
     made_from = digest(model.vae, wanted, recipe.seed, recipe.motion, model.as_paper, *source)
     return cache_tensors(path, made_from, make)
 
@@ -180,7 +182,7 @@ def cache_latents(recipe, path, model, device):
 @torch.no_grad()
 def encode_pairs(pairs, model, device):
     """reference, target, coarse (B, 3, H, W), mask (B, 1, H, W)
-    -> latents (B, C, h, w), mask (B, 1, h, w)"""
+    -> as mfx.MagicFixup.encode_edit gives them, and the target's latents"""
     few = max(1, 32 * 128**2 // pairs["mask"][0].numel())  # pictures that fit beside a large model
     parts = []
     for i in range(0, len(pairs["mask"]), few):

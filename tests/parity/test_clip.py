@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import clip
 from checkpoints import configs
+from checkpoints.parts import load_image_encoder, save_part
 from tests.small import CAPTIONS, TOKENIZER, random_ids, relative_error
 
 # --- The text encoder -----------------------------------------------------------------------------
@@ -184,3 +185,25 @@ def test_sd2_pads_with_exclamation_mark(tmp_path):
     assert clip.Tokenizer.load(tmp_path, pad=clip.END).pad == clip.END
     (tmp_path / "special_tokens_map.json").unlink()
     assert clip.Tokenizer.load(tmp_path).pad == clip.END
+
+
+@torch.no_grad()
+def test_clips_image_encoder_in_a_folder_of_all_of_clip(tmp_path):
+    """As openai/clip-vit-large-patch14 is stored: both networks in one file. And written again, alone."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    config = transformers.CLIPConfig(text_config=sizes | {"vocab_size": 99}, projection_dim=24,
+                                     vision_config=sizes | {"image_size": 56, "patch_size": 14})
+    peer = transformers.CLIPModel(config).eval()
+    for p in peer.parameters():
+        p.data += 0.1 * torch.randn(p.shape)
+    peer.save_pretrained(tmp_path / "clip")
+    ours = load_image_encoder(tmp_path / "clip")
+    x = torch.randn(2, 3, 56, 56)
+    want = peer.visual_projection(peer.vision_model(x).pooler_output)
+    assert relative_error(ours(x), want) <= 1e-5
+    save_part(ours, tmp_path / "alone")
+    assert torch.equal(load_image_encoder(tmp_path / "alone")(x), ours(x))
+    alone = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path / "alone")
+    assert relative_error(ours(x), alone(x).image_embeds) <= 1e-5

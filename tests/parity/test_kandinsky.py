@@ -11,6 +11,7 @@ import torch
 import diffdiff
 import samplers
 from models import adm, kandinsky, movq, prior
+from models.image_encoder import ImageConfig, ImageEncoder, normalise
 from tests import small_kandinsky
 from tests.small import fill, randn, relative_error
 from vae import VAEConfig
@@ -53,6 +54,8 @@ def test_images_and_texts(models):
     ours, peer, _ = models
     x = randn(2, 3, 28, 28)
     assert relative_error(ours.image(x), peer.image_encoder(x).image_embeds) <= 1e-4
+    wide = torch.rand(2, 3, 40, 60) * 2 - 1
+    assert relative_error(ours.image.embed(wide), ours.image(normalise(wide, ours.image.config.side))) <= 1e-6
     pooled, states, seen = peer._encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE)
     got = ours.encode_prompt([NEGATIVE, PROMPT])
     assert relative_error(got[0][seen], states[seen]) <= 1e-4 and relative_error(got[1], pooled) <= 1e-4
@@ -149,8 +152,8 @@ def test_parameter_counts_are_the_published_ones():
     with torch.device("meta"):
         assert sum(p.numel() for p in movq.MOVQ(MOVQ).parameters()) == 67_766_959
         assert sum(p.numel() for p in prior.Prior(prior.PriorConfig()).parameters()) == 1_026_225_920
-        image = prior.ImageConfig(width=1664, layers=48, heads=16, mlp_width=8192, activation="gelu", projection=1280)
-        assert sum(p.numel() for p in prior.ImageEncoder(image).parameters()) == 1_844_907_264
+        image = ImageConfig(width=1664, layers=48, heads=16, mlp_width=8192, activation="gelu", projection=1280)
+        assert sum(p.numel() for p in ImageEncoder(image).parameters()) == 1_844_907_264
 
 
 @pytest.mark.skipif(not os.environ.get("KANDINSKY_FULL"), reason="minutes and 10 GB: set KANDINSKY_FULL=1")

@@ -173,6 +173,17 @@ def test_learned_words(tmp_path, capsys):
     assert "--words" in fails(capsys, "--words", tmp_path / "word.safetensors", "--image", MEADOW, "--strength", "0.5")
 
 
+def test_words_for_a_picture(tmp_path, capsys):
+    """--prompt auto: by the toy's captioner for the toy's weights, by BLIP for others, whose file is looked for."""
+    auto = ["--image", MEADOW, "--strength", "0.5", "--prompt", "auto"]
+    run(tmp_path, *auto, steps=2)
+    prompt = json.loads(Image.open(tmp_path / "out.png").text["parameters"])["prompt"]
+    assert " at " in prompt and f"the prompt is '{prompt}'" in capsys.readouterr().out
+    line = fails(capsys, *auto, "--weights", tmp_path / "sd.safetensors")
+    assert "BLIP needs blip-image-captioning-base/model.safetensors" in line
+    assert "say which" in fails(capsys, "--prompt", "auto")
+
+
 # --- Models of few steps: recognised by their folder, or named by an option --------------------------
 
 LCM, TURBO = ("lcm", 4, 1.0), ("ddim", 4, 1.0)

@@ -12,6 +12,7 @@ import mfx
 import train
 from tests import small
 from tests.training import arguments, equal, fails, read_state, run_python, write_shards, write_stable
+from toy import captions
 from video.batches import ShardPairs, cache_latents, make_held_out
 
 
@@ -86,7 +87,8 @@ def test_the_toys_exact_pairs_are_mixed_in(tmp_path):
 
 def test_without_cross_reference_there_is_no_extractor(stable, tmp_path):
     train.main(arguments(stable, tmp_path, "--steps", 1, "--no-cross-reference", "--motion", "flow", "--held-out", 0))
-    assert mfx.load(tmp_path / "model").extractor is None
+    model = mfx.load(tmp_path / "model")
+    assert model.extractor is None and model.image_encoder.config.projection == sum(captions.SIZES)
     assert not (tmp_path / "mfx-samples.png").exists() and (tmp_path / "mfx-loss.png").exists()
 
 

@@ -13,12 +13,13 @@ import diffusion
 import sample
 import samplers
 import sd
+from checkpoints.parts import load_image_encoder
 from common.run_state import generator_at, list_states, read_recipe
 from reproduce import toy_batches, train_toys
 from reproduce.lab import Lab
 from tests import small
-from tests.training import fails
-from toy import world
+from tests.training import fails, read_state
+from toy import captions, world
 from toy.edits import random_instructions
 from toy.leaves import dead_leaves
 
@@ -69,6 +70,17 @@ def test_both_stages_end_to_end(tmp_path):
     assert model.vae.config.scaling_factor != 1
     assert read_recipe(tmp_path, "base", toy_batches.ToyRecipe).scenes == 4  # not said again, not forgotten
     assert (tmp_path / "base-samples.png").exists() and (tmp_path / "vae-loss.png").exists()
+
+
+@pytest.mark.slow
+def test_the_captioner_learns_and_is_saved(tmp_path):
+    """Its loss falls, on few and small batches; and its folder is read as the shipped one is."""
+    words = ["captioner", "--out", str(tmp_path), "--device", "cpu", "--batch", "8", "--lr", "3e-3", "--warmup", "5"]
+    train_toys.main([*words, "--steps", "12"])
+    _, losses, validation = read_state(tmp_path, "captioner")
+    assert sum(losses[-3:]) < 0.95 * sum(losses[:3]) and 0 < validation[0][1] <= 1
+    encoder = load_image_encoder(tmp_path / "model", torch.float32)
+    assert encoder.embed(torch.zeros(2, 3, 128, 128)).shape == (2, sum(captions.SIZES))
 
 
 def test_batches_depend_on_the_step_alone():
@@ -275,7 +287,7 @@ def test_mistakes_get_one_line(plain, tmp_path, capsys):
         (words(tmp_path / "nowhere", out), "no checkpoint"),
         (words(plain, out, "--scenes", 0), "--scenes"),
         (["base", "--out", out], "first python -m reproduce.train_toys vae"),
-        (["vae", "--scenes", 5, "--out", out], "--scenes and --offset are for base and inpainting"),
+        (["vae", "--scenes", 5, "--out", out], "--scenes and --offset are not for vae"),
         (["if-2", "--out", out], "first python -m reproduce.train_toys if-1"),
         (["if-2", "--init", plain, "--out", out], "--init is not for if-2"),
         (words(plain, out, "--resume"), "nothing to resume"),
