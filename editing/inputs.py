@@ -49,8 +49,7 @@ def read(args, dtype, device):
     if args.segments == "sam":
         kinds.append("sam")
     auto = args.prompt == AUTO
-    is_toy = Path(args.weights).resolve().name.startswith("toy")
-    if auto and not is_toy:
+    if auto and not Path(args.weights).resolve().name.startswith("toy"):
         kinds.append("blip")
     if args.networks and not kinds:
         raise ValueError("--networks needs --change-map depth or sam:..., or --segments sam, or "

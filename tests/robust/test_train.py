@@ -263,7 +263,7 @@ def test_mistakes_get_one_line(stable, tmp_path, capsys):
         (arguments(stable, out, "--data", tmp_path / "single"), "--held-out 0"),
         (arguments(stable, out, "--micro-batch", 3), "micro-batches of 3"),
         (arguments(tmp_path / "nowhere", out), "no checkpoint"),
-        (arguments(tmp_path / "magic", out), "not a Stable Diffusion"),
+        (arguments(tmp_path / "magic", out, "--no-cross-reference"), "leave out --no-cross-reference"),
         (arguments(stable, out, "--resume"), "nothing to resume"),
         (arguments(stable, tmp_path / "begun"), "--resume goes on with it, another --out starts anew"),
     ):
