@@ -112,7 +112,7 @@ def test_same_seed_same_picture_and_skipping_is_exact(tmp_path):
 
 def test_an_inpainting_model_sees_mask_and_picture(tmp_path, toy):
     """A toy inpainting model made of the toy: the added input columns are zero, so it must give the toy's own edit."""
-    wide = widened(toy.unet)
+    wide = widened(toy.unet, toy.unet.config.in_channels + 1)
     sd.save(dataclasses.replace(toy, unet=wide), tmp_path / "inpainting")
     mask = np.full((128, 128), 255, np.uint8)
     mask[:, :40] = 0
