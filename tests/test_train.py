@@ -194,8 +194,8 @@ def test_checkpointing_changes_memory_and_not_gradients(tmp_path):
 
 
 def test_micro_batches_change_nothing(tmp_path):
-    """Adam's first moments, the gradients so far, agree; and without `ema` no average is saved. At a small rate: Adam makes
-    a step of a whole rate out of a gradient that is nothing but rounding."""
+    """Adam's first moments, the gradients so far, agree; and without `ema` no average is saved. At a small rate: Adam
+    makes a step of a whole rate out of a gradient that is nothing but rounding."""
     stable = write_stable(tmp_path / "stable")
     recipe = replace(train.RECIPES["paper"], steps=3, batch=4, warmup=1, lr=1e-5, precision="fp32")
     for name, micro_batch, checkpointing in (("a", 4, True), ("b", 4, False), ("c", 1, True)):
