@@ -134,7 +134,8 @@ def change_maps(o):
     for kind in (o.model,) if o.model else ("toy", "full"):
         if o.dtype in (None, "auto"):
             dtypes = choose_precision("auto", o.device), torch.float32
-            yield compare_edits(o, "change map", kind, "by default", dtypes, "published loop, diffusers")
+            default = f"by default: {str(dtypes[0]).removeprefix('torch.').replace('bfloat', 'bf')}"
+            yield compare_edits(o, "change map", kind, default, dtypes, "published loop, diffusers")
         if o.dtype != "auto":
             for precision, dtype in choose_dtypes(o).items():
                 dtypes = dtype, dtype

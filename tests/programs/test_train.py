@@ -35,7 +35,7 @@ def test_without_arguments_it_trains_the_shipped_toy(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(stable, tmp_path):
     """At the same global batch, one of them with two micro-batches to each; pairs rendered as they come."""
-    common = ["--steps", 4, "--save-every", 2, "--pairs", 0, "--lr", 1e-3]
+    common = ["--steps", 4, "--save-every", 2, "--pairs", 0, "--lr", 1e-3, "--precision", "fp32"]
     train.main(arguments(stable, tmp_path / "one", *common))
     run_python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py",
                *arguments(stable, tmp_path / "two", *common, "--micro-batch", 1))
