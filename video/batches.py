@@ -152,7 +152,8 @@ def stream_pairs(recipe, size, step, device):
 
 def cache_latents(recipe, path, model, device):
     """recipe.pairs pairs, encoded once and kept in a file -> a dict of (N, ...) in fp16. To encode
-    them again at every step would cost as much as the training. A short run gets fewer."""
+    them again at every step would cost as much as the training. A short run gets fewer, and so do
+    shards that hold fewer: each pair once, or once by either motion model."""
     size = model.size
     wanted = math.ceil(min(recipe.pairs, recipe.steps * recipe.batch) / 32)  # batches
     exact = wanted if recipe.data == "toy" else round(recipe.exact * wanted)
@@ -163,6 +164,8 @@ def cache_latents(recipe, path, model, device):
     batches, source = toys, ()
     if recipe.data != "toy":
         pairs = read_shards(recipe, batch=32)
+        there = pairs.pairs * (2 if recipe.motion == "both" else 1)
+        wanted = min(wanted, exact + math.ceil(there / 32))
         batches = itertools.chain(toys, itertools.islice(DataLoader(pairs, 32), wanted - exact))
         source = (exact, recipe.data, [(path.name, count) for path, count in pairs.shards])
 

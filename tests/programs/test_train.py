@@ -79,7 +79,7 @@ def test_the_toys_exact_pairs_are_mixed_in(tmp_path):
     both = cache_latents(recipe, tmp_path / "both.safetensors", model, device)
     none = cache_latents(replace(recipe, exact=0.0), tmp_path / "none.safetensors", model, device)
     for name in toys:
-        assert len(both[name]) == len(none[name]) == 64
+        assert len(both[name]) == 64 and len(none[name]) == 32  # eight pairs by two motion models are not 64
         assert torch.equal(both[name][:32], toys[name][:32])
         assert torch.equal(both[name][32:], none[name][:32])
     assert not torch.equal(toys["target"], none["target"])
