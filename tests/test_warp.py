@@ -207,7 +207,8 @@ def test_extreme_metrics_stay_finite_and_the_winner_takes_all():
     here, there = torch.zeros(1, 2, 1, 2), torch.tensor([[[[1.0, 0.0]], [[0.0, 0.0]]]])
     x = torch.tensor([[[[3.0, 5.0]]]])
     assert torch.equal(warp.softsplat(x, there, torch.tensor([[[[1000.0, -1000.0]]]])), torch.tensor([[[[0.0, 3.0]]]]))
-    assert torch.equal(warp.softsplat(x, here, torch.tensor([[[[-1e30, 1e30]]]])), x)
+    for metric in ([-1e30, 1e30], [1e30, -1e30]):  # a weight of 0 makes no peak, however large its metric is
+        assert torch.equal(warp.softsplat(x, here, torch.tensor(metric).view(1, 1, 1, 2)), x)
 
 
 def test_flow_colours():
