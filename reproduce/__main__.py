@@ -3,6 +3,7 @@
     python -m reproduce                            everything, into reproduced/: index.html, results.json, timings.json
     python -m reproduce --only table1 figure23     some items of the list that --help ends with
     python -m reproduce --quick                    fewer samples, to see that it works; into reproduced/quick/
+    python -m reproduce --results docs/results.md  what was found, as a page of the documentation; nothing is run
     python -m reproduce --train-ablation           the four Magic Fixups of the ablation, which are not shipped
     python -m reproduce --weights sd21.safetensors --images photos/ --networks weights/        at full size
 
@@ -38,6 +39,7 @@ from reproduce import (
     mfx_methods,
     mfx_tables,
     report,
+    results,
     toy,
 )
 from reproduce.lab import MFX, OPEN, REGISTERED, Lab, NotHere, Outcome
@@ -51,32 +53,37 @@ WEIGHTS = "weights", "mfx_weights", "ablation_weights", "inpainting_weights", "i
 
 
 def run_item(item, lab, key):
-    """-> (Outcome, seconds), kept for the next time"""
+    """-> a report.Entry, kept for the next time"""
     start = time.perf_counter()
     try:
         with torch.inference_mode():
             outcome = item.run(lab)
     except NotHere as e:
         outcome = Outcome({}, (OPEN, str(e)))
-    return cache.write(item, key, outcome, round(time.perf_counter() - start, 1), lab.out)
+    cache.write(item, key, outcome, round(time.perf_counter() - start, 1), lab.out)
+    return cache.read(item, key, lab.out, lab.quick)
 
 
-def write(found, flags, out, settings):
-    """results.json, timings.json and the page, of all {name: (Outcome, seconds)} found."""
-    entries, results, timings = [], {}, {}
+def list_items(found):
+    """{name: Entry} found -> those of the page, in its order; and the names of items that are not among them"""
     names = [name for name, item in ITEMS.items() if item.chapter]
-    for name in [n for n in names if n in found]:
-        item, (outcome, seconds) = ITEMS[name], found[name]
+    return [found[name] for name in names if name in found], [name for name in names if name not in found]
+
+
+def write(found, out, settings):
+    """results.json, timings.json and the page, of all {name: Entry} found."""
+    measured, timings = {}, {}
+    entries, missing = list_items(found)
+    for entry in entries:
+        name, outcome = entry.item.name, entry.outcome
         verdict, why = outcome.verdict
-        results[name] = {"where": item.where, "results": outcome.results}
-        timings[name] = {"seconds": seconds} | outcome.timings
-        (timings if outcome.timings else results)[name] |= {"verdict": verdict, "why": why}
-        entries.append(report.Entry(item, outcome, seconds, f"python -m reproduce --only {name}{flags}"))
-    write_json(out / "results.json", {"measured with": settings, "items": results})
+        measured[name] = {"where": entry.item.where, "results": outcome.results}
+        timings[name] = {"seconds": entry.seconds} | outcome.timings
+        (timings if outcome.timings else measured)[name] |= {"verdict": verdict, "why": why}
+    write_json(out / "results.json", {"measured with": settings, "items": measured})
     write_json(out / "timings.json", timings)
     with atomic_write(out / "index.html") as file:
-        missing = [n for n in names if n not in found]
-        file.write_text(report.write_page(entries, out, settings, missing), encoding="utf-8")
+        file.write_text(report.write_page(entries, settings, missing), encoding="utf-8")
     return entries
 
 
@@ -84,8 +91,8 @@ def run(args):
     if args.train_ablation:
         return mfx_tables.train_ablation(args.ablation_weights)
     # What the options leave open.
-    args.out = args.out or Path("reproduced") / ("quick" if args.quick else "")
-    (args.out / "cache").mkdir(parents=True, exist_ok=True)
+    base = args.out or Path("reproduced")
+    args.out = base / "quick" if args.quick and not args.out else base
     is_toy = args.weights.resolve() == TOY.resolve()
     if args.inpainting_weights is None and is_toy and INPAINTING.is_dir():
         args.inpainting_weights = INPAINTING
@@ -103,25 +110,36 @@ def run(args):
 
     # What is finished already.
     decisive = {name: cache.fingerprint(getattr(args, name)) for name in (*WEIGHTS, "images")}
-    decisive |= {"quick": args.quick, "as paper": args.as_paper, "prompt": args.prompt, "device": device.type}
+    decisive |= {"as paper": args.as_paper, "prompt": args.prompt, "device": device.type}
     decisive["distance"] = lab.perceptual[0]
-    keys = {name: cache.key_of(item, decisive) for name, item in ITEMS.items()}
-    kept = {name: cache.read(item, keys[name], args.out) for name, item in ITEMS.items()}
-    found = {name: outcome for name, outcome in kept.items() if outcome}
-
     settings = {
-        "weights": args.weights.resolve().name, "samples": "few (--quick)" if args.quick else "all",
-        "perceptual distance": lab.perceptual[0], "device": device.type}
-    flags = " --quick" if args.quick else ""
+        "weights": args.weights.resolve().name, "perceptual distance": lab.perceptual[0], "device": device.type}
+
+    def read(out, quick):
+        """-> {name: Entry}, {name: key}"""
+        keys = {name: cache.key_of(item, decisive | {"quick": quick}) for name, item in ITEMS.items()}
+        kept = {name: cache.read(item, keys[name], out, quick) for name, item in ITEMS.items()}
+        return {name: entry for name, entry in kept.items() if entry}, keys
+
+    if args.results:
+        found = {}
+        for out, quick in ((base / "quick", True), (base, True), (base, False)):
+            found |= read(out, quick)[0]
+        return results.write_results(*list_items(found), args.results, settings)
+
+    (args.out / "cache").mkdir(parents=True, exist_ok=True)
+    kept, keys = read(args.out, args.quick)
+    found = {name: entry for name, entry in kept.items() if entry.current}
+    settings["samples"] = "few (--quick)" if args.quick else "all"
     names = args.only or [name for name, item in ITEMS.items() if item.chapter and name not in unfair]
     bar = tqdm(list(dict.fromkeys(names)))
     for name in bar:
         bar.set_description(name)
         if name not in found or args.again:
             found[name] = run_item(ITEMS[name], lab, keys[name])
-            write(found, flags, args.out, settings)
-        bar.write(json.dumps({name: found[name][0].results}))
-    entries = write(found, flags, args.out, settings)
+            write(found, args.out, settings)
+        bar.write(json.dumps({name: found[name].outcome.results}))
+    entries = write(found, args.out, settings)
     for entry in entries:
         if entry.item.name in names:
             verdict, why = entry.outcome.verdict
@@ -148,6 +166,8 @@ def main(argv=None):
                         "method; default: beside the toy weights/toy-inpainting, otherwise none")
     parser.add_argument("--instruct-weights", type=folder_name, help="an InstructPix2Pix, for Figure 9 and Magic "
                         "Fixup's Figure 2; default: none (reproduce.train_toys instruct trains the toy's)")
+    parser.add_argument("--results", type=Path, metavar="PAGE", help="write what is finished, in --out and in its "
+                        "folder quick/, into this Markdown page; nothing else is done")
     parser.add_argument("--networks", type=folder_name, metavar="DIR", help="folder with LPIPS's two files (default: "
                         "weights; without them there, a distance on the autoencoder's features)")
     parser.add_argument("--images", type=folder_name, metavar="DIR", help="pictures to edit instead of the toy world's")

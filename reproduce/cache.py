@@ -8,14 +8,16 @@ from pathlib import Path
 from checkpoints.magicfixup import INDEX
 from common.files import read_json, write_json
 from reproduce.lab import Outcome
+from reproduce.report import Entry
 
 ROOT = Path(__file__).parent.parent
 
 
 @functools.cache
 def digest_code():
-    """Of all the project's own .py files but tests and bench: whatever changes in them, everything runs again."""
-    folders = [d for d in ROOT.iterdir() if (d / "__init__.py").is_file() and d.name not in ("tests", "bench")]
+    """Of all the project's own .py files that an item may run: whatever changes in them, everything runs again."""
+    others = "tests", "bench", "course"
+    folders = [d for d in ROOT.iterdir() if (d / "__init__.py").is_file() and d.name not in others]
     files = [*ROOT.glob("*.py"), *(f for d in folders for f in d.rglob("*.py"))]
     return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()
 
@@ -34,25 +36,23 @@ def fingerprint(path):
 
 
 def key_of(item, options):
-    """Of all that decides an item's results: code, the weights that it needs, the other options {name: value}."""
+    """Of what decides an item's results besides the code: the weights that it needs, the other options {name: value}"""
     mine = {n: v for n, v in options.items() if n in item.needs or not n.endswith("weights")}
-    parts = [item.name, digest_code(), sorted(mine.items())]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([item.name, sorted(mine.items())]).encode()).hexdigest()
 
 
 def write(item, key, outcome, seconds, out):
-    """-> (Outcome, seconds) as `read` gives them."""
-    write_json(out / "cache" / f"{item.name}.json", {"key": key, "seconds": seconds} | outcome._asdict())
-    return read(item, key, out)
+    kept = {"key": key, "code": digest_code(), "seconds": seconds} | outcome._asdict()
+    write_json(out / "cache" / f"{item.name}.json", kept)
 
 
-def read(item, key, out):
-    """What was found when the item was run before -> (Outcome, seconds), or None."""
+def read(item, key, out, quick=False):
+    """What was found when the item was run before -> a report.Entry, or None."""
     try:
         found = json.loads((out / "cache" / f"{item.name}.json").read_text(encoding="utf-8"))
         outcome = Outcome(**{name: found[name] for name in Outcome._fields})
         if found["key"] != key or not all((out / name).is_file() for name, _ in outcome.pictures):
             return None
-        return outcome, found["seconds"]
+        return Entry(item, outcome, found["seconds"], out, quick, found["code"] == digest_code())
     except (OSError, ValueError, KeyError):
         return None

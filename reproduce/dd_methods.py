@@ -207,7 +207,8 @@ def figure10(lab):
                           f"{plus_minus(less)}, by seed {write_range(each.tolist(), '{:+.2f}')}"))
     found, seams = ({m: mean_error(x) for m, x in of.items()} for of in (cams, seams))
     return Outcome(
-        {"seeds": seeds, "distance": lab.perceptual[0], "cam": found, "seam": seams, "background": background},
+        {"n": len(image), "seeds": seeds, "distance": lab.perceptual[0], "cam": found, "seam": seams,
+         "background": background},
         judge(*parts),
         [["", *made], ["CAM, edit by edit", *(plus_minus(v, 3) for v in found.values())],
          ["seam, of 255", *(plus_minus(v, 1) for v in seams.values())],

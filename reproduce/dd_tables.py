@@ -96,7 +96,7 @@ def table1(lab):
     """An edit follows its change map more closely than blended latent diffusion and an inpainting model can with the
     best mask made from it. So it is for three patterns, in both metrics.
 
-    {pairs} held-out pictures, an empty prompt, {steps} steps of DDIM (--as-paper: 1,000 pictures, 100 steps). E_M is
+    {n} held-out pictures, an empty prompt, {steps} steps of DDIM (--as-paper: 1,000 pictures, 100 steps). E_M is
     the mean {distance} under the map less that under a black map, as in the paper; and, as a second measure, over it.
     The verdict is the first one's. For the other methods the map is cut at the best of all thresholds that matter,
     found with {tried} of the pictures; what is best by CAM is so by DAM. Blended latent diffusion is the published one,
@@ -137,7 +137,7 @@ def table1(lab):
         sheet.append([M, *shown[LESS], *shown[DIVIDED]])
     heads = [f"{m}, {how}" for how in STRENGTH for m in (OURS, *others)]
     lab.save(charts.sheet(sheet, ["change map", *heads], PATTERNS), "table1.png")
-    results = {"pairs": n, "tried": tried, "steps": count_steps(lab), "distance": lab.perceptual[0],
+    results = {"n": n, "tried": tried, "steps": count_steps(lab), "distance": lab.perceptual[0],
                "inpainting model": lab.options.inpainting_weights.name if lab.inpainting else None, "patterns": found}
     caption = ("Figure 11: the maps, and the edit strength measured of each method. Black is most change and white "
                "least, stretched to the whole range in each.")
@@ -196,7 +196,7 @@ PAPER_SAVED = (0, 10.74, 20.55, 29.90, 39.87, 49.70, 59.51, 69.37, 79.17, 88.99)
 def figure23(lab):
     """Skipping makes the running time fall in a line with the map's minimum. At a minimum of 0.9 it saves 89 %.
 
-    Gradient maps from each minimum up to 1, {pictures} pictures at a time, {steps} steps, guidance 7.5: seconds of the
+    Gradient maps from each minimum up to 1, {n} pictures at a time, {steps} steps, guidance 7.5: seconds of the
     diffusion loop, medians of {rounds} rounds that go through all maps in turn.
     """
     size, steps, rounds = lab.model.size, lab.steps(50), lab.count(5, 3)
@@ -240,7 +240,7 @@ def figure23(lab):
     for m, spent, paper, here in zip(MINIMA, median, PAPER_SAVED, saved):
         table.append([f"{m:.1f}", str(calls[m]), f"{spent:.2f} s", f"{paper:.1f} %", percent(here, 1)])
     return Outcome(
-        {"pictures": len(image), "steps": steps, "rounds": rounds, "steps run": [calls[m] for m in MINIMA]},
+        {"n": len(image), "steps": steps, "rounds": rounds, "steps run": [calls[m] for m in MINIMA]},
         judge((R2 >= 0.99, f"R² of the line is {R2:.4f}"),
               (saved[-1] >= 0.85, f"at a minimum of 0.9 skipping saves {percent(saved[-1], 1)}")),
         table, [("figure23-chart.png", "Figure 23: running time of the diffusion loop against the map's minimum.")],
@@ -254,7 +254,7 @@ def figure19(lab):
     """One pair of pictures measures a change map very noisily, the mean over many pairs well. And a perceptual distance
     of one and the same strength differs from place to place.
 
-    The gradient of Table 1 on {pairs} pictures: correlation of the map with the measurement from n of them (mean of all
+    The gradient of Table 1 on {n} pictures: correlation of the map with the measurement from n of them (mean of all
     disjoint groups of n), less the black map's, over it, and as it is. The bias is the black map's standard deviation
     over the picture, over its mean.
     """
@@ -272,7 +272,7 @@ def figure19(lab):
     lab.save(charts.sheet([[M, image[0], edited[0], *map(charts.heat, measured)]], heads), "figure19.png")
     bias, one, many = round((B.mean(0).std() / B.mean()).item(), 3), found[0][1], found[-1][1]
     return Outcome(
-        {"pairs": n, "kinds": list(kinds), "by number of pairs": found, "bias": bias},
+        {"n": n, "kinds": list(kinds), "by number of pairs": found, "bias": bias},
         judge((many > one + 0.1, f"as in the paper, CAM goes from {one:.2f} with one pair to {many:.2f} with "
                f"{found[-1][0]}"),
               (bias > 0.1, "under a black map, where all is changed alike, the measurement varies by "

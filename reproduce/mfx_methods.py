@@ -146,8 +146,9 @@ def gallery(lab):
     lab.save(charts.sheet(rows, ["reference", "collage", "a sample", "another", "truth"], labels), "mfx_gallery.png")
     better = [name for name, values in left.items() if max(values) < 1]
     return Outcome(
-        {"left": left}, judge(*[(name in better, f"{name}: {percent(values[0])} and {percent(values[1])} of the error "
-                                 "are left") for name, values in left.items()]),
+        {"n": len(SCENES), "left": left},
+        judge(*[(name in better, f"{name}: {percent(values[0])} and {percent(values[1])} of the error are left")
+                for name, values in left.items()]),
         [["", "one sample", "another"], *([name, *map(percent, values)] for name, values in left.items())],
         [("mfx_gallery.png", "A row for each kind of edit.")])
 

@@ -21,12 +21,35 @@ class Entry:
     item: Item
     outcome: Outcome
     seconds: float  # that it took
-    command: str  # that does it again
+    folder: Path  # that its pictures are in
+    quick: bool = False  # few samples
+    current: bool = True  # the code is still what it was
+
+    @property
+    def command(self):
+        """What does it again"""
+        return f"python -m reproduce --only {self.item.name}{' --quick' if self.quick else ''}"
+
+    @property
+    def claim(self):
+        """Its first sentence"""
+        return self.item.claim.split(". ")[0].rstrip(".") + "."
+
+    @property
+    def done(self):
+        results = collections.defaultdict(lambda: "..", self.outcome.results)  # of an OPEN item there are none
+        return self.item.done.format_map(results)
+
+    @property
+    def samples(self):
+        """How many, and whether they are few, or were measured by other code: "6, few", "" where there are none"""
+        n = self.outcome.results.get("n")
+        said = [str(n)] * (n is not None) + ["few"] * (self.quick and n is not None)
+        return ", ".join(said + ["code has changed since"] * (not self.current))
 
 
-def write_page(entries, folder, settings, missing=()):
-    """[Entry], the folder that their pictures are in, {what: value} that hold for all, names of items that were not run
-    -> the page, as text"""
+def write_page(entries, settings, missing=()):
+    """[Entry], {what: value} that hold for all, names of items that were not run -> the page, as text"""
     body = [
         "<h1>Two papers, reproduced</h1>",
         "<p>What <em>Differential Diffusion</em> (arXiv 2306.00950) and <em>Magic Fixup</em> (arXiv 2403.13044) claim, "
@@ -42,29 +65,27 @@ def write_page(entries, folder, settings, missing=()):
         body.append(f'<h2>{escape(chapter)}</h2><div class="wide"><table><thead><tr><th>Where</th><th>Claim</th>'
                     "<th>Here</th></tr></thead><tbody>")
         for e in mine:
-            first_sentence = e.item.claim.split(". ")[0].rstrip(".") + "."
             body.append(f'<tr><td><a href="#{escape(e.item.name)}">{escape(e.item.where)}</a></td>'
-                        f"<td>{escape(first_sentence)}</td><td>{write_mark(e.outcome.verdict[0])}</td></tr>")
+                        f"<td>{escape(e.claim)}</td><td>{write_mark(e.outcome.verdict[0])}</td></tr>")
         body.append("</tbody></table></div>")
-        body += [write_section(e, folder) for e in mine]
+        body += [write_section(e) for e in mine]
     css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>Two papers, reproduced</title>'
             f"<style>{css}</style></head><body><main>{''.join(body)}</main></body></html>\n")
 
 
-def write_section(entry, folder):
+def write_section(entry):
     item, outcome = entry.item, entry.outcome
     verdict, why = outcome.verdict
-    done = item.done.format_map(collections.defaultdict(lambda: "..", outcome.results))  # results of an OPEN item: none
     lines = [f'<section id="{escape(item.name)}"><h3>{escape(item.where)} {write_mark(verdict)}</h3><dl>']
-    for name, text in (("Claim", item.claim), ("Done", done), ("Found", why)):
+    for name, text in (("Claim", item.claim), ("Done", entry.done), ("Found", why)):
         lines.append(f"<dt>{name}</dt><dd>{escape(text)}</dd>")
     took = f"{entry.seconds:.0f} s" if entry.seconds < 100 else f"{entry.seconds / 60:.0f} min"
     lines.append(f'<dt>Again</dt><dd><code>{escape(entry.command)}</code> <span class="soft">({took})</span></dd></dl>')
     lines.append(write_table(outcome.table) if outcome.table else "")
     for name, caption in outcome.pictures:
-        source, width = inline_picture(folder / name)
+        source, width = inline_picture(entry.folder / name)
         lines.append(f'<figure><img src="{source}" alt="{escape(caption)}" width="{width}">'
                      f"<figcaption>{escape(caption)}</figcaption></figure>")
     return "".join([*lines, "</section>"])

@@ -25,7 +25,7 @@ STEPS = 50  # of DDIM
 def autoencoder(lab):
     """The autoencoder keeps a scene that it has not seen to 42 dB, and to 38 dB inside objects.
 
-    The round trip of held-out scenes, against themselves.
+    The round trip of {n} held-out scenes, against themselves.
     """
     squared, inside = [], []
     for i in progress(range(0, lab.count(512, 64), 32)):
@@ -37,7 +37,7 @@ def autoencoder(lab):
     lab.save(charts.sheet([frames.image[:8] * 2 - 1, back[:8]]), "autoencoder.png")
     whole, objects = (round(-10 * torch.cat(e).mean().log10().item(), 2) for e in (squared, inside))
     return Outcome(
-        {"psnr_db": whole, "psnr_inside_objects_db": objects},
+        {"n": 32 * len(squared), "psnr_db": whole, "psnr_inside_objects_db": objects},
         judge((whole >= 42, f"{whole} dB"), (objects >= 38, f"{objects} dB inside objects")),
         [["where", "PSNR"], ["whole pictures", f"{whole} dB"], ["inside objects", f"{objects} dB"]],
         [("autoencoder.png", "Above scenes, below their round trip.")])
@@ -95,8 +95,8 @@ def paint_prompts(lab, prompts):
 def adherence(lab):
     """In at least 97 % of pictures each, the sky's time, the ground and the object's colour are as the prompt says.
 
-    Pictures from text alone, 50 steps of DDIM at a guidance of 7.5, judged by colour probes; the same probes on true
-    renders of the same scenes say how far they can be trusted.
+    {n} pictures from text alone, 50 steps of DDIM at a guidance of 7.5, judged by colour probes; the same probes on
+    true renders of the same scenes say how far they can be trusted.
     """
     scenes = lab.scenes(lab.count(256, 32), 2, objects=1)
     truth, prompts = (scenes.time, scenes.ground, scenes.colour[:, 0]), prompts_of(scenes)
@@ -113,7 +113,8 @@ def adherence(lab):
              for what in ("sky", "ground", "object")]
     probes = found["true renders"]["all three"]
     return Outcome(
-        found, judge(*parts, (probes >= 0.97, f"the probes see all three in {percent(probes, 1)} of true renders")),
+        {"n": len(scenes)} | found,
+        judge(*parts, (probes >= 0.97, f"the probes see all three in {percent(probes, 1)} of true renders")),
         [["pictures", "sky", "ground", "object", "all three"],
          *([who, *(percent(v, 1) for v in of.values())] for who, of in found.items())],
         [("adherence.png", "Pictures from text: the first sixteen, not the best.")])
@@ -123,8 +124,9 @@ def adherence(lab):
 def gradient(lab):
     """Colours alone, with no network to judge by: under a gradient map the change grows along with the map.
 
-    Noon meadows turned into snow at night under a gradient from left to right. The map's correlation, column by column,
-    with the mean absolute change less that under a black map; pixel by pixel, with its share of that under a black map.
+    {n} noon meadows turned into snow at night under a gradient from left to right. The map's correlation, column by
+    column, with the mean absolute change less that under a black map; pixel by pixel, with its share of that under a
+    black map. That is lower, since colours are compared: from noon to night the sky changes more than the ground.
     """
     image = world.render(lab.meadows(lab.count(64, 8))).image * 2 - 1
     mu = torch.linspace(0, 1, image.shape[3]).expand(image.shape[2:])
@@ -135,7 +137,7 @@ def gradient(lab):
     by_pixel = round(cam(mu, change / most), 3)
     by_column = round(cam(mu[0], (change - most).mean(0)), 3)
     return Outcome(
-        {"cam": by_pixel, "correlation by column": by_column},
+        {"n": len(image), "cam": by_pixel, "correlation by column": by_column},
         judge((by_column >= 0.99, f"{by_column} by column"), (by_pixel >= 0.6, f"{by_pixel} by pixel")),
         [["correlation", ""], ["by column", str(by_column)], ["by pixel (CAM, on colours)", str(by_pixel)]],
         [("gradient.png", "Above scenes, below the edits.")])

@@ -48,11 +48,12 @@ def save_ablation(folder):
 def run_on_page(name, lab):
     """Run an item; see that it is kept, and that the page has its verdict, table and pictures. -> its Outcome"""
     item = ITEMS[name]
-    outcome, seconds = run_item(item, lab, "key")
-    assert cache.read(item, "key", lab.out) == (outcome, seconds)
+    entry = run_item(item, lab, "key")
+    assert cache.read(item, "key", lab.out, lab.quick) == entry
+    outcome = entry.outcome
     verdict, why = outcome.verdict
     assert verdict in (TRUE, PART, FALSE, OPEN) and why
     assert all(len(row) <= len(outcome.table[0]) for row in outcome.table)
-    text = report.write_page([report.Entry(item, outcome, seconds, "command")], lab.out, {})
+    text = report.write_page([entry], {})
     assert item.where in text and text.count("<img") == len(outcome.pictures)
     return outcome

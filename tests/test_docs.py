@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from reproduce import papers, results
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "course").glob("*.md"))]
 
@@ -21,10 +23,21 @@ def test_links_and_files_exist(page):
     links = re.findall(r"\]\(([^)#]+)", text) + re.findall(r'src="([^"]+)"', text)
     for link in links:
         assert link.startswith("http") or (page.parent / link).exists(), link
-    if page.name in ("results.md", "speed.md"):
-        return  # they name programs of the commits at which their numbers were measured
+    if page.name == "speed.md":
+        return  # it names programs of the commits at which its numbers were measured
     for name in re.findall(r"`((?:[\w.]+/)*[\w-]+\.(?:py|cu|cpp))`", text):
         assert (ROOT / name).exists() or list(ROOT.glob(f"*/{name}")) or list(ROOT.glob(f"tests/*/{name}")), name
+
+
+def test_results_are_written_by_the_program_and_the_readme_counts_as_they_do():
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert page.startswith(results.PREFACE + results.write_status()), "python -m reproduce --results docs/results.md"
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    (a, b, c, n), (*dd, dd_all), (*mfx, mfx_all) = map(papers.count_states, (None, *papers.ROWS))
+    assert f"Of the {n} tables and figures of both papers" in text
+    assert f"**{a} are done at toy size, {b} have a stand-in, {c} are absent**" in text
+    said = "{}, {} and {} of Differential Diffusion's {}; {}, {} and {} of Magic Fixup's {}"
+    assert said.format(*dd, dd_all, *mfx, mfx_all) in text
 
 
 def test_the_walkthrough_quotes_the_code_as_it_is():

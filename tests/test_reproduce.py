@@ -13,8 +13,8 @@ import diffdiff
 import diffusion
 import samplers
 from reproduce import __main__ as program
-from reproduce import baselines, cache, metrics, report
-from reproduce.lab import FALSE, OPEN, PART, TRUE, Outcome, judge
+from reproduce import baselines, cache, metrics, papers, report, results
+from reproduce.lab import DD, FALSE, OPEN, PART, TRUE, Outcome, judge
 from tests.labs import make_item, make_lab
 
 # --- Metrics --------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_verdicts_join_the_parts_of_a_claim():
     assert judge(yes, no)[1] == "It is. But: it is not."
 
 
-def test_a_key_changes_with_code_options_and_weights_that_the_item_needs(tmp_path, monkeypatch):
+def test_a_key_changes_with_options_and_weights_that_the_item_needs_and_a_digest_with_code(tmp_path, monkeypatch):
     options = {"quick": True, "weights": "a"}
     first = cache.key_of(make_item(), options)
     assert first == cache.key_of(make_item(), {"weights": "a", "quick": True})
@@ -201,7 +201,7 @@ def test_fingerprints_notice_any_of_the_weights_and_an_autoencoder_elsewhere(tmp
     assert len(set(seen)) == 4
 
 
-def test_a_finished_item_is_read_back_and_one_that_lost_its_picture_is_not(tmp_path):
+def test_a_finished_item_is_read_back_and_one_that_lost_its_picture_is_not(tmp_path, monkeypatch):
     lab = make_lab(tmp_path)
 
     def draw(lab):
@@ -209,9 +209,13 @@ def test_a_finished_item_is_read_back_and_one_that_lost_its_picture_is_not(tmp_p
         return Outcome({"value": 0.5}, judge((True, "so")), [["a"]], [("probe.png", "a picture")], {"seconds": 2.0})
 
     item = make_item(draw)
-    outcome, seconds = program.run_item(item, lab, "key")
+    entry = program.run_item(item, lab, "key")
+    outcome = entry.outcome
     assert outcome.results == {"value": 0.5} and outcome.verdict == [TRUE, "So."]
-    assert cache.read(item, "key", tmp_path) == (outcome, seconds)
+    assert cache.read(item, "key", tmp_path, quick=True) == entry and entry.current
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "digest_code", lambda: "another")
+        assert not cache.read(item, "key", tmp_path).current
     assert cache.read(item, "another", tmp_path) is None
     (tmp_path / "probe.png").unlink()
     assert cache.read(item, "key", tmp_path) is None
@@ -219,21 +223,47 @@ def test_a_finished_item_is_read_back_and_one_that_lost_its_picture_is_not(tmp_p
     assert cache.read(item, "key", tmp_path) is None
 
 
-# --- The page -------------------------------------------------------------------------------------
+# --- The pages ------------------------------------------------------------------------------------
 
 
 def test_the_page_needs_nothing_else_and_escapes_what_it_shows(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    entries = [report.Entry(make_item(), outcome, 3.2, "python -m reproduce --only probe") for outcome in (
+    entries = [report.Entry(make_item(), outcome, 3.2, tmp_path) for outcome in (
         *(Outcome({"value": "<b>&</b>"}, (verdict, "<script>why</script>"), [["<i>"]], [("a.png", 'a "caption" <i>')])
           for verdict in (TRUE, PART, FALSE)), Outcome({}, (OPEN, "not here")))]
-    text = report.write_page(entries, tmp_path, {"weights": "<toy>"}, ["figure9"])
+    text = report.write_page(entries, {"weights": "<toy>"}, ["figure9"])
     assert not re.search(r'(src|href)="(?!data:|#)', text) and "http" not in text.replace("http-equiv", "")
     assert "<script" not in text and "<b>" not in text and "&lt;b&gt;&amp;" in text and "&lt;toy&gt;" in text
     assert "@media print" in text and "figure9" in text and "A claim.<" in text
     for tag in ("section", "table", "figure", "dl", "div", "span", "main"):
         assert len(re.findall(f"<{tag}[ >]", text)) == text.count(f"</{tag}>"), tag
+
+
+def test_the_page_of_results_says_which_samples_and_what_was_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "EXAMPLES", tmp_path)
+    outcome = Outcome({"n": 6, "value": 2}, (PART, "A|b."), [["head", "x"], ["0.5 ± 0.1"]])
+    entries = [report.Entry(make_item(), outcome, 1.0, tmp_path, quick=True),
+               report.Entry(make_item(chapter="Magic Fixup"), outcome, 1.0, tmp_path, current=False)]
+    page = tmp_path / "page.md"
+    results.write_results(entries, ["figure9"], page, {"weights": "toy"})
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith(results.PREFACE + results.write_status()) and "Not run here: `figure9`" in text
+    first, second = re.findall(r"Done 2 times\. \*\*Came true in part, n = 6(.*?):\*\* A\\\|b\.", text)
+    assert (first, second) == (", few", ", code has changed since")
+    assert "| 0.5 ± 0.1 |  |" in text and "`python -m reproduce --only probe --quick`" in text
+
+
+def test_every_table_and_figure_has_a_row_and_its_item_names_it():
+    for paper, rows in papers.ROWS.items():
+        tables, figures = (4, 27) if paper == DD else (1, 12)
+        numbers = [int(row.where.split()[1]) for row in rows if re.match(r"(Table|Figure) \d+$", row.where)]
+        assert numbers == [*range(1, tables + 1)] * (paper == DD) + [*range(1, figures + 1)]
+        for row in rows:
+            assert (row.state == papers.ABSENT) == (not row.item)
+            item = program.ITEMS.get(row.item)
+            if item:
+                assert item.chapter == paper and row.where.split()[-1] in re.findall(r"[\d.]+", item.where), row
 
 
 def test_a_cheap_item_from_command_to_page_twice_the_same_and_not_run_again(tmp_path, capsys, monkeypatch):
@@ -244,6 +274,10 @@ def test_a_cheap_item_from_command_to_page_twice_the_same_and_not_run_again(tmp_
     assert set(json.loads(first)["items"]) == {"figure26"}
     assert "figure26" in json.loads((tmp_path / "a" / "timings.json").read_text())
     assert "data:image/" in (tmp_path / "a" / "index.html").read_text(encoding="utf-8")
+
+    page = tmp_path / "results.md"
+    program.main(["--out", str(tmp_path / "a"), "--results", str(page)])
+    assert "`python -m reproduce --only figure26 --quick`" in page.read_text(encoding="utf-8")
 
     program.main([*command[:-1], str(tmp_path / "b")])
     assert (tmp_path / "b" / "results.json").read_bytes() == first
