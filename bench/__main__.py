@@ -31,13 +31,13 @@ from pathlib import Path
 
 import torch
 
-from bench import edits, models, warp
+from bench import edits, large, models, warp
 from bench.clock import HEADER, format_row
 from common.cli import Parser, number, report_errors
 from common.devices import choose_device
 
 # {name: function of the options that yields Rows; its docstring says what is measured}
-TOPICS = models.TOPICS | edits.TOPICS | warp.TOPICS
+TOPICS = models.TOPICS | edits.TOPICS | warp.TOPICS | large.TOPICS
 WIDTHS = 66, 9, 9, 5, 16, 10, 0  # of the columns of HEADER
 PACKAGES = ("torch", "diffusers", "transformers")
 

@@ -1,15 +1,13 @@
 """DeepFloyd IF against diffusers' pipelines: both stages, from a prompt to the picture, and under a change map."""
 
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from checkpoints.parts import SkipInit
-from models import adm, deepfloyd, t5
+from models import deepfloyd
 from tests import small_deepfloyd as small_if
-from tests.small import fill, randn, relative_error
+from tests.small import randn, relative_error
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -110,38 +108,3 @@ def test_a_change_map_as_a_plain_loop_over_the_peers(cascade, monkeypatch):
         for a, b in zip([*got, last], want, strict=True):
             assert relative_error(a, b) <= 1e-4
         small = want[-1]
-
-
-FULL = pytest.mark.skipif(not os.environ.get("IF_FULL"), reason="minutes and up to 18 GB: set IF_FULL=1")
-
-
-@FULL
-@pytest.mark.parametrize("name, c", [("M", 192), ("L", 320), ("XL", 704)])
-@torch.no_grad()
-def test_first_stages_of_full_size(name, c):
-    sizes = small_if.UNET | {
-        "addition_embed_type_num_heads": 64, "attention_head_dim": 64, "block_out_channels": [c, 2 * c, 3 * c, 4 * c],
-        "cross_attention_dim": 4 * c, "encoder_hid_dim": 4096, "layers_per_block": 3,
-        "down_block_types": [small_if.UNET["down_block_types"][i > 0] for i in range(4)],
-        "up_block_types": [small_if.UNET["up_block_types"][i > 2] for i in range(4)],
-    }
-    with torch.device("meta"), SkipInit():
-        ours = adm.ADM(adm.config_from_json(sizes))
-        theirs = diffusers.UNet2DConditionModel.from_config(sizes)
-    fill(ours, theirs)
-    z, t, states = randn(1, 3, 16, 16), torch.tensor([801]), randn(1, 77, 4096)
-    assert relative_error(ours(z, t, *ours.condition(states)), theirs(z, t, states).sample) <= 1e-4
-
-
-@FULL
-@torch.no_grad()
-def test_four_of_the_layers_of_t5_xxl():
-    with torch.device("meta"), SkipInit():
-        ours = t5.T5(t5.T5Config(layers=4))
-        theirs = transformers.T5EncoderModel(transformers.T5Config(
-            vocab_size=32128, d_model=4096, num_layers=4, num_heads=64, d_kv=64, d_ff=10240,
-            feed_forward_proj="gated-gelu"))
-    fill(ours, theirs)
-    theirs.encoder.embed_tokens = theirs.shared
-    ids, mask = torch.randint(32128, (1, 77), generator=torch.Generator().manual_seed(0)), torch.arange(77)[None] < 20
-    assert relative_error(ours(ids, mask), theirs(ids, attention_mask=mask).last_hidden_state) <= 1e-4

@@ -1,6 +1,5 @@
 """Stable Diffusion XL against diffusers' pipelines: base, refiner, both in turn, and both under a change map."""
 
-import os
 
 import pytest
 import torch
@@ -8,10 +7,8 @@ import torch
 import diffdiff
 import samplers
 import sd
-import unet
 from checkpoints import configs, names
-from checkpoints.parts import SkipInit
-from models.xl import embed_numbers, hand_over
+from models.xl import hand_over
 from tests import small
 
 diffusers = pytest.importorskip("diffusers")
@@ -131,19 +128,3 @@ def test_a_change_map_as_a_plain_loop_over_the_peers(pair):
     for ours, theirs in zip(got, want):
         assert small.relative_error(ours, theirs) <= 1e-4
     assert small.relative_error(last, torch.where(mu >= 1, z_init, want[-1])) <= 1e-4
-
-
-@pytest.mark.skipif(not os.environ.get("XL_FULL"), reason="minutes and 11 GB: set XL_FULL=1")
-@pytest.mark.parametrize("name, numbers", [("sdxl", 6), ("sdxl-refiner", 5)])
-@torch.no_grad()
-def test_unets_of_full_size(name, numbers):
-    config = unet.CONFIGS[name]
-    with torch.device("meta"), SkipInit():
-        ours = unet.UNet(config).eval()
-        theirs = diffusers.UNet2DConditionModel.from_config(configs.unet_config_to_json(config)).eval()
-    small.fill(ours, theirs)
-    z, context, pooled = small.randn(1, 4, 16, 16), small.randn(1, 77, config.context), small.randn(1, 1280)
-    told = [256, 256, 0, 0, 256, 256][:numbers]
-    got = ours(z, torch.tensor([801]), context, torch.cat([pooled, embed_numbers([told], 256)], dim=1))
-    added = {"text_embeds": pooled, "time_ids": torch.tensor([told])}
-    assert small.relative_error(got, theirs(z, torch.tensor([801]), context, added_cond_kwargs=added).sample) <= 1e-4
