@@ -55,10 +55,6 @@ from kernels.memory import hold_memory
 from models import kandinsky, xl
 from models.prompts import list_texts
 
-# Defaults of what is left out: with a prompt, as in the one paper; with an edit, as in the other
-WITH_PROMPT = {"prompt": "", "negative": "", "weights": TOY}
-WITH_EDIT = {"weights": TOY_MFX}
-
 # -------------------------------------------------------------------------------------------------
 # The edits
 
@@ -87,26 +83,27 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
     seeds = list(seed) if hasattr(seed, "__iter__") else [seed]
     prompts = list_texts(prompt, "prompt")
     several = {"prompt": prompts, "seed": seeds, "picture": picture, "repaint": repaint}
-    counts = {name: len(given) for name, given in several.items() if given is not None}
     if change_map is not None and change_map.ndim == 4:
-        counts["change_map"] = len(change_map)
+        several["change_map"] = change_map
+    counts = {name: len(given) for name, given in several.items() if given is not None}
     N = max(counts.values())
     for name, count in counts.items():
         if count not in (1, N):
             raise ValueError(f"{name} has {count} where one, or {N}, are expected")
     prompts = list_texts(prompts, "prompt", N)
     seeds = seeds * (N // len(seeds))
-    sampler = samplers.make_sampler(sampler, model.schedule, steps)
-    beside = None if repaint is None else model.inpainting_channels(picture, repaint)
-    if picture is None:
-        z_init = None
-        config = model.vae.config
-        width, height = size or (model.size, model.size)
-        shape = config.latent_channels, height // config.factor, width // config.factor
-    else:
-        z_init = model.encode_image(picture)
+
+    z_init = beside = None
+    width, height = size or (model.size, model.size)
+    if picture is not None:
+        z_init = model.encode_image(picture)  # (1 or N, C, h, w)
         height, width = picture.shape[-2:]
-        shape = z_init.shape[1:]
+    if repaint is not None:
+        beside = model.inpainting_channels(picture, repaint)
+    config = model.vae.config
+    shape = config.latent_channels, height // config.factor, width // config.factor
+
+    sampler = samplers.make_sampler(sampler, model.schedule, steps)
     said = dict(timesteps=sampler.timesteps, a1111=a1111, size=(height, width))
     if isinstance(model, kandinsky.Kandinsky):
         said["seeds"] = seeds
@@ -134,11 +131,10 @@ def fixup(model, reference, coarse, mask, change_map=None, *, sampler="ddim", st
     options = {"eta": 1.0} if sampler == "ddim" else {}  # as released
     sampler = samplers.make_sampler(sampler, model.schedule, steps, **options)
     denoise = model.denoiser(I, I_coarse, M, sampler.timesteps)
-    black = torch.zeros(1, 1)
-    change_map = black if change_map is None else change_map
-    seeds = list(seeds)
-    return generate(model, denoise, I_coarse.shape[1:], I_coarse, change_map, sampler, seeds, skip,
-                    watch)
+    if change_map is None:
+        change_map = torch.zeros(1, 1)
+    return generate(model, denoise, I_coarse.shape[1:], I_coarse, change_map, sampler, list(seeds),
+                    skip, watch)
 
 
 def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, watch):
@@ -180,33 +176,43 @@ def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, wa
 
 
 # -------------------------------------------------------------------------------------------------
-# The command line: its options are in editing/options.py, its pictures in editing/inputs.py
+# Load
 
 
 def load_model(args, dtype, device):
-    return make_fast(read_model(args, dtype, device), device)
+    model = read_model(args, dtype, device)
+    if args.vae_memory:
+        model.vae.memory = args.vae_memory * 2**30
+    return make_fast(model, device)
 
 
 def read_model(args, dtype, device):
+    path = Path(args.weights)
     if args.edit or args.collage:
-        return mfx.load(args.weights, dtype, device)
+        return mfx.load(path, dtype, device)
     if args.prior:
-        return kandinsky.load(args.prior, args.weights, dtype, device)
+        return kandinsky.load(args.prior, path, dtype, device)
     try:
-        model = sd.load(args.weights, dtype, device, args.prediction)
+        model = sd.load(path, dtype, device, args.prediction)
     except (ValueError, OSError):
-        if looks_like_magic_fixup(args.weights):
-            what = f"{args.weights} is a Magic Fixup"
-            raise ValueError(f"{what}: it goes with --edit or --collage") from None
-        if (Path(args.weights) / "movq").is_dir():
-            raise ValueError(f"{args.weights} is Kandinsky's: it goes with --prior") from None
-        if (Path(args.weights) / "tokenizer/spiece.model").is_file():
-            what = f"{args.weights} is DeepFloyd IF's"
-            raise ValueError(f"{what}: it goes with --super-resolution") from None
+        others = [
+            (looks_like_magic_fixup(path), "a Magic Fixup: it goes with --edit or --collage"),
+            ((path / "movq").is_dir(), "Kandinsky's: it goes with --prior"),
+            ((path / "tokenizer/spiece.model").is_file(),
+             "DeepFloyd IF's: it goes with --super-resolution"),
+        ]
+        for found, what in others:
+            if found:
+                raise ValueError(f"{path} is {what}") from None
         raise
     if model.xl and model.xl.refines:
-        raise ValueError(f"{args.weights} is a refiner of Stable Diffusion XL: it goes with "
-                         "--refiner, and its base with --weights")
+        raise ValueError(f"{path} is a refiner of Stable Diffusion XL: it goes with --refiner, and "
+                         "its base with --weights")
+    reads, C = model.unet.config.in_channels, model.unet.config.out_channels
+    if reads == 2 * C:
+        raise ValueError("these weights follow instructions: reproduce/pix2pix.py runs them")
+    if reads > C and not args.mask:
+        raise ValueError("these weights are an inpainting model: it needs --image and --mask")
     if args.vae:
         sd.replace_vae(model, args.vae)
     for file in args.words or []:
@@ -245,49 +251,74 @@ def choose_steps(args, model):
     if args.guidance is None and not coarse:
         args.guidance = 1.0 if few else kandinsky.GUIDANCE if args.prior else 7.5
     options.check_guidance(args)
+    first = samplers.make_sampler(args.sampler, schedule, args.steps).timesteps[0]
+    if first < 900:
+        warnings.warn(f"{args.steps} steps start at t = {first}, far below full noise: use 10 to "
+                      "100, a divisor of 1000, or --spacing trailing", stacklevel=3)
 
 
-def draw_predictions(model, predictions, columns=8):
-    """A strip of what the model believed along the way, decoded."""
-    count = min(columns, len(predictions))
-    picked = np.linspace(0, len(predictions) - 1, count).round().astype(int)
+# -------------------------------------------------------------------------------------------------
+# Save
+
+
+def save_results(args, x, device, dtype, over_photo=None, beside=()):
+    """x (N, 3, H, W), a picture for each seed, and (picture, path) of other files: all, or none."""
+    parameters = {name: value for name, value in vars(args).items() if value is not None}
+    parameters["weights"] = str(args.weights)
+    parameters["device"] = device.type
+    parameters["precision"] = precision = str(dtype).removeprefix("torch.")
+    files = []
+    for i, path in enumerate(options.result_paths(args)):
+        picture = tensor_to_picture(x[i])
+        if over_photo:
+            picture = over_photo(picture)
+        if args.strength_fan:
+            picture = labelled_columns(picture, [f"{s:.2g}" for s in args.strength_fan])
+        files.append((picture, path, parameters | {"seed": args.seed + i}))
+    save_pictures([*files, *((picture, path, parameters) for picture, path in beside)])
+    for picture, path, said in files:
+        what = f"{picture.width}x{picture.height}, seed {said['seed']}"
+        how = f"{args.sampler} in {args.steps} steps, {device.type} in {precision}"
+        tell(f"{path}: {what}, {how}")
+
+
+def draw_predictions(model, predictions):
+    """A strip of eight, or fewer, of what the model believed along the way, decoded."""
+    last = len(predictions) - 1
+    picked = np.linspace(0, last, min(8, last + 1)).round().astype(int)
     with torch.inference_mode():
         decoded = [model.decode(predictions[i][1][:1])[0] / 2 + 0.5 for i in picked]
     labels = [f"t = {predictions[i][0]}" for i in picked]
     return labelled([tensor_to_picture(x) for x in decoded], labels)
 
 
-def run(args, load=load_model, watch=None):
-    """One command. `load` may know the model already, and `watch` is `edit`'s: app.py has both."""
-    for name, value in (WITH_EDIT if args.edit or args.collage else WITH_PROMPT).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+# -------------------------------------------------------------------------------------------------
+# The command: its options are in editing/options.py, its pictures in editing/inputs.py
 
-    # Pictures and maps come first: a mistake in them is reported before weights are read
+
+def run(args, load=load_model, watch=None):
+    """One command: read, load, edit, save. `load` may know the model already, and `watch` is
+    `edit`'s: app.py has both."""
+    args.weights = args.weights or (TOY_MFX if args.edit or args.collage else TOY)
     device = choose_device(args.device)
     dtype = choose_precision(args.precision, device)
+
+    # Pictures and maps come first: a mistake in them is reported before weights are read
     original, coarse, mu = inputs.read(args, dtype, device)
     if args.super_resolution:
         x = cascade.edit(args, original, mu, dtype, device)
-        save_results(args, [tensor_to_picture(one) for one in x], describe(args, device, dtype))
-        return
+        return save_results(args, x, device, dtype)
     model = load(args, dtype, device)
     choose_steps(args, model)
     refiner = None
     if args.refiner:
         refiner = read_refiner(args, model, dtype, device)
         args.switch = xl.SWITCH if args.switch is None else args.switch
-    if args.vae_memory:
-        model.vae.memory = args.vae_memory * 2**30
-    first = samplers.make_sampler(args.sampler, model.schedule, args.steps).timesteps[0]
-    if first < 900:
-        warnings.warn(f"{args.steps} steps start at t = {first}, far below full noise: use 10 to "
-                      "100, a divisor of 1000, or --spacing trailing", stacklevel=2)
 
-    # What the model is given, at its size, and what a sheet shows of it
+    # What the model is given, at its size
     size = fitted_size(original, args.size or model.size, model.vae.config.factor)
     picture = change_map = over_photo = None
-    shown = {}
+    shown = {}  # on a sheet: label, and picture
     if original:
         map_size = original.size if args.paste_back else size
         change_map = inputs.fit_map(args, mu, original, map_size)
@@ -301,14 +332,9 @@ def run(args, load=load_model, watch=None):
         filled, mask, shown["coarse edit"] = inputs.fit_coarse_edit(coarse, original, size)
         make = functools.partial(fixup, model, picture, filled, mask, seeds=seeds)
     else:
-        reads, C = model.unet.config.in_channels, model.unet.config.out_channels
-        if reads == 2 * C:
-            raise ValueError("these weights follow instructions: reproduce/pix2pix.py runs them")
-        inpainting = reads > C
-        if inpainting and not args.mask:
-            raise ValueError("these weights are an inpainting model: it needs --image and --mask")
+        inpainting = model.unet.config.in_channels > model.unet.config.out_channels
         make = functools.partial(
-            edit, model, args.prompt, picture, size=size, negative=args.negative,
+            edit, model, args.prompt or "", picture, size=size, negative=args.negative,
             guidance=args.guidance, seed=seeds, a1111=args.a1111,
             repaint=(change_map < 0.5).float() if inpainting else None,
             refiner=refiner, switch=args.switch,
@@ -329,46 +355,18 @@ def run(args, load=load_model, watch=None):
         watch = lambda done, total, *prediction: predictions.append(prediction)  # noqa: E731
     x = make(change_map, sampler=args.sampler, steps=args.steps, skip=not args.no_skip, watch=watch)
 
-    # What is saved beside the results
-    results = [tensor_to_picture(one) for one in x]
-    outputs = [over_photo(result) for result in results] if over_photo else results
-    parameters = describe(args, device, dtype)
+    # The results, and what is saved beside them
     beside = []
     if args.sheet:
-        named = coarse or args.samples > 1
-        labels = [f"seed {seed}" for seed in seeds] if named else [args.prompt]
-        pictures = [enlarge(picture) for picture in (*shown.values(), *results)]
-        sheet = labelled(pictures, [*shown, *labels])
-        beside.append((sheet, args.sheet, parameters))
+        several = coarse or args.samples > 1
+        labels = [f"seed {seed}" for seed in seeds] if several else [args.prompt or ""]
+        pictures = [enlarge(picture) for picture in (*shown.values(), *map(tensor_to_picture, x))]
+        beside.append((labelled(pictures, [*shown, *labels]), args.sheet))
     if predictions:
-        beside.append((draw_predictions(model, predictions), args.steps_strip, parameters))
+        beside.append((draw_predictions(model, predictions), args.steps_strip))
     elif args.steps_strip:
         warnings.warn("no --steps-strip: a white map needs no step", stacklevel=2)
-    save_results(args, outputs, parameters, beside)
-
-
-def describe(args, device, dtype):
-    """What a picture's file says of how it was made."""
-    parameters = {name: value for name, value in vars(args).items() if value is not None}
-    parameters["weights"] = str(args.weights)
-    parameters["device"] = device.type
-    parameters["precision"] = str(dtype).removeprefix("torch.")
-    return parameters
-
-
-def save_results(args, outputs, parameters, beside=()):
-    """A picture for each seed, and other files: all are saved, or none."""
-    if args.strength_fan:
-        strengths = [f"{s:.2g}" for s in args.strength_fan]
-        outputs = [labelled_columns(output, strengths) for output in outputs]
-    files = []
-    for i, path in enumerate(options.result_paths(args)):
-        files.append((outputs[i], path, parameters | {"seed": args.seed + i}))
-    save_pictures([*files, *beside])
-    for output, path, said in files:
-        what = f"{output.width}x{output.height}, seed {said['seed']}"
-        how = f"{args.sampler} in {args.steps} steps, {said['device']} in {said['precision']}"
-        tell(f"{path}: {what}, {how}")
+    save_results(args, x, device, dtype, over_photo, beside)
 
 
 def main(argv=None):

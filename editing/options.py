@@ -9,21 +9,31 @@ from common.cli import Parser, check_needs, check_outputs, file_name, given, num
 from editing.change_maps import RIGHT
 
 AUTO = "auto"  # as a prompt: what is in the picture
-MAPS = ["change_map", "mask", "strength_fan", "strength"]
-COARSE = ["edit", "collage"]
-TEXT = ["prompt", "negative", "a1111", "words", "lora", "guidance", "prediction", "vae", "refiner"]
-NEEDS = {  # an option, and others of which at least one must stand beside it
-    "edit": ["image"], "mask": ["image"], "strength_fan": ["image"], "strength": ["image"],
-    "change_map": ["image", "collage"], "white_is_change": ["change_map", "mask"],
-    "softness": ["mask"], "a1111": ["prompt", "negative"], "words": ["prompt"], "segments": ["collage"],
-    "no_skip": MAPS + COARSE, "paste_back": MAPS, "switch": ["refiner"],
-    "prior": ["weights"],
-}
+MAPS = ["change_map", "mask", "strength_fan", "strength"]  # how much of the picture changes
+COARSE = ["edit", "collage"]  # what it becomes: Magic Fixup
 
-# What DeepFloyd IF, which has pixels for latents and a sampler of its own, does not go with
-NOT_IF = COARSE + ["a1111", "words", "lora", "vae", "vae_memory", "refiner", "prediction", "sampler", "spacing",
-                   "no_skip", "paste_back", "size", "compile", "sheet", "steps_strip"]
-NOT_KANDINSKY = COARSE + ["a1111", "words", "lora", "vae", "refiner", "prediction", "spacing", "super_resolution"]
+# What stands beside what. An option, and others of which it needs one.
+NEEDS = {
+    "change_map": ["image", "collage"], "mask": ["image"], "strength_fan": ["image"], "strength": ["image"],
+    "edit": ["image"], "segments": ["collage"],
+    "white_is_change": ["change_map", "mask"], "softness": ["mask"],
+    "no_skip": MAPS + COARSE, "paste_back": MAPS,
+    "a1111": ["prompt", "negative"], "words": ["prompt"],
+    "switch": ["refiner"], "prior": ["weights"],
+}
+# A Stable Diffusion, XL or not, takes every option. What only it takes:
+STABLE = ["a1111", "words", "lora", "vae", "refiner", "prediction"]
+# An option that asks for another model, whose it is, and the options that this model does not take.
+FIXUP = ("Magic Fixup's: it takes no text, and no map but --change-map",
+         [*STABLE, "prompt", "negative", "guidance", "mask", "strength_fan", "strength", "prior", "super_resolution"])
+REFUSED = {
+    "edit": FIXUP,
+    "collage": FIXUP,
+    "prior": ("Kandinsky's", [*STABLE, "spacing", "super_resolution"]),
+    "super_resolution": ("DeepFloyd IF's: it has pixels for latents, and a sampler of its own",
+                         [*STABLE, "sampler", "spacing", "no_skip", "paste_back", "size", "vae_memory", "compile",
+                          "sheet", "steps_strip"]),
+}
 
 
 def parse(argv, description):
@@ -34,55 +44,58 @@ def parse(argv, description):
     add_coarse = p.add_mutually_exclusive_group().add_argument
     add_coarse("--edit", type=file_name, help="for Magic Fixup: a coarse edit, alpha 0 = holes")
     add_coarse("--collage", type=file_name, help="JSON: such an edit, of its picture or --image")
-    add("--prompt", help="what the edited parts should show; or auto: what is in --image, by BLIP "
-        "or the toy's own captioner")
+    add("--prompt", help="what the edited parts should show; or auto: what is in --image, by BLIP or the toy's own "
+        "captioner")
     add("--negative", help="what they should not show")
-    add("--a1111", action="store_true", help="read prompts as that web UI does: weights as "
-        "(word:1.4), and more than 75 tokens")
-    add("--words", nargs="+", type=file_name, help="files of learned words, by textual inversion, "
-        "for the prompt")
+    add("--a1111", action="store_true",
+        help="read prompts as that web UI does: weights as (word:1.4), and more than 75 tokens")
+    add("--words", nargs="+", type=file_name, help="files of learned words, by textual inversion, for the prompt")
+
     add_map = p.add_mutually_exclusive_group().add_argument
-    add_map("--change-map", type=file_name, help="grey picture: black = change fully, white = "
-            f"keep. Or {RIGHT['depth']}. Or {RIGHT['sam']}. Or alpha: the picture's own")
-    add_map("--mask", type=file_name, help="black = repaint, white = keep; blurred by "
-            "--softness. Or alpha: the picture's own, repainted where it is transparent")
+    add_map("--change-map", type=file_name, help="grey picture: black = change fully, white = keep. Or "
+            f"{RIGHT['depth']}. Or {RIGHT['sam']}. Or alpha: the picture's own")
+    add_map("--mask", type=file_name, help="black = repaint, white = keep; blurred by --softness. Or alpha: the "
+            "picture's own, repainted where it is transparent")
     add_map("--strength-fan", type=read_strengths, help="N columns, or a list: 0.2,0.5,0.8")
     add_map("--strength", type=number(float, 0, 1), help="0 = keep all, 1 = keep nothing")
     add("--softness", type=number(float, 0, 1000), help="in pixels of --image (default: 40)")
     add("--white-is-change", action="store_true", help="white, or 1, is where the picture changes")
-    add("--paste-back", action="store_true", help="at the size of --image: what the map keeps in "
-        "full is the photograph's own pixels")
+    add("--paste-back", action="store_true",
+        help="at the size of --image: what the map keeps in full is the photograph's own pixels")
     add("--segments", choices=["classical", "sam"], help="who resolves a collage's clicks")
     add("--networks", type=file_name, help="folder of SAM's, MiDaS's, BLIP's files (default: weights)")
+
     add("--weights", type=file_name, help="a folder, .safetensors or .ckpt (default: the toy)")
     add("--vae", type=file_name, help="another autoencoder in place of theirs: a folder or a file")
     add("--refiner", type=file_name, help="likewise, for the last steps: Stable Diffusion XL's, or for any other model "
         "a plain one of its latents, or a UNet alone")
-    add("--super-resolution", type=file_name, help="DeepFloyd IF's second stage, a folder; --weights "
-        "is its first")
+    add("--super-resolution", type=file_name, help="DeepFloyd IF's second stage, a folder; --weights is its first")
     add("--prior", type=file_name, help="Kandinsky 2.2's, a folder; --weights is its decoder")
-    add("--lora", action="append", type=read_lora_option, metavar="FILE[:WEIGHT]", help="a LoRA, LoCon "
-        "or DoRA, merged into the weights; several times for several (default: weight 1)")
+    add("--lora", action="append", type=read_lora_option, metavar="FILE[:WEIGHT]",
+        help="a LoRA, LoCon or DoRA, merged into the weights; several times for several (default: weight 1)")
     add("--switch", type=number(float, 0, 1), help="the share of the steps before it (default: 0.8)")
     add("--prediction", choices=["epsilon", "v_prediction"], help="of a single-file checkpoint")
-    add("--sampler", choices=list(samplers.SAMPLERS), help="(default: ddim; an XL: euler; a latent consistency model: "
-        "lcm)")
+
+    add("--sampler", choices=list(samplers.SAMPLERS),
+        help="(default: ddim; an XL: euler; a latent consistency model: lcm)")
     add("--spacing", choices=diffusion.SPACINGS, help="which timesteps it visits: trailing for Turbo, Lightning and "
         "Hyper-SD (default: what a folder says, or leading)")
     add("--steps", type=number(int, 1, 1000), help="k of the paper (default: 100; an edit: 50; trailing and lcm: 4)")
     add("--no-skip", action="store_true", help="run also the steps that the map overwrites")
-    add("--guidance", type=number(float, 0, 100), help="classifier-free; 1 = none (default: 7.5; trailing "
-        "and lcm: 1)")
+    add("--guidance", type=number(float, 0, 100),
+        help="classifier-free; 1 = none (default: 7.5; trailing and lcm: 1)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0)
     add("--samples", type=number(int, 1, 100), default=1, help="results, from as many seeds")
     add("--size", type=picture_size, help="side of a square of equal area, or WxH")
+
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto")
-    add("--vae-memory", type=number(float, 0.01, 1000), help="GiB, above which the autoencoder "
-        f"works in tiles (default: {vae.MEMORY // 2**30})")
+    add("--vae-memory", type=number(float, 0.01, 1000),
+        help=f"GiB, above which the autoencoder works in tiles (default: {vae.MEMORY // 2**30})")
     add("--compile", action="store_true", help="compile first: minutes, for many or large edits")
-    add("--out", type=file_name, default="out.png", help="PNG, JPEG or WebP, by its ending; several "
-        "samples are out-SEED.png")
+
+    add("--out", type=file_name, default="out.png",
+        help="PNG, JPEG or WebP, by its ending; several samples are out-SEED.png")
     add("--sheet", type=file_name, help="as well: input, edit, map and output in a row")
     add("--steps-strip", type=file_name, help="as well: what the model believed on the way")
     return p, p.parse_args(argv)
@@ -106,12 +119,13 @@ def read_lora_option(text):
 
 def check(args):
     """ValueError for what does not go together, before anything is read."""
-    coarse = given(args, COARSE)
-    other = given(args, TEXT + ["mask", "strength_fan", "strength"])
-    if coarse and other:
-        raise ValueError(f"{other[0]} does not go with {coarse[0]}: Magic Fixup takes no text, and "
-                         "no map but --change-map")
+    for option, (whose, refused) in REFUSED.items():
+        asked, others = given(args, [option]), given(args, refused)
+        if asked and others:
+            raise ValueError(f"{others[0]} does not go with {asked[0]}, which is {whose}")
     check_needs(args, NEEDS)
+    if args.super_resolution and not (args.image and args.weights):
+        raise ValueError("--super-resolution needs --image, and DeepFloyd IF's first stage as --weights")
     if args.image and not given(args, MAPS + COARSE):
         raise ValueError("say how much of the picture changes: --change-map, --mask, "
                          "--strength-fan or --strength; or what it becomes: --edit or --collage")
@@ -120,19 +134,8 @@ def check(args):
     if args.prompt == AUTO and not args.image:
         raise ValueError("--prompt auto says what is in --image: say which")
     check_guidance(args)
-    if args.prior and (other := given(args, NOT_KANDINSKY)):
-        raise ValueError(f"{other[0]} does not go with --prior, which is Kandinsky's")
-    if args.super_resolution:
-        check_cascade(args)
     check_outputs([*result_paths(args), args.sheet, args.steps_strip],
                   [args.image, args.edit, args.collage, args.change_map, args.mask])
-
-
-def check_cascade(args):
-    if other := given(args, NOT_IF):
-        raise ValueError(f"{other[0]} does not go with --super-resolution, which is DeepFloyd IF's")
-    if not (args.image and args.weights):
-        raise ValueError("--super-resolution needs --image, and DeepFloyd IF's first stage as --weights")
 
 
 def check_guidance(args):

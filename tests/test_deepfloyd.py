@@ -155,7 +155,7 @@ def test_samples_and_a_fan(tmp_path, cascade):
 
 
 def test_what_does_not_go_with_it(tmp_path, capsys, cascade):
-    for option in options.NOT_IF:
+    for option in options.REFUSED["super_resolution"][1]:
         assert option in vars(options.parse([], "")[1])
     words = [*cascade, "--change-map", GRADIENT, "--out", tmp_path / "out.png"]
     assert "--sampler does not go with --super-resolution" in fails(capsys, *words, "--sampler", "ddim")

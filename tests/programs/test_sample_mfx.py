@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def default_weights(model, monkeypatch):
-    monkeypatch.setattr(sample, "WITH_EDIT", sample.WITH_EDIT | {"weights": model[1]})
+    monkeypatch.setattr(sample, "TOY_MFX", model[1])
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def default_weights(folder, monkeypatch):
-    monkeypatch.setattr(sample, "WITH_EDIT", sample.WITH_EDIT | {"weights": folder})
+    monkeypatch.setattr(sample, "TOY_MFX", folder)
 
 
 @pytest.fixture
