@@ -39,6 +39,8 @@ import samplers
 import sd
 from checkpoints.lora import merge_lora
 from checkpoints.magicfixup import looks_like_magic_fixup
+from checkpoints.parts import replace_vae
+from checkpoints.words import learn_word
 from common.cli import TOY, TOY_MFX, report_errors, shorten_warnings, tell
 from common.devices import choose_device, choose_precision, compile_unets, find_unets, make_fast
 from common.pictures import (
@@ -214,9 +216,9 @@ def read_model(args, dtype, device):
     if reads > C and not args.mask:
         raise ValueError("these weights are an inpainting model: it needs --image and --mask")
     if args.vae:
-        sd.replace_vae(model, args.vae)
+        replace_vae(model, args.vae)
     for file in args.words or []:
-        names = sd.learn_word(model, file)
+        names = learn_word(model, file)
         tell(f"sample.py: {file} is the word {' or '.join(names)}")
     for file, weight in args.lora or []:
         count = merge_lora(model, file, weight)
@@ -309,11 +311,11 @@ def run(args, load=load_model, watch=None):
         x = cascade.edit(args, original, mu, dtype, device)
         return save_results(args, x, device, dtype)
     model = load(args, dtype, device)
-    choose_steps(args, model)
     refiner = None
     if args.refiner:
         refiner = read_refiner(args, model, dtype, device)
         args.switch = xl.SWITCH if args.switch is None else args.switch
+    choose_steps(args, model)
 
     # What the model is given, at its size
     size = fitted_size(original, args.size or model.size, model.vae.config.factor)

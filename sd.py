@@ -12,26 +12,25 @@ What an XL, base or refiner, has beside that is in models/xl.py.
 
 import contextlib
 import re
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import clip
-from checkpoints.configs import schedule_to_json
+from checkpoints.configs import schedule_from_json, schedule_to_json
 from checkpoints.names import split_parts
 from checkpoints.parts import (
     build_part,
     load_part,
-    load_vae,
     read_latent_side,
     read_schedule,
+    require_folders,
     save_part,
 )
 from checkpoints.read import read_metadata, read_tensors
-from checkpoints.words import add_words, drop_words, load_tokenizer, read_word
+from checkpoints.words import check_tokenizer, load_tokenizer
 from common.files import read_json, write_json
 from diffusion import Schedule
 from models import xl
@@ -64,11 +63,6 @@ class StableDiffusion:
             pairs.insert(0, (self.xl.text, self.xl.tokenizer))
         return pairs
 
-    def require_tokenizer(self):
-        if None in [tokenizer for _, tokenizer in self.readers()]:
-            reason = f"a prompt needs a tokenizer, and there is none: {self.tokenizer_help}"
-            raise ValueError(reason)
-
     def encode_image(self, x):
         """x (B, 3, H, W) in [-1, 1], H and W multiples of `vae.config.factor`
         -> z (B, C, h, w), float32, scaled"""
@@ -89,19 +83,29 @@ class StableDiffusion:
         return torch.cat([mask.expand(len(seen), -1, -1, -1).to(seen), seen], dim=1)
 
     def encode_prompt(self, prompts, a1111=False):
-        """B strings -> context (B, 77, D) for the UNet. ValueError without a tokenizer.
+        """B strings, or one -> context (B, 77, D) for the UNet. Arguments as for `encode_texts`."""
+        return self.encode_texts(list_texts(prompts, "prompts"), a1111)[0]
+
+    def encode_texts(self, texts, a1111=False):
+        """B strings -> context (B, 77, D), of all text encoders beside each other, and pooled
+        (B, P) of the last, which an XL reads as well. ValueError without a tokenizer.
 
         a1111  read weights, and prompts of any length, as models/prompts.py says: (B, 77 n, D)
         """
-        self.require_tokenizer()
-        texts = list_texts(prompts, "prompts")
-        if self.xl:
-            return xl.encode_texts(self, texts, a1111)[0]
-        if a1111:
-            return encode_weighted(self.text, self.tokenizer, texts)
-        warn_of_weights(texts)
-        device = self.text.text_model.final_layer_norm.weight.device
-        return self.text(self.tokenizer(texts).to(device))
+        if not a1111:
+            warn_of_weights(texts)
+        contexts = []
+        for encoder, tokenizer in self.readers():
+            if tokenizer is None:
+                raise ValueError("a prompt needs a tokenizer, and there is none: "
+                                 f"{self.tokenizer_help}")
+            if a1111:
+                context, pooled = encode_weighted(encoder, tokenizer, texts)
+            else:
+                device = encoder.text_model.final_layer_norm.weight.device
+                context, pooled = encoder.encode(tokenizer(texts).to(device))
+            contexts.append(context)
+        return torch.cat(contexts, dim=2), pooled
 
     def denoiser(self, prompts, negative="", guidance=1.0, channels=None, timesteps=(),
                  a1111=False, size=None):
@@ -177,10 +181,7 @@ def load_folder(path, dtype, device, prediction):
     """Hugging Face's layout: a folder for each part, and config.json files."""
     index = read_json(path / "model_index.json", default={})
     encoders = xl.list_encoders(path, index)
-    for part in ("unet", "vae", *encoders):
-        if not (path / part).is_dir():
-            raise FileNotFoundError(f"{path} is not a Stable Diffusion: there is no folder {part}/ "
-                                    "in it")
+    require_folders(path, "a Stable Diffusion", ("unet", "vae", *encoders))
     unet = load_part(path / "unet", "unet", dtype, device)
     vae = load_part(path / "vae", "vae", dtype, device)
     # The UNet's precision: it reads what the text encoder writes.
@@ -188,13 +189,13 @@ def load_folder(path, dtype, device, prediction):
     texts = [load_part(path / part, "text_encoder", stored, device) for part in encoders]
 
     # Without a scheduler's file it is Stable Diffusion's own.
-    schedule = read_schedule(path, schedule_to_json(Schedule()), prediction)
+    own = schedule_to_json(Schedule())
+    schedule = read_schedule(path, own, lambda c: schedule_from_json(c, prediction))
 
     folders = [path / part.replace("text_encoder", "tokenizer") for part in encoders]
     tokenizers = [find_tokenizer([folder]) for folder in folders]
-    wanted = " and ".join(f"{folder}/" for folder in folders)
     tokenizer_help = ("put vocab.json and merges.txt, of the checkpoint's own tokenizer, into "
-                      f"{wanted}")
+                      + " and ".join(f"{folder}/" for folder in folders))
 
     is_xl = "text_encoder_2" in encoders
     if not is_xl:
@@ -203,10 +204,9 @@ def load_folder(path, dtype, device, prediction):
     sd = StableDiffusion(unet, vae, texts[-1], schedule, tokenizers[-1], side * vae.config.factor,
                          tokenizer_help)
     if is_xl:
-        first, tokenizer = (texts[0], tokenizers[0]) if len(encoders) == 2 else (None, None)
-        zeros = index.get("force_zeros_for_empty_prompt", first is not None)
+        zeros = index.get("force_zeros_for_empty_prompt", len(texts) == 2)
         upcast = read_json(path / "vae/config.json", default={}).get("force_upcast", True)
-        xl.complete(sd, first, tokenizer, zeros, upcast)
+        xl.complete(sd, texts, tokenizers, zeros, upcast)
     return sd
 
 
@@ -220,33 +220,29 @@ def load_file(path, dtype, device, prediction):
     vae = build_part("vae", parts["vae"], path, None, dtype, device, **known)
     stored = unet.conv_in.weight.dtype
 
-    def build_text(part, activation):
-        return build_part("text_encoder", parts[part], path, None, stored, device,
-                          activation=activation)
-
-    # The activation is not in the tensors: OpenCLIP has always had GELU, and OpenAI its own.
-    if is_xl:
-        text = build_text("text_encoder_2", "gelu")
-    else:
-        text = build_text("text_encoder", "gelu" if openclip else "quick_gelu")
+    # The tokenizer lies beside the file. How prompts are padded, and the encoder's activation, no
+    # tensor says: OpenAI and OpenCLIP have always had their own.
+    folders = [path.parent / "tokenizer", path.parent]
+    tokenizer_help = ("put vocab.json and merges.txt (from the tokenizer/ of any Stable Diffusion "
+                      f"1 or 2 on Hugging Face), or {clip.ARCHIVE} (of openai/CLIP), into "
+                      f"{path.parent.resolve()}/")
+    texts, tokenizers = [], []
+    for part in ("text_encoder", "text_encoder_2"):
+        if part in parts:
+            theirs = openclip or part == "text_encoder_2"
+            activation, pad = ("gelu", "!") if theirs else ("quick_gelu", clip.END)
+            texts.append(build_part("text_encoder", parts[part], path, None, stored, device,
+                                    activation=activation))
+            tokenizers.append(find_tokenizer(folders, pad))
 
     # SD 2 with velocity prediction was trained at 768 pixels, XL at 1024, all others at 512.
     prediction = prediction or find_prediction(path, tensors, openclip)
     side = xl.SIDE if is_xl else 96 if openclip and prediction == "v_prediction" else 64
-
-    # The tokenizer lies beside the file, without a word on how prompts are padded.
-    folders = [path.parent / "tokenizer", path.parent]
-    tokenizer = find_tokenizer(folders, "!" if is_xl or openclip else clip.END)
-    tokenizer_help = ("put vocab.json and merges.txt (from the tokenizer/ of any Stable Diffusion "
-                      f"1 or 2 on Hugging Face), or {clip.ARCHIVE} (of openai/CLIP), into "
-                      f"{path.parent.resolve()}/")
     schedule = Schedule("zero_snr" if "ztsnr" in tensors else "scaled_linear", prediction)
-    sd = StableDiffusion(unet, vae, text, schedule, tokenizer, side * vae.config.factor,
+    sd = StableDiffusion(unet, vae, texts[-1], schedule, tokenizers[-1], side * vae.config.factor,
                          tokenizer_help)
     if is_xl:
-        both = "text_encoder" in parts
-        first = build_text("text_encoder", "quick_gelu") if both else None
-        xl.complete(sd, first, find_tokenizer(folders, clip.END), zeros=both, upcast=True)
+        xl.complete(sd, texts, tokenizers, zeros=len(texts) == 2, upcast=True)
     return sd
 
 
@@ -283,25 +279,11 @@ def check_fit(path, sd):
                          f"model ({C}), nor InstructPix2Pix ({2 * C}) or inpainting ({2 * C + 1})")
     if sd.xl:
         xl.check_fit(path, sd)
-        sd.xl.tokenizer = check_text(path, sd.xl.text, sd.xl.tokenizer) if sd.xl.text else None
+        if sd.xl.text:
+            sd.xl.tokenizer = check_tokenizer(path, sd.xl.tokenizer, sd.xl.text)
     elif u.added:
         raise ValueError(f"{path}: its UNet is an XL's, and its text encoder is not")
-    sd.tokenizer = check_text(path, sd.text, sd.tokenizer)
-
-
-def check_text(path, text, tokenizer):
-    """-> the tokenizer, or None, without words that this text encoder does not know"""
-    t = text.config
-    if t.length < clip.Tokenizer.length:
-        raise ValueError(f"{path}: its text encoder reads {t.length} tokens, and not 77")
-    if tokenizer and max(tokenizer.vocab.values()) >= t.vocab_size:
-        raise ValueError(f"{path}: its tokenizer is not the text encoder's, which knows "
-                         f"{t.vocab_size} symbols only")
-    tokenizer, absent = drop_words(tokenizer, t.vocab_size)
-    if absent:
-        warnings.warn(f"{path}: its text encoder does not know the added words "
-                      f"{', '.join(absent):.200}, which are spelled out", stacklevel=4)
-    return tokenizer
+    sd.tokenizer = check_tokenizer(path, sd.tokenizer, sd.text)
 
 
 def find_tokenizer(folders, pad=None):
@@ -310,45 +292,6 @@ def find_tokenizer(folders, pad=None):
         with contextlib.suppress(FileNotFoundError):
             return load_tokenizer(folder, pad)
     return None
-
-
-def learn_word(sd, path):
-    """Add a learned word, a textual inversion's file, to a model in place -> what prompts call it.
-
-    path  .safetensors, .pt or .bin, in any of the usual layouts. ValueError if it is for another
-          text encoder, or is something else
-    """
-    if sd.xl:
-        raise ValueError(f"{path}: learned words go with Stable Diffusion 1 and 2, not with an XL")
-    words, rows = read_word(path)
-    table = sd.text.text_model.embeddings.token_embedding
-    if rows.shape[1] != sd.text.config.width:
-        raise ValueError(f"{path} was learned for a text encoder of width {rows.shape[1]}, and "
-                         f"this one has {sd.text.config.width}")
-    if sd.tokenizer is None:
-        raise ValueError(f"a learned word needs a tokenizer: {sd.tokenizer_help}")
-    added = {}
-    for word in words:
-        first = len(table.weight)
-        added |= {f"{word}_{i}" if i else word: first + i for i in range(len(rows))}
-        grown = torch.cat([table.weight, rows.to(table.weight)])
-        table.weight = torch.nn.Parameter(grown, requires_grad=False)
-    sd.text.config = replace(sd.text.config, vocab_size=len(table.weight))
-    sd.tokenizer = add_words(sd.tokenizer, added)
-    return words
-
-
-def replace_vae(sd, path):
-    """Give a model another autoencoder, in place: from the files that `load_vae` reads. ValueError
-    if its latents are of another size."""
-    old, weight = sd.vae.config, sd.vae.quant_conv.weight
-    known = {"scaling_factor": old.scaling_factor, "size": old.size}
-    vae = load_vae(path, weight.dtype, weight.device, **known)
-    new = vae.config
-    if (new.latent_channels, new.factor) != (old.latent_channels, old.factor):
-        raise ValueError(f"{path} has latents of {new.latent_channels} channels at 1/{new.factor}, "
-                         f"and this model's have {old.latent_channels} at 1/{old.factor}")
-    sd.vae = vae
 
 
 # --------------------------------------------------------------------------------------------------
@@ -372,8 +315,10 @@ def save(sd, folder, dtype=None):
         save_part(text, folder / f"text_encoder{suffix}", dtype)
         if tokenizer:
             tokenizer.save(folder / f"tokenizer{suffix}")
+    C = sd.unet.config.out_channels
+    task = {C: "", 2 * C: "InstructPix2Pix", 2 * C + 1: "Inpaint"}[sd.unet.config.in_channels]
     index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": f"StableDiffusion{task}Pipeline",
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],
@@ -383,13 +328,10 @@ def save(sd, folder, dtype=None):
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
     }
-    if sd.unet.config.in_channels == 2 * sd.unet.config.out_channels:
-        index["_class_name"] = "StableDiffusionInstructPix2PixPipeline"
-    elif sd.unet.config.in_channels > sd.unet.config.out_channels:
-        # The inpainting pipeline asks whether its folder is newer than 0.5.1.
-        index |= {"_class_name": "StableDiffusionInpaintPipeline", "_diffusers_version": "0.6.0"}
+    if task == "Inpaint":
+        index["_diffusers_version"] = "0.6.0"  # that pipeline asks whether it is newer than 0.5.1
     if sd.xl:
-        index |= xl.make_index(sd)
+        index |= xl.make_index(sd, task)
     if sd.schedule.spacing == "lcm":
         index["scheduler"] = ["diffusers", "LCMScheduler"]
     scheduler = schedule_to_json(sd.schedule) | {"_class_name": index["scheduler"][1]}

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.configs import schedule_from_json, schedule_to_json
+from checkpoints.configs import schedule_to_json
 from checkpoints.names import IGNORED, translate, warn_of_unknown
-from checkpoints.parts import build_part, load_image_encoder, load_part, read_latent_side, save_part
+from checkpoints.parts import build_part, load_image_encoder, load_part, read_latent_side, read_schedule, save_part
 from checkpoints.read import read_tensors
 from common.files import read_json, write_json
 from diffusion import BETAS, Schedule, T
@@ -64,8 +64,7 @@ def read_parts(path, dtype, device):
         extractor = load_part(path / "extractor", "unet", dtype, device)
     elif (path / "image_encoder").is_dir():
         encoder = load_image_encoder(path / "image_encoder", dtype, device)
-    schedule = schedule_from_json(read_json(path / "scheduler" / "scheduler_config.json"))
-    return dict(synthesizer=synthesizer, extractor=extractor, vae=vae, schedule=schedule,
+    return dict(synthesizer=synthesizer, extractor=extractor, vae=vae, schedule=read_schedule(path),
                 size=read_latent_side(path / "synthesizer") * vae.config.factor,
                 as_paper=index.get("as_paper") is True, image_encoder=encoder)
 

@@ -122,6 +122,13 @@ def load_part(folder, part, dtype=None, device="cpu"):
     return build_part(part, tensors, folder, config, dtype, device)
 
 
+def require_folders(path, what, parts):
+    """FileNotFoundError unless this model's folder has one for each of its parts"""
+    for part in parts:
+        if not (path / part).is_dir():
+            raise FileNotFoundError(f"{path} is not {what}: there is no folder {part}/ in it")
+
+
 def load_image_encoder(folder, dtype=None, device="cpu"):
     """CLIP's network for pictures, or the toy world's, as config.json says. Errors as `sd.load`."""
     if not (folder / "config.json").is_file():
@@ -155,17 +162,24 @@ def fold_guidance(tensors, guidance=8.5):
         del tensors[told]
 
 
-def load_vae(path, dtype, device, **known):
-    """An autoencoder -> its network. A folder of Hugging Face's, of it alone or of a whole model, or a
-    file in either layout, likewise. `known` is what a file alone does not say, e.g. the scaling factor.
+def replace_vae(model, path):
+    """Give a StableDiffusion another autoencoder, in place: a folder of Hugging Face's, of it alone or of a whole
+    model, or a file in either layout, likewise. ValueError if its latents are of another size.
     """
-    path = Path(path)
+    path, old, weight = Path(path), model.vae.config, model.vae.quant_conv.weight
     if path.is_dir():
         inside = path / "vae"
-        return load_part(inside if inside.is_dir() else path, "vae", dtype, device)
-    tensors = {name: x for name, x in read_tensors(path).items() if not IGNORED.fullmatch(name)}
-    whole = {n.removeprefix(PREFIX["vae"]): x for n, x in tensors.items() if n.startswith(PREFIX["vae"])}
-    return build_part("vae", translate("vae", whole or tensors), path, None, dtype, device, **known)
+        vae = load_part(inside if inside.is_dir() else path, "vae", weight.dtype, weight.device)
+    else:
+        tensors = {name: x for name, x in read_tensors(path).items() if not IGNORED.fullmatch(name)}
+        whole = {n.removeprefix(PREFIX["vae"]): x for n, x in tensors.items() if n.startswith(PREFIX["vae"])}
+        vae = build_part("vae", translate("vae", whole or tensors), path, None, weight.dtype, weight.device,
+                         scaling_factor=old.scaling_factor, size=old.size)  # which no file says
+    new = vae.config
+    if (new.latent_channels, new.factor) != (old.latent_channels, old.factor):
+        raise ValueError(f"{path} has latents of {new.latent_channels} channels at 1/{new.factor}, and this model's "
+                         f"have {old.latent_channels} at 1/{old.factor}")
+    model.vae = vae
 
 
 def read_latent_side(folder, default=64):
@@ -180,17 +194,16 @@ def read_latent_side(folder, default=64):
         raise e if str(file) in str(e) else ValueError(f"{file}: {e}") from None
 
 
-def read_schedule(folder, default=None, prediction=None, **known):
-    """What a model's scheduler/scheduler_config.json says -> Schedule
+def read_schedule(folder, default=None, read=configs.schedule_from_json):
+    """-> what `read` makes of a model's scheduler/scheduler_config.json: a Schedule
 
     default  the entries where there is no such file; None: it must be there
-    known    entries that hold where the file does not say them
     """
     file = Path(folder) / "scheduler/scheduler_config.json"
-    c = known | read_json(file, default)
+    c = read_json(file, default)
     try:
-        return configs.schedule_from_json(c, prediction)
-    except ValueError as e:
+        return read(c)
+    except (ValueError, TypeError) as e:
         raise ValueError(f"{file}: {e}") from None
 
 

@@ -2,12 +2,13 @@
 trained to mean something, each a token of its own, which no other text is spelled with.
 
     tokenizer = load_tokenizer(folder)        a folder's added words, as diffusers and transformers leave them
-    words, rows = read_word("my-cat.pt")      one file's
-    tokenizer = add_words(tokenizer, {"<my-cat>": 49408})
+    learn_word(sd.load("weights/toy"), "my-cat.pt")         one file's, added to a model
 """
 
 import json
 import re
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -64,13 +65,24 @@ def add_words(tokenizer, added):
     return WordTokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.pad, added) if added else tokenizer
 
 
-def drop_words(tokenizer, n):
-    """-> the tokenizer without the words whose ids a text encoder of n tokens does not know, and those words"""
-    absent = [word for word, i in getattr(tokenizer, "added", {}).items() if i >= n]
-    if not absent:
-        return tokenizer, absent
-    added = {word: i for word, i in tokenizer.added.items() if i < n}
-    return add_words(clip.Tokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.pad), added), absent
+def check_tokenizer(path, tokenizer, text):
+    """-> the tokenizer, or None, without added words that this text encoder does not know: those are spelled out
+
+    ValueError if it is another text encoder's.
+    """
+    t = text.config
+    if t.length < clip.Tokenizer.length:
+        raise ValueError(f"{path}: its text encoder reads {t.length} tokens, and not 77")
+    if tokenizer and max(tokenizer.vocab.values()) >= t.vocab_size:
+        raise ValueError(f"{path}: its tokenizer is not the text encoder's, which knows {t.vocab_size} symbols only")
+    added = getattr(tokenizer, "added", {})
+    known = {word: i for word, i in added.items() if i < t.vocab_size}
+    if known == added:
+        return tokenizer
+    absent = ", ".join(word for word in added if word not in known)
+    warnings.warn(f"{path}: its text encoder does not know the added words {absent:.200}, which are spelled out",
+                  stacklevel=4)
+    return add_words(clip.Tokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.pad), known)
 
 
 def load_tokenizer(folder, pad=None):
@@ -92,6 +104,30 @@ def load_tokenizer(folder, pad=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One file
+
+
+def learn_word(model, path):
+    """Add the word of a file (`read_word`) to a StableDiffusion, in place -> what prompts call it, one name or two
+
+    ValueError if it is for another text encoder, or is something else.
+    """
+    if model.xl:
+        raise ValueError(f"{path}: learned words go with Stable Diffusion 1 and 2, not with an XL")
+    words, rows = read_word(path)
+    table, config = model.text.text_model.embeddings.token_embedding, model.text.config
+    if rows.shape[1] != config.width:
+        raise ValueError(f"{path} was learned for a text encoder of width {rows.shape[1]}, and this one has "
+                         f"{config.width}")
+    if model.tokenizer is None:
+        raise ValueError(f"a learned word needs a tokenizer: {model.tokenizer_help}")
+    added = {}
+    for word in words:
+        first = len(table.weight)
+        added |= {f"{word}_{i}" if i else word: first + i for i in range(len(rows))}
+        table.weight = torch.nn.Parameter(torch.cat([table.weight, rows.to(table.weight)]), requires_grad=False)
+    model.text.config = replace(config, vocab_size=len(table.weight))
+    model.tokenizer = add_words(model.tokenizer, added)
+    return words
 
 
 def read_word(path):

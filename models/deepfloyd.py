@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 import diffdiff
 import samplers
-from checkpoints.parts import load_part, read_latent_side, read_schedule
+from checkpoints.configs import schedule_from_json
+from checkpoints.parts import load_part, read_latent_side, read_schedule, require_folders
 from diffusion import Schedule, T
 from models import adm, t5
 
@@ -154,11 +155,11 @@ def load(first, second, dtype=None, device="cpu"):
 
 def load_stage(path, number, dtype, device):
     """The folder of stage 0 or 1, of I and II -> Stage"""
-    if not (path / "unet").is_dir():
-        raise FileNotFoundError(f"{path} is not a stage of DeepFloyd IF: there is no folder unet/ in it")
+    require_folders(path, "a stage of DeepFloyd IF", ["unet"])
     unet = load_part(path / "unet", "adm", dtype, device)
     c = unet.config
     if not (c.text and c.noised == bool(number) and c.in_channels == 3 + 3 * number):
         raise ValueError(f"{path} is not a stage {'I' * (number + 1)} of DeepFloyd IF")
-    schedule = read_schedule(path, steps_offset=0)  # older files do not say it
+    older = {"steps_offset": 0}  # files do not say it
+    schedule = read_schedule(path, read=lambda c: schedule_from_json(older | c))
     return Stage(unet, schedule, read_latent_side(path / "unet", 64 * 4**number))

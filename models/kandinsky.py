@@ -16,9 +16,8 @@ import torch
 import clip
 import samplers
 from checkpoints.configs import read_number, refuse_other_options, schedule_from_json, show
-from checkpoints.parts import load_part, read_latent_side
+from checkpoints.parts import load_part, read_latent_side, read_schedule, require_folders
 from checkpoints.words import load_tokenizer
-from common.files import read_json
 from diffusion import Schedule, T
 from models import adm, movq, prior
 from models.image_encoder import ImageEncoder
@@ -135,12 +134,8 @@ def load(prior_path, path, dtype=None, device="cpu"):
     FileNotFoundError or ValueError, of one line, for anything else.
     """
     prior_path, path = Path(prior_path), Path(path)
-    for folder, parts in ((prior_path, ("prior", "text_encoder", "tokenizer")), (path, ("unet", "movq"))):
-        for part in parts:
-            if not (folder / part).is_dir():
-                kind = "prior" if folder is prior_path else "decoder"
-                raise FileNotFoundError(f"{folder} is not the {kind} of a Kandinsky 2.2: there is no folder {part}/ "
-                                        "in it")
+    require_folders(prior_path, "the prior of a Kandinsky 2.2", ("prior", "text_encoder", "tokenizer"))
+    require_folders(path, "the decoder of a Kandinsky 2.2", ("unet", "movq"))
     network = load_part(prior_path / "prior", "prior", dtype, device)
     stored = network.prd_embedding.dtype
     text = load_part(prior_path / "text_encoder", "text_encoder", stored, device)
@@ -150,22 +145,12 @@ def load(prior_path, path, dtype=None, device="cpu"):
     unet = load_part(path / "unet", "adm", dtype, device)
     autoencoder = load_part(path / "movq", "movq", dtype, device)
     tokenizer = load_tokenizer(prior_path / "tokenizer")
-    schedule, learned = read_schedule(path, read_decoder_schedule)
-    prior_schedule = read_schedule(prior_path, read_prior_schedule)
+    schedule, learned = read_schedule(path, read=read_decoder_schedule)
+    prior_schedule = read_schedule(prior_path, read=read_prior_schedule)
     size = read_latent_side(path / "unet", 64) * autoencoder.config.factor
     model = Kandinsky(unet, autoencoder, schedule, learned, network, prior_schedule, text, tokenizer, image, size)
     check_fit(prior_path, path, model)
     return model
-
-
-def read_schedule(folder, read):
-    """-> what `read` makes of the folder's scheduler_config.json"""
-    file = folder / "scheduler/scheduler_config.json"
-    c = read_json(file)
-    try:
-        return read(c)
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{file}: {e}") from None
 
 
 def read_prior_schedule(c):

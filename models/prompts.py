@@ -127,22 +127,25 @@ def split_chunks(tokenizer, prompt):
 
 
 def encode_weighted(text_encoder, tokenizer, prompts):
-    """B prompts -> context (B, L, D), L a multiple of 77
+    """B prompts -> context (B, L, D), L a multiple of 77, and pooled (B, P), of the first 75 tokens as there
 
     A shorter prompt's context is repeated: keys that come n times, all of them, leave an attention
     as it is. So each prompt counts as if it were alone. ValueError for a weight that is no number.
     """
-    contexts = []
+    contexts, pooled = [], []
     for prompt in prompts:
         if found := UNKNOWN.search(prompt):
             warnings.warn(f"'{found[0]}' is read as words: of A1111's language only weights and "
                           "BREAK are known", stacklevel=2)
         ids, weights = split_chunks(tokenizer, prompt)
         weight = text_encoder.text_model.final_layer_norm.weight
-        context = text_encoder(ids.to(weight.device)).float()  # (n, 77, D)
+        context, ends = text_encoder.encode(ids.to(weight.device))
+        pooled.append(ends[0])
+        context = context.float()  # (n, 77, D)
         weighted = context * weights.to(weight.device)[..., None]
         # A1111 takes the mean over a whole batch. Over each chunk it is the same for one prompt.
         means = [x.mean((1, 2), keepdim=True) for x in (context, weighted)]
         contexts.append((weighted * (means[0] / means[1])).to(weight.dtype).flatten(0, 1))
     length = math.lcm(*map(len, contexts))
-    return torch.stack([context.repeat(length // len(context), 1) for context in contexts])
+    context = torch.stack([context.repeat(length // len(context), 1) for context in contexts])
+    return context, torch.stack(pooled)

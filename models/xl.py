@@ -20,7 +20,6 @@ import clip
 from checkpoints.configs import schedule_to_json
 from checkpoints.parts import load_part, read_schedule
 from diffusion import T
-from models.prompts import encode_weighted, split_chunks, warn_of_weights
 from unet import timestep_embedding
 
 SIDE = 128  # latent pixels along a side of its training pictures
@@ -49,26 +48,6 @@ class XL:
 # What the UNet is told
 
 
-def encode_texts(model, texts, a1111=False):
-    """B strings -> context (B, 77, D), of both encoders beside each other, and pooled (B, P), the second's
-
-    a1111  as for `sd.StableDiffusion.encode_prompt`; pooled is then that of the first 75 tokens, as there
-    """
-    if not a1111:
-        warn_of_weights(texts)
-    contexts = []
-    for encoder, tokenizer in model.readers():
-        device = encoder.text_model.final_layer_norm.weight.device
-        if a1111:
-            context = encode_weighted(encoder, tokenizer, texts)
-            ids = torch.cat([split_chunks(tokenizer, text)[0][:1] for text in texts])
-            _, pooled = encoder.encode(ids.to(device))
-        else:
-            context, pooled = encoder.encode(tokenizer(texts).to(device))
-        contexts.append(context)
-    return torch.cat(contexts, dim=2), pooled
-
-
 def make_conditions(model, texts, guided, size=None, a1111=False):
     """What the UNet reads at every step -> context (B, 77, D), added (B, model.unet.config.added)
 
@@ -77,8 +56,7 @@ def make_conditions(model, texts, guided, size=None, a1111=False):
 
     The picture counts as whole, at its original size: cropped at (0, 0), and drawn as large as it is.
     """
-    model.require_tokenizer()
-    context, pooled = encode_texts(model, texts, a1111)
+    context, pooled = model.encode_texts(texts, a1111)
     unwanted = len(texts) // 2 if guided else 0
     if model.xl.zeros:
         for i, text in enumerate(texts[:unwanted]):
@@ -155,11 +133,13 @@ def list_encoders(folder, index):
     return ["text_encoder", "text_encoder_2"] if first else ["text_encoder_2"]
 
 
-def complete(model, first, tokenizer, zeros, upcast):
-    """Make an XL, in place, of a StableDiffusion that has its other parts. Arguments as the fields of `XL`.
+def complete(model, texts, tokenizers, zeros, upcast):
+    """Make an XL, in place, of a StableDiffusion that has its other parts.
 
+    texts   its encoders, two or one; tokenizers likewise; zeros as in `XL`
     upcast  what is said of the autoencoder: it overflows in fp16. Then it computes in fp32; made not to, it may try
     """
+    first, tokenizer = (texts[0], tokenizers[0]) if len(texts) == 2 else (None, None)
     model.xl = XL(first, tokenizer, bool(zeros))
     # The UNet reads the states before each encoder's last layer, without a norm. No file says it.
     for encoder, _ in model.readers():
@@ -180,18 +160,16 @@ def check_fit(path, model):
         raise ValueError(f"{path}: its text encoder has one layer, and an XL reads the one before the last")
 
 
-def make_index(model):
+def make_index(model, task):
     """The entries of model_index.json that are an XL's, in place of what `sd.save` writes of others."""
     index = {
-        "_class_name": "StableDiffusionXLPipeline",
+        "_class_name": f"StableDiffusionXL{task}Pipeline",
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer_2": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", "EulerDiscreteScheduler"],
         "image_encoder": [None, None],
         "force_zeros_for_empty_prompt": model.xl.zeros,
     }
-    if model.unet.config.in_channels > model.unet.config.out_channels:
-        index["_class_name"] = "StableDiffusionXLInpaintPipeline"
     if model.xl.refines:
         index["_class_name"] = "StableDiffusionXLImg2ImgPipeline"
         index["text_encoder"] = index["tokenizer"] = [None, None]

@@ -10,7 +10,7 @@ import clip
 import sample
 import sd
 from checkpoints import read
-from checkpoints.parts import load_part, save_part
+from checkpoints.parts import load_part, replace_vae, save_part
 from common import devices
 from tests import small
 
@@ -154,7 +154,7 @@ def test_another_autoencoder(tmp_path):
     for path in (tmp_path / "model", folder, folder / "diffusion_pytorch_model.safetensors",
                  tmp_path / "alone.safetensors", tmp_path / "whole.safetensors"):
         model = small.stable_diffusion("sd1")
-        sd.replace_vae(model, path)
+        replace_vae(model, path)
         assert model.vae.config == wanted.vae.config
         z = torch.ones(1, 4, 4, 4)
         assert torch.equal(model.decode(z), wanted.decode(z))
@@ -162,7 +162,7 @@ def test_another_autoencoder(tmp_path):
 
     toy = sd.load(sample.TOY)
     with pytest.raises(ValueError, match="latents of 4 channels"):
-        sd.replace_vae(toy, folder)
+        replace_vae(toy, folder)
 
 
 def test_no_tokenizer(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import sd
-from checkpoints.words import WordTokenizer, load_tokenizer, read_word
+from checkpoints.words import WordTokenizer, learn_word, load_tokenizer, read_word
 from tests import small
 
 WORD = "<My-Circle>"
@@ -77,7 +77,7 @@ def test_a_word_from_a_file(tmp_path, layout, suffix, n):
     rows = model.text.text_model.embeddings.token_embedding.weight[circle]
     rows = rows[0] if n == 0 else rows[:1].expand(n, -1).contiguous()
     names = write(tmp_path / f"style{suffix}", layout, rows.clone())
-    assert sd.learn_word(model, tmp_path / f"style{suffix}") == names
+    assert learn_word(model, tmp_path / f"style{suffix}") == names
     for name in names:
         want = model.encode_prompt([" ".join(["a"] + ["circle"] * max(n, 1) + ["on a beach"])])
         assert len(circle) == 1  # so the learned word means what "circle" means
@@ -90,7 +90,7 @@ def test_files_that_are_no_learned_word(tmp_path):
     def refused(content, words):
         save_file(content, tmp_path / "word.safetensors")
         with pytest.raises(ValueError, match=words) as e:
-            sd.learn_word(small.stable_diffusion(), tmp_path / "word.safetensors")
+            learn_word(small.stable_diffusion(), tmp_path / "word.safetensors")
         assert "\n" not in str(e.value) and "word.safetensors" in str(e.value)
 
     refused({"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)}, "XL")

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 import sd
 import train
+from checkpoints.words import learn_word
 from diffusion import Schedule
 from models import xl
 from tests import small
@@ -71,7 +72,7 @@ def test_a_refiner_that_was_trained_otherwise():
 def test_a_learned_word_for_another_model(tmp_path):
     save_file({"<x>": torch.ones(64)}, tmp_path / "word.safetensors")
     with pytest.raises(ValueError, match="not with an XL"):
-        sd.learn_word(small.stable_diffusion_xl(), tmp_path / "word.safetensors")
+        learn_word(small.stable_diffusion_xl(), tmp_path / "word.safetensors")
 
 
 def test_a_folder_whose_parts_are_not_there_or_do_not_fit(tmp_path):
