@@ -218,12 +218,7 @@ class VAE(nn.Module):
     def encode_scaled(self, x):
         """x as for `encode`, on any device -> z (B, C, h, w), float32, scaled: the posterior's
         mean, which is repeatable."""
-
-        def encode(x):
-            return torch.cat(self.encode(x), dim=1)
-
-        moments = self.run_finite(encode, x, self.config.factor, 1)
-        mean, _ = moments.chunk(2, dim=1)
+        mean = self.run_finite(lambda x: self.encode(x)[0], x, self.config.factor, 1)
         return mean.float() * self.config.scaling_factor
 
     def decode_scaled(self, z):
@@ -238,8 +233,7 @@ class VAE(nn.Module):
         precision for good, with a warning.
         """
         weight = self.quant_conv.weight
-        bytes_per_pixel = self.estimate_bytes()[0 if a > b else 1]
-        y = self.run_in_parts(f, x.to(weight.device, weight.dtype), a, b, bytes_per_pixel)
+        y = self.run_in_parts(f, x.to(weight.device, weight.dtype), a, b)
         if weight.dtype == torch.float32 or y.isfinite().all() or not x.isfinite().all():
             return y
         warnings.warn(f"the autoencoder overflows in {weight.dtype}: it goes on in single "
@@ -257,22 +251,20 @@ class VAE(nn.Module):
         size = self.quant_conv.weight.element_size()
         return 5 * width * size, (4 * width + wider) * size
 
-    def run_in_parts(self, f, x, a, b, bytes_per_pixel):
-        """f(x): whole if `memory` allows, else in parts of the batch, else a picture in tiles.
+    def run_in_parts(self, f, x, a, b):
+        """f(x), of as many pictures at a time as `memory` allows; or of one, in tiles.
 
         a, b as for `run_in_tiles`
         """
         factor = self.config.factor
-        area = x[:1, :1].numel() // a**2  # of a picture, in latent pixels
+        bytes_per_pixel = self.estimate_bytes()[0 if a > b else 1]
         most = self.memory / (bytes_per_pixel * factor**2)  # latent pixels at one time
-        if len(x) * area <= most:
-            return f(x)
-        if len(x) > 1:
-            parts = x.split(max(1, int(most / area)))
-            return torch.cat([self.run_in_parts(f, part, a, b, bytes_per_pixel) for part in parts])
+        area = math.ceil(x[:1, :1].numel() / a**2)  # of a picture, in latent pixels
+        if area <= most:
+            return torch.cat([f(part) for part in x.split(int(most / area))])
         # A tile no smaller than the training pictures has statistics that the network is used to.
         side = max(1, self.config.size // factor, math.isqrt(int(most)))
-        return run_in_tiles(f, x, side, side // 4, a, b)
+        return torch.cat([run_in_tiles(f, one, side, side // 4, a, b) for one in x.split(1)])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ are three functions for each of UNet, VAE and text encoder:
     unet_config_to_json(config)              the same, for diffusers to open weights that we write
 
 Reading raises KeyError where a size is missing, ValueError where the network is not one of ours.
+What our names of sizes are called there, a table says for both ways: UNET_KEYS, VAE_KEYS, TEXT_KEYS.
 """
 
 import math
@@ -16,6 +17,15 @@ from clip import TextConfig
 from diffusion import BETAS, LCM_TIMESTEPS, Schedule, T
 from unet import UNetConfig
 from vae import VAEConfig
+
+
+def read_sizes(c, keys):
+    """{our name: what a config.json says of it}, by {our name: the name there}"""
+    return {ours: c[theirs] for ours, theirs in keys.items()}
+
+
+def write_sizes(config, keys):
+    return {theirs: getattr(config, ours) for ours, theirs in keys.items()}
 
 
 def count_modules(shapes, prefix):
@@ -111,6 +121,11 @@ def check_sizes(config, tensors):
 # Its attention_head_dim is, by an old mistake that every checkpoint relies on, the *number* of
 # heads: 8 in SD 1; in SD 2 and XL a list of numbers, which makes all heads equally wide.
 
+UNET_KEYS = {
+    "in_channels": "in_channels", "out_channels": "out_channels", "channels": "block_out_channels",
+    "layers": "layers_per_block", "context": "cross_attention_dim", "linear_proj": "use_linear_projection",
+    "groups": "norm_num_groups",
+}
 DOWN_BLOCKS = "DownBlock2D", "CrossAttnDownBlock2D"  # a level without, with transformers
 UP_BLOCKS = "UpBlock2D", "CrossAttnUpBlock2D"
 
@@ -160,7 +175,8 @@ def unet_config_from_shapes(shapes):
 
 def unet_config_from_json(c):
     """The content of a config.json -> UNetConfig."""
-    channels = tuple(c["block_out_channels"])
+    sizes = read_sizes({"use_linear_projection": False, "norm_num_groups": 32} | c, UNET_KEYS)
+    channels = sizes["channels"] = tuple(sizes["channels"])
     cross = ["CrossAttn" in kind for kind in c["down_block_types"]]  # levels that have transformers
     added = c.get("addition_embed_type")
     refuse_other_options(c, UNET_OPTIONS | {
@@ -179,17 +195,11 @@ def unet_config_from_json(c):
         raise ValueError(f"{said}; only an equal number or width is implemented")
 
     return UNetConfig(
-        in_channels=c["in_channels"],
-        out_channels=c["out_channels"],
-        channels=channels,
-        layers=c["layers_per_block"],
+        **sizes,
         depth=tuple(d if x else 0 for d, x in zip(depth, cross)),
         mid_depth=depth[-1],
         heads=heads[0] if same_number else None,
         head_width=None if same_number else head_widths.pop(),
-        context=c["cross_attention_dim"],
-        linear_proj=c.get("use_linear_projection", False),
-        groups=c.get("norm_num_groups", 32),
         added=c["projection_class_embeddings_input_dim"] if added else 0,
         size_width=c.get("addition_time_embed_dim") or 256,
     )
@@ -203,19 +213,12 @@ def unet_config_to_json(config):
     """UNetConfig -> the content of a config.json."""
     # A level without transformers needs a depth all the same: any number does.
     depth = [d or 1 for d in config.depth[:-1]] + [config.mid_depth]
-    c = {
+    c = write_sizes(config, UNET_KEYS) | {
         "_class_name": "UNet2DConditionModel",
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "block_out_channels": config.channels,
-        "layers_per_block": config.layers,
         "down_block_types": [DOWN_BLOCKS[d > 0] for d in config.depth],
         "up_block_types": [UP_BLOCKS[d > 0] for d in reversed(config.depth)],
         "transformer_layers_per_block": depth if len(set(depth)) > 1 else depth[0],
         "attention_head_dim": config.heads or [config.heads_at(width) for width in config.channels],
-        "cross_attention_dim": config.context,
-        "use_linear_projection": config.linear_proj,
-        "norm_num_groups": config.groups,
     }
     if config.added:  # XL: the pooled text, and sizes as embeddings
         c["addition_embed_type"] = "text_time"
@@ -227,6 +230,10 @@ def unet_config_to_json(config):
 # --------------------------------------------------------------------------------------------------
 # VAE: config.json of diffusers' AutoencoderKL
 
+VAE_KEYS = {
+    "channels": "block_out_channels", "layers": "layers_per_block", "latent_channels": "latent_channels",
+    "groups": "norm_num_groups", "scaling_factor": "scaling_factor",
+}
 VAE_OPTIONS = {  # likewise
     "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
     "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True,
@@ -252,28 +259,20 @@ def vae_config_from_json(c):
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     })
-    return VAEConfig(
-        channels=tuple(c["block_out_channels"]),
-        layers=c["layers_per_block"],
-        latent_channels=c["latent_channels"],
-        groups=c.get("norm_num_groups", 32),
-        scaling_factor=read_number(c.get("scaling_factor", 0.18215)),  # older files lack it
-        size=read_side(c, 512),
-    )
+    # Older files lack the scaling factor.
+    sizes = read_sizes({"norm_num_groups": 32, "scaling_factor": 0.18215} | c, VAE_KEYS)
+    sizes["channels"] = tuple(sizes["channels"])
+    sizes["scaling_factor"] = read_number(sizes["scaling_factor"])
+    return VAEConfig(**sizes, size=read_side(c, 512))
 
 
 def vae_config_to_json(config):
     """VAEConfig -> the content of a config.json."""
     levels = len(config.channels)
-    return {
+    return write_sizes(config, VAE_KEYS) | {
         "_class_name": "AutoencoderKL",
         "in_channels": 3,
         "out_channels": 3,
-        "block_out_channels": config.channels,
-        "layers_per_block": config.layers,
-        "latent_channels": config.latent_channels,
-        "norm_num_groups": config.groups,
-        "scaling_factor": config.scaling_factor,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "sample_size": config.size,
@@ -285,6 +284,12 @@ def vae_config_to_json(config):
 #
 # Which layer the diffusion model reads (`skip_last`, `final_norm`) is in neither shapes nor
 # config.json: SD 2 stores 23 of ViT-H's 24 layers instead.
+
+
+TEXT_KEYS = {
+    "vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "length": "max_position_embeddings", "mlp_width": "intermediate_size", "activation": "hidden_act",
+}
 
 
 def text_config_from_shapes(shapes):
@@ -316,18 +321,9 @@ def text_config_from_json(c):
     eos = c.get("eos_token_id")
     if eos in (None, 2):  # files from before 2023 say 2, which no CLIP vocabulary ever meant
         eos = find_end_token(c["vocab_size"])
+    sizes = read_sizes({"max_position_embeddings": 77, "hidden_act": "quick_gelu"} | c, TEXT_KEYS)
     projected = "CLIPTextModelWithProjection" in (c.get("architectures") or [])
-    return TextConfig(
-        vocab_size=c["vocab_size"],
-        width=c["hidden_size"],
-        layers=c["num_hidden_layers"],
-        heads=c["num_attention_heads"],
-        length=c.get("max_position_embeddings", 77),
-        mlp_width=c["intermediate_size"],
-        activation=c.get("hidden_act", "quick_gelu"),
-        eos=eos,
-        projection=c["projection_dim"] if projected else None,
-    )
+    return TextConfig(**sizes, eos=eos, projection=c["projection_dim"] if projected else None)
 
 
 def find_end_token(vocab_size):
@@ -337,16 +333,9 @@ def find_end_token(vocab_size):
 
 def text_config_to_json(config):
     """TextConfig -> the content of a config.json. It describes every stored layer."""
-    return {
+    return write_sizes(config, TEXT_KEYS) | {
         "architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
         "model_type": "clip_text_model",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "max_position_embeddings": config.length,
-        "hidden_act": config.activation,
         "layer_norm_eps": 1e-5,
         "attention_dropout": 0.0,
         "projection_dim": config.projection or config.width,

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import clip
-from checkpoints.configs import refuse_other_options
+from checkpoints.configs import read_sizes, refuse_other_options, write_sizes
 from networks.blip import normalise
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,6 +62,11 @@ class ImageEncoder(nn.Module):
         return self.visual_projection(m.post_layernorm(x[:, 0]))
 
 
+IMAGE_KEYS = {
+    "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size", "activation": "hidden_act", "projection": "projection_dim", "side": "image_size",
+    "patch": "patch_size",
+}
 IMAGE_OPTIONS = {"num_channels": 3, "attention_dropout": 0.0, "layer_norm_eps": 1e-5}
 
 
@@ -69,31 +74,12 @@ def image_config_from_json(c):
     """The content of the config.json of transformers' CLIPVisionModelWithProjection, or CLIPModel -> ImageConfig"""
     c = {"projection_dim": 768, "image_size": 224, "hidden_act": "quick_gelu"} | c.get("vision_config", {}) | c
     refuse_other_options(c, IMAGE_OPTIONS)
-    return ImageConfig(
-        width=c["hidden_size"],
-        layers=c["num_hidden_layers"],
-        heads=c["num_attention_heads"],
-        mlp_width=c["intermediate_size"],
-        activation=c["hidden_act"],
-        projection=c["projection_dim"],
-        side=c["image_size"],
-        patch=c["patch_size"],
-    )
+    return ImageConfig(**read_sizes(c, IMAGE_KEYS))
 
 
 def image_config_to_json(config):
-    return {
-        "architectures": ["CLIPVisionModelWithProjection"],
-        "model_type": "clip_vision_model",
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.mlp_width,
-        "hidden_act": config.activation,
-        "projection_dim": config.projection,
-        "image_size": config.side,
-        "patch_size": config.patch,
-    } | IMAGE_OPTIONS
+    kind = {"architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model"}
+    return kind | write_sizes(config, IMAGE_KEYS) | IMAGE_OPTIONS
 
 
 # ---------------------------------------------------------------------------------------------------------------------

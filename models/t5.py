@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoints.configs import refuse_other_options
+from checkpoints.configs import read_sizes, refuse_other_options
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The encoder
@@ -36,19 +36,16 @@ class T5Config:
     distance: int = 128  # all from here on share a bucket
 
 
+KEYS = {
+    "vocab_size": "vocab_size", "width": "d_model", "layers": "num_layers", "heads": "num_heads", "head_width": "d_kv",
+    "mlp_width": "d_ff", "buckets": "relative_attention_num_buckets", "distance": "relative_attention_max_distance",
+}
+
+
 def config_from_json(c):
     """The content of transformers' config.json -> T5Config. KeyError or ValueError as in checkpoints/configs.py"""
     refuse_other_options(c, {"feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6})
-    return T5Config(
-        vocab_size=c["vocab_size"],
-        width=c["d_model"],
-        layers=c["num_layers"],
-        heads=c["num_heads"],
-        head_width=c["d_kv"],
-        mlp_width=c["d_ff"],
-        buckets=c["relative_attention_num_buckets"],
-        distance=c.get("relative_attention_max_distance", 128),
-    )
+    return T5Config(**read_sizes({"relative_attention_max_distance": 128} | c, KEYS))
 
 
 class RMSNorm(nn.Module):
