@@ -66,6 +66,7 @@ class MagicFixup(nn.Module):
         self.schedule = schedule
         self.size = size
         self.as_paper = as_paper
+        self.drop = 0.0 if as_paper else 0.2  # the share of coarse edits that training hides
         config = synthesizer.config
         C, channels = vae.config.latent_channels, (config.in_channels, config.out_channels)
         if channels != (2 * C + 1, C):
@@ -78,11 +79,6 @@ class MagicFixup(nn.Module):
             raise ValueError("there is an extractor, or else an image encoder")
         if extractor and extractor.config != replace(config, context=0):
             raise ValueError("the extractor is not built as the synthesizer is")
-
-    @property
-    def drop(self):
-        """The share of coarse edits that training hides."""
-        return 0.0 if self.as_paper else 0.2
 
     def encode_image(self, x):
         """x (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), float32"""
@@ -100,9 +96,8 @@ class MagicFixup(nn.Module):
             reference = self.image_encoder.embed(reference).float()[:, None]
         else:
             reference = self.encode_image(reference)
-        if self.as_paper:  # section 3.2
-            return reference, coarse, F.interpolate(mask, coarse.shape[-2:]).to(coarse)
-        return reference, coarse, diffdiff.down_sample(mask, coarse.shape[-2:]).to(coarse)
+        resize = F.interpolate if self.as_paper else diffdiff.down_sample  # section 3.2
+        return reference, coarse, resize(mask, coarse.shape[-2:]).to(coarse)
 
     def blind_blocks(self):
         """The synthesizer's transformer blocks that do not look at the reference. The paper reads
