@@ -296,10 +296,9 @@ def modules_after_last_feature(unet, below_full=False):
     `below_full` resolution."""
     levels = list(unet.up_blocks)
     after = [unet.conv_norm_out, unet.conv_out, *(levels.pop() for _ in range(below_full))]
-    while not hasattr(levels[-1], "attentions"):
+    while not len(levels[-1].attentions):
         after.append(levels.pop())
-    if hasattr(levels[-1], "upsamplers"):
-        after.append(levels[-1].upsamplers)
+    after.append(levels[-1].upsamplers)
     transformer = levels[-1].attentions[-1]
     block = transformer.transformer_blocks[-1]
     return [*after, block.attn1, block.norm3, block.ff, transformer.proj_out]

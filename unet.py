@@ -200,62 +200,59 @@ def project(layer, x):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each with a transformer behind it where `depth` > 0."""
+    """Residual blocks at one resolution, with transformers behind them, `depths` says how deep.
 
-    def __init__(self, widths_in, width, cfg, depth, down=False, up=False):
+    At the lowest resolution, which is the middle, there are two, and a transformer between them.
+    """
+
+    def __init__(self, widths_in, width, cfg, depths, down=False, up=False):
         super().__init__()
         c_time = 4 * cfg.channels[0]
         self.resnets = nn.ModuleList(ResnetBlock(c, width, c_time, cfg.groups) for c in widths_in)
-        if depth:
-            transformers = (SpatialTransformer(width, cfg, depth) for _ in widths_in)
-            self.attentions = nn.ModuleList(transformers)
+        transformers = (SpatialTransformer(width, cfg, depth) for depth in depths if depth)
+        self.attentions = nn.ModuleList(transformers)
+        self.downsamplers = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
         if down:
             conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
-            self.downsamplers = nn.ModuleList([nn.ModuleDict({"conv": conv})])
+            self.downsamplers.append(nn.ModuleDict({"conv": conv}))
         if up:
             conv = nn.Conv2d(width, width, 3, padding=1)
-            self.upsamplers = nn.ModuleList([nn.ModuleDict({"conv": conv})])
+            self.upsamplers.append(nn.ModuleDict({"conv": conv}))
+
+    def run_block(self, i, x, times, keys_values, features):
+        """x (B, c, h, w) -> (B, width, h, w): the residual block i, and its transformer if any"""
+        resnet = self.resnets[i]
+        x = resnet(x, times[resnet.index])
+        if i < len(self.attentions):
+            x = self.attentions[i](x, keys_values, features)
+        return x
+
+    def forward(self, x, times, keys_values, features):
+        """The middle: x (B, c, h, w) -> (B, c, h, w)"""
+        for i in range(len(self.resnets)):
+            x = self.run_block(i, x, times, keys_values, features)
+        return x
 
     def down(self, x, skips, times, keys_values, features):
         """x (B, c, h, w) -> the level below's. It puts every feature map on the end of `skips`."""
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, times[resnet.index])
-            if hasattr(self, "attentions"):
-                x = self.attentions[i](x, keys_values, features)
+        for i in range(len(self.resnets)):
+            x = self.run_block(i, x, times, keys_values, features)
             skips.append(x)
-        if hasattr(self, "downsamplers"):
-            x = self.downsamplers[0].conv(x)
+        for step in self.downsamplers:
+            x = step.conv(x)
             skips.append(x)
         return x
 
     def up(self, x, skips, times, keys_values, features):
         """x (B, c, h, w) -> the level above's. It takes feature maps off the end of `skips`."""
-        for i, resnet in enumerate(self.resnets):
+        for i in range(len(self.resnets)):
             x = torch.cat([x, skips.pop()], dim=1)
-            x = resnet(x, times[resnet.index])
-            if hasattr(self, "attentions"):
-                x = self.attentions[i](x, keys_values, features)
-        if hasattr(self, "upsamplers"):
+            x = self.run_block(i, x, times, keys_values, features)
+        for step in self.upsamplers:
             size = skips[-1].shape[-2:]  # 2h and 2w, or one less where a side was odd
-            x = self.upsamplers[0].conv(F.interpolate(x, size=size, mode="nearest"))
+            x = step.conv(F.interpolate(x, size=size, mode="nearest"))
         return x
-
-
-class Middle(nn.Module):
-    """The lowest resolution: a residual block, a transformer, a residual block."""
-
-    def __init__(self, width, cfg):
-        super().__init__()
-        resnets = (ResnetBlock(width, width, 4 * cfg.channels[0], cfg.groups) for _ in range(2))
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList([SpatialTransformer(width, cfg, cfg.mid_depth)])
-
-    def forward(self, x, times, keys_values, features):
-        """x (B, c, h, w) -> (B, c, h, w)"""
-        first, second = self.resnets
-        x = first(x, times[first.index])
-        x = self.attentions[0](x, keys_values, features)
-        return second(x, times[second.index])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -281,10 +278,11 @@ class UNet(nn.Module):
         for i, width in enumerate(ch):
             down = i < len(ch) - 1
             widths_in = [skips[-1]] + [width] * (cfg.layers - 1)
-            self.down_blocks.append(Level(widths_in, width, cfg, cfg.depth[i], down=down))
+            depths = [cfg.depth[i]] * cfg.layers
+            self.down_blocks.append(Level(widths_in, width, cfg, depths, down=down))
             skips += [width] * (cfg.layers + down)
 
-        self.mid_block = Middle(ch[-1], cfg)
+        self.mid_block = Level([ch[-1], ch[-1]], ch[-1], cfg, [cfg.mid_depth])
 
         # Up. A residual block reads the one before it and the last skip that is left.
         below = ch[-1]
@@ -294,7 +292,8 @@ class UNet(nn.Module):
             for _ in range(cfg.layers + 1):
                 widths_in.append(below + skips.pop())
                 below = ch[i]
-            self.up_blocks.append(Level(widths_in, ch[i], cfg, cfg.depth[i], up=i > 0))
+            depths = [cfg.depth[i]] * (cfg.layers + 1)
+            self.up_blocks.append(Level(widths_in, ch[i], cfg, depths, up=i > 0))
 
         self.conv_norm_out = nn.GroupNorm(cfg.groups, ch[0], eps=1e-5)
         self.conv_out = nn.Conv2d(ch[0], cfg.out_channels, 3, padding=1)

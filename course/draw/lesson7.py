@@ -37,11 +37,10 @@ def find_stages(unet):
     stages = [("in", unet.conv_in, [])]
     for kind in ("down", "up"):
         for i, level in enumerate(getattr(unet, f"{kind}_blocks")):
-            last = next((getattr(level, name)[0]["conv"] for name in ("downsamplers", "upsamplers")
-                         if hasattr(level, name)), None)
-            behind = [*level.resnets, *getattr(level, "attentions", [])]
-            blocks = [b for a in getattr(level, "attentions", []) for b in a.transformer_blocks]
-            stages.append((f"{kind} {i}", last or behind[-1], blocks))
+            steps = [step["conv"] for step in (*level.downsamplers, *level.upsamplers)]
+            last = [*level.resnets, *level.attentions, *steps][-1]
+            blocks = [b for a in level.attentions for b in a.transformer_blocks]
+            stages.append((f"{kind} {i}", last, blocks))
         if kind == "down":
             stages.append(("middle", unet.mid_block, list(unet.mid_block.attentions[0].transformer_blocks)))
     return [*stages, ("out", unet.conv_out, [])]
