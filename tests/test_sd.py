@@ -15,8 +15,9 @@ from common import devices
 from tests import small
 
 
-@pytest.mark.parametrize("kind", small.UNETS)
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("kind, suffix", [
+    ("sd1", ".ckpt"), ("inpainting", ".safetensors"), ("pix2pix", ".ckpt"), ("sd2", ".safetensors"),
+])
 def test_original_layout(tmp_path, kind, suffix):
     file, _, model = small.original_file(tmp_path, kind, suffix)
     got = sd.load(file)
@@ -41,19 +42,21 @@ def test_v_prediction_and_the_native_size(tmp_path):
     assert sd.load(named, prediction="epsilon").schedule.prediction == "epsilon"
 
 
-@pytest.mark.parametrize("yaml, said", [
-    ('model:\n  params:\n    parameterization: "v"\n    timesteps: 1000\n', "v_prediction"),
-    ("  parameterization : v # velocity\r\n", "v_prediction"), ("    parameterization: 'eps'\n", "epsilon"),
-    ("# parameterization: v\n", None), ("    parameterization: very\n", None), ("", None),
-])
-def test_a_yaml_beside_a_file_says_what_it_predicts(tmp_path, yaml, said):
+def test_a_yaml_beside_a_file_says_what_it_predicts(tmp_path):
     file, tensors, _ = small.original_file(tmp_path, "sd1", ".ckpt")
-    file.with_suffix(".yaml").write_text(yaml, newline="")
-    got = sd.load(file)
-    assert (got.schedule.prediction, got.size) == (said or "epsilon", 64 * 2)
+    torch.save(tensors | {"v_pred": torch.tensor([])}, tmp_path / "v.ckpt")
+    for yaml, said in (
+        ('model:\n  params:\n    parameterization: "v"\n    timesteps: 1000\n', "v_prediction"),
+        ("  parameterization : v # velocity\r\n", "v_prediction"), ("    parameterization: 'eps'\n", "epsilon"),
+        ("# parameterization: v\n", None), ("    parameterization: very\n", None), ("", None),
+    ):
+        file.with_suffix(".yaml").write_text(yaml, newline="")
+        got = sd.load(file)
+        assert (got.schedule.prediction, got.size) == (said or "epsilon", 64 * 2)
+        file.with_suffix(".yaml").rename(tmp_path / "v.yaml")
+        assert sd.load(tmp_path / "v.ckpt").schedule.prediction == (said or "v_prediction")
+    (tmp_path / "v.yaml").rename(file.with_suffix(".yaml")).write_text("parameterization: v")
     assert sd.load(file, prediction="epsilon").schedule.prediction == "epsilon"
-    torch.save(tensors | {"v_pred": torch.tensor([])}, file)
-    assert sd.load(file).schedule.prediction == (said or "v_prediction")
 
 
 def test_a_file_says_what_it_predicts(tmp_path):
@@ -111,9 +114,8 @@ def test_save_and_load(tmp_path, kind):
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, "mixed"])
 def test_the_precision_of_a_cpu_unless_said(tmp_path, stored):
-    """Half precision is slow there and fp8 is no arithmetic; tensors, or parts, of several do not compute at all."""
-    model = small.stable_diffusion()
-    tensors = small.to_original(model)
+    """Half precision is slow there and fp8 is no arithmetic; tensors of several do not compute at all."""
+    tensors = small.to_original(small.stable_diffusion())
     for i, (name, tensor) in enumerate(tensors.items()):
         if tensor.is_floating_point():
             tensors[name] = tensor.to((torch.float16, torch.float32)[i % 2] if stored == "mixed" else stored)
@@ -122,13 +124,17 @@ def test_the_precision_of_a_cpu_unless_said(tmp_path, stored):
     got = sd.load(tmp_path / "model.safetensors")
     assert {p.dtype for part in (got.unet, got.vae, got.text) for p in part.parameters()} == {torch.float32}
     assert all(x.isfinite().all() for x in small.compute(got))
-    sd.save(model, tmp_path / "folder", torch.float16)
-    save_part(model.text, tmp_path / "folder" / "text_encoder")  # fp32 beside fp16
+
+
+def test_the_precision_of_parts_that_differ(tmp_path):
+    model = small.stable_diffusion()
+    sd.save(model, tmp_path, torch.float16)
+    save_part(model.text, tmp_path / "text_encoder")  # fp32 beside fp16
     for dtype in (None, torch.bfloat16):
-        got = sd.load(tmp_path / "folder", dtype)
+        got = sd.load(tmp_path, dtype)
         assert got.text.text_model.final_layer_norm.weight.dtype == got.unet.conv_in.weight.dtype
         got.denoiser(["a blue circle"])(torch.zeros(1, 4, 8, 8), torch.tensor([500]))
-    assert torch.equal(sd.load(tmp_path / "folder").unet.conv_in.weight, model.unet.conv_in.weight.half().float())
+    assert torch.equal(sd.load(tmp_path).unet.conv_in.weight, model.unet.conv_in.weight.half().float())
 
 
 @pytest.mark.parametrize("device, stored, computed", [

@@ -58,6 +58,7 @@ def test_the_peer_pipeline_opens_the_folder_and_draws_the_same_picture(toy):
     assert np.abs(ours * 255 - peer * 255).max() <= 2
 
 
+@pytest.mark.slow
 def test_autoencoder(lab):
     with torch.inference_mode():
         result = toy_items.autoencoder(lab).results
@@ -136,7 +137,7 @@ def test_the_refiner_takes_more_of_low_noise_away(toy):
 def test_the_captioner_says_what_is_there():
     """Of scenes that it has not seen, docs/toy.md; it has less than a megabyte."""
     assert sum(f.stat().st_size for f in TOY_CAPTIONER.iterdir()) < 1e6
-    scenes = world.random_scenes(256, torch.Generator().manual_seed(HELD_OUT + 90))
+    scenes = world.random_scenes(128, torch.Generator().manual_seed(HELD_OUT + 90))
     told = captions.describe(load_image_encoder(TOY_CAPTIONER, torch.float32), world.render(scenes).image * 2 - 1)
     right = [a == b for a, b in zip(told, captions.caption_scenes(scenes))]
     assert sum(right) / len(right) > 0.8

@@ -81,8 +81,8 @@ def test_trajectory_is_diffusers(name, options, k, prediction):
 
 
 @pytest.mark.parametrize("name, spacing, k", [
-    *((name, "trailing", k) for name in ("ddim", "euler", "heun") for k in (1, 2, 4, 8)),
-    *((name, "linspace", k) for name in ("euler", "heun") for k in (2, 4, 10)),  # no peer's DDIM meets these levels
+    *((name, "trailing", k) for name in ("ddim", "euler", "heun") for k in (1, 4)),
+    *((name, "linspace", k) for name in ("euler", "heun") for k in (4, 10)),  # no peer's DDIM meets these levels
 ])
 def test_trajectory_of_few_steps_is_diffusers(name, spacing, k):
     """With a network, of random weights, as Turbo, Lightning and Hyper-SD run theirs."""

@@ -18,7 +18,7 @@ from checkpoints import published
 from networks import raft
 from video.estimators import dis_flow
 
-SIZES = [(128, 128), (136, 152), (131, 141)]
+SIZES = [(136, 152), (131, 141)]  # multiples of 8, and what is filled up to them
 
 
 def randomise(model, seed=0):
@@ -79,7 +79,7 @@ def error(a, b):
 # --- Parity ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("H, W", [pytest.param(*size, marks=pytest.mark.slow) for size in SIZES[:2]] + SIZES[2:])
+@pytest.mark.parametrize("H, W", SIZES[1:])
 def test_every_iteration_is_torchvisions(peer, tmp_path, H, W):
     torch.save(peer.state_dict(), tmp_path / "raft_large.pth")
     model, (first, second) = published.load("raft", tmp_path / "raft_large.pth"), pictures(4, H, W).chunk(2)
@@ -132,7 +132,7 @@ def test_original_layout(model, tmp_path, prefix, extension):
 
 @pytest.mark.skipif("RAFT_REPO" not in os.environ, reason="no RAFT_REPO")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("H, W", SIZES[1:3])
+@pytest.mark.parametrize("H, W", SIZES)
 def test_the_authors_code(tmp_path, monkeypatch, H, W):
     monkeypatch.syspath_prepend(os.path.join(os.environ["RAFT_REPO"], "core"))
     monkeypatch.setitem(sys.modules, "scipy", types.SimpleNamespace(interpolate=None))  # imported, not used here
@@ -193,10 +193,10 @@ def test_look_up_is_its_definition():
 
 @pytest.mark.parametrize("memory", [2**24, 2**31])  # 2, all pairs at once
 def test_a_clip_is_its_pairs(model, memory):
-    frames = pictures(5, 131, 141)
-    flows = model.flows(frames, 3, memory)
-    pairs = [model(first, second, 3) for first, second in zip(frames[:-1].split(1), frames[1:].split(1))]
-    assert flows.shape == (4, 2, 131, 141) and error(flows, torch.cat(pairs)) < 1e-5
+    frames = pictures(4, 131, 141)
+    flows = model.flows(frames, 2, memory)
+    pairs = [model(first, second, 2) for first, second in zip(frames[:-1].split(1), frames[1:].split(1))]
+    assert flows.shape == (3, 2, 131, 141) and error(flows, torch.cat(pairs)) < 1e-5
     assert model.flows(frames[:1]).shape == (0, 2, 131, 141)
 
 

@@ -47,7 +47,7 @@ def test_a_pictures_own_alpha(tmp_path, option):
     picture = Image.open(MEADOW).convert("RGB")
     picture.putalpha(Image.fromarray(mask))
     picture.save(tmp_path / "holes.png")
-    argv = ["--image", tmp_path / "holes.png", "--prompt", "snow at night", option]
+    argv = ["--image", tmp_path / "holes.png", "--prompt", "snow at night", "--size", 64, option]
     a = run(tmp_path, *argv, "alpha")
     assert same_picture(a, run(tmp_path, *argv, tmp_path / "mask.png"))
     assert not same_picture(a, run(tmp_path, *argv, "alpha", "--white-is-change"))
@@ -73,8 +73,9 @@ def test_a_full_log_is_no_failure(tmp_path):
 
 def test_strength_is_a_grey_map(tmp_path):
     Image.new("L", (128, 128), 51).save(tmp_path / "grey.png")  # 51 / 255 = 0.2
-    a = run(tmp_path, "--image", MEADOW, "--strength", "0.8", "--prompt", "sand at sunset")
-    b = run(tmp_path, "--image", MEADOW, "--change-map", tmp_path / "grey.png", "--prompt", "sand at sunset")
+    edit = ["--image", MEADOW, "--prompt", "sand at sunset", "--size", 64]
+    a = run(tmp_path, *edit, "--strength", "0.8")
+    b = run(tmp_path, *edit, "--change-map", tmp_path / "grey.png")
     assert same_picture(a, b)
 
 
@@ -104,7 +105,7 @@ def test_sheet_strip_and_parameters(tmp_path):
 def test_same_seed_same_picture_and_skipping_is_exact(tmp_path):
     """On one machine and by one number of threads, bit for bit: half-precision weights are made fp32 as they are read,
     and so always lie where PyTorch aligns them."""
-    argv = ["--image", MEADOW, "--strength", "0.5", "--prompt", "snow at night"]
+    argv = ["--image", MEADOW, "--strength", "0.5", "--prompt", "snow at night", "--size", 64]
     a = run(tmp_path, *argv)
     assert np.array_equal(a, run(tmp_path, *argv)) and np.array_equal(a, run(tmp_path, *argv, "--no-skip"))
     assert not same_picture(a, run(tmp_path, *argv, "--seed", "1"))
@@ -117,7 +118,7 @@ def test_an_inpainting_model_sees_mask_and_picture(tmp_path, toy):
     mask = np.full((128, 128), 255, np.uint8)
     mask[:, :40] = 0
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    argv = ["--image", MEADOW, "--mask", tmp_path / "mask.png", "--softness", 8, "--prompt", "night"]
+    argv = ["--image", MEADOW, "--mask", tmp_path / "mask.png", "--softness", 4, "--prompt", "night", "--size", 64]
     image = run(tmp_path, *argv, "--weights", tmp_path / "inpainting")
     assert np.abs(image - run(tmp_path, *argv)).max() <= 1
     with torch.no_grad():
@@ -127,7 +128,7 @@ def test_an_inpainting_model_sees_mask_and_picture(tmp_path, toy):
 
 
 def test_half_precision_and_size_and_negative(tmp_path):
-    argv = ["--image", MEADOW, "--strength", "0.5", "--prompt", "snow at night", "--steps", "4"]
+    argv = ["--image", MEADOW, "--strength", "0.5", "--prompt", "snow at night", "--steps", "4", "--size", "64"]
     full = run(tmp_path, *argv)
     sample.main([*argv, "--precision", "bf16", "--device", "cpu", "--out", str(tmp_path / "half.png")])
     half = np.asarray(Image.open(tmp_path / "half.png"), int)

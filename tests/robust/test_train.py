@@ -152,6 +152,9 @@ def test_a_state_with_a_senseless_recipe_is_told(name, value, newest, tmp_path):
     write_notes(newest, recipe=asdict(RECIPE) | {name: value})
     with pytest.raises(ValueError, match=f"is damaged: its recipe has {name} = "):
         read_recipe(tmp_path, "tiny", train.Recipe)
+
+
+def test_a_state_of_another_version_is_told(newest, tmp_path):
     for recipe in ([], None, "x", {"steps": 1}, asdict(RECIPE) | {"more": 1}):
         write_notes(newest, recipe=recipe)
         with pytest.raises(ValueError, match="another version"):
