@@ -3,11 +3,10 @@
 A lesson's check of the exercise `ddim_step` is a function of the module that holds the student's `ddim_step`:
 
     def check_ddim_step(module):
-        z, eps = ...                                                small tensors, of a fixed seed
-        got = call(module.ddim_step, z, eps, 0.5, 0.8)
-        compare(got, solution.ddim_step(z, eps, 0.5, 0.8), {
-            "it goes from the next level to this one: the two are the wrong way round": a wrong result,
-        })
+        z, eps = draw((2, 3, 4, 4), (2, 3, 4, 4))
+        compare_function(module.ddim_step, solution.ddim_step, {
+            "it goes from the next level to this one: the two are the wrong way round": a wrong function,
+        }, z, eps, 0.5, 0.8)
 
     def check_PREDICT_CALLS(module):
         predicted(module.PREDICT_CALLS, 35, {"that is Algorithm 1: ...": 50})
@@ -38,6 +37,17 @@ class NotWritten(Exception):
 # What a check calls
 
 
+def draw(*shapes, how=torch.randn):
+    """Standard normal tensors, the same every time"""
+    g = torch.Generator().manual_seed(7)
+    return [how(shape, generator=g) for shape in shapes]
+
+
+def draw_uniform(*shapes):
+    """Uniform in 0 .. 1"""
+    return draw(*shapes, how=torch.rand)
+
+
 def call(function, *inputs, **options):
     """The student's function on copies of the inputs -> what it returns. Wrong, if it changes an input."""
     given = [x.clone() if torch.is_tensor(x) else x for x in inputs]
@@ -62,7 +72,7 @@ def compare(got, want, slips=None, tolerance=1e-4):
         if same(got, wrong, tolerance):
             raise Wrong(sentence)
     if is_several(want):
-        compare_several(got, want, tolerance)
+        compare_several(got, want, tolerance, lambda g, w: compare(g, w, tolerance=tolerance))
     if isinstance(want, str) or is_several(want):
         raise Wrong(f"it is {got!r:.80}, and {want!r:.80} is expected")
     if not isinstance(got, (torch.Tensor, int, float)):
@@ -70,8 +80,19 @@ def compare(got, want, slips=None, tolerance=1e-4):
     raise Wrong(diagnose(torch.as_tensor(got), torch.as_tensor(want), tolerance))
 
 
+def compare_function(function, right, wrong, *inputs, tolerance=1e-4):
+    """The student's function beside the right one. wrong  {sentence: a function with this mistake}"""
+    slips = {sentence: mistaken(*inputs) for sentence, mistaken in wrong.items()}
+    compare(call(function, *inputs), right(*inputs), slips, tolerance)
+
+
+def list_mistakes(wrong):
+    """compare_function's `wrong`, as MISTAKES has it: each must get its own sentence"""
+    return [(mistaken, sentence) for sentence, mistaken in wrong.items()]
+
+
 def predicted(got, want, slips=None, within=0.0):
-    """A number, a string or a bool that a student writes down before running: None is not written yet.
+    """What a student writes down before running, a number, string, bool or tuple of numbers: None is not written yet.
 
     within  how far from `want` a number may be; for a number, more or less is said
     """
@@ -79,6 +100,12 @@ def predicted(got, want, slips=None, within=0.0):
         raise NotWritten
     if isinstance(want, (str, bool)):
         compare(got, want, slips)
+        return
+    if is_several(want):
+        for sentence, wrong in (slips or {}).items():
+            if same(got, wrong, 0):
+                raise Wrong(sentence)
+        compare_several(got, want, 0, predicted)
         return
     if isinstance(got, bool) or not isinstance(got, (int, float)):
         raise Wrong(f"it is {got!r:.80}, where a number is expected")
@@ -123,7 +150,7 @@ def describe(x):
     return f"{'an' if isinstance(x, int) else 'a'} {type(x).__name__}"
 
 
-def compare_several(got, want, tolerance):
+def compare_several(got, want, tolerance, compare_one):
     """Wrong for a list or tuple of another length, in another order, or with one wrong entry"""
     if not is_several(got):
         raise Wrong(f"it returns {describe(got)}, where {len(want)} things are expected, one after another")
@@ -134,7 +161,7 @@ def compare_several(got, want, tolerance):
     if isinstance(want, tuple):
         for i, (g, w) in enumerate(zip(got, want), 1):
             try:
-                compare(g, w, tolerance=tolerance)
+                compare_one(g, w)
             except Wrong as e:
                 raise Wrong(f"number {i} of the {len(want)}: {e}") from None
 
@@ -145,7 +172,7 @@ def diagnose(got, want, tolerance):
         return f"the shape is {tuple(got.shape)}, and {tuple(want.shape)} is expected"
     if want.dtype == torch.bool and same(~got.bool(), want, tolerance):
         return "it is the wrong way round: True where False is expected, and False where True is"
-    got, want = got.detach().double().cpu(), want.double().cpu()
+    got, want = got.detach().double().cpu() + 0.0, want.double().cpu() + 0.0  # -0 is 0
     if not got.isfinite().all():
         return "there are values that are not finite: is something divided by zero?"
     if same(-got, want, tolerance):
@@ -158,7 +185,9 @@ def diagnose(got, want, tolerance):
         if length > 2 and same(got.narrow(dim, 0, length - 1), want.narrow(dim, 1, length - 1), tolerance):
             return f"off by one step: along dimension {dim} everything comes one place too early"
     scale = (got * want).sum().item() / max((want * want).sum().item(), 1e-12)
-    if scale and same(got / scale, want, tolerance):
+    # One number is always so many times another: there only a whole factor says something, as n for a mean.
+    factor = max(abs(scale), 1 / max(abs(scale), 1e-12))
+    if scale and same(got / scale, want, tolerance) and (want.numel() > 1 or abs(factor - round(factor)) < 1e-3):
         return f"the scale is wrong: it is {scale:.4g} times what is expected"
     shift = (got - want).mean().item()
     if same(got - shift, want, tolerance) and want.numel() > 1:

@@ -8,18 +8,12 @@ import torch.nn.functional as F
 
 import unet
 import vae
-from course.grading import call, compare, predicted
+from course.grading import call, compare, compare_function, draw, list_mistakes, predicted
 from course.solutions import lesson1 as right
 from diffusion import Schedule
 
 T = 200
 ABAR = Schedule().abar[T]  # 0.76
-
-
-def draw(*shapes):
-    """Standard normal tensors, the same every time"""
-    g = torch.Generator().manual_seed(1)
-    return [torch.randn(shape, generator=g) for shape in shapes]
 
 
 def check_PREDICT_NUMBERS(module):
@@ -87,8 +81,7 @@ def check_resnet_block(module):
     for p in block.parameters():
         nn.init.normal_(p, generator=torch.Generator().manual_seed(2))
     layers = block.norm1, block.conv1, block.norm2, block.conv2
-    wrong = {sentence: f(x, time, *layers) for sentence, f in WRONG_BLOCKS.items()}
-    compare(call(module.resnet_block, x, time, *layers), block(x, time), wrong)
+    compare_function(module.resnet_block, lambda x, time, *_: block(x, time), WRONG_BLOCKS, x, time, *layers)
 
 
 def norm_after(x, time, norm1, conv1, norm2, conv2):
@@ -146,10 +139,5 @@ MISTAKES = {
         (lambda z, v, abar: right.split_velocity(z, v, abar)[0], "2 things"),
         (lambda z, v, abar: (right.clean_latent(z, v, abar), v), "taken for the noise"),
     ],
-    "resnet_block": [
-        (norm_after, "before"),
-        (time_at_the_start, "takes most of it away"),
-        (no_skip, "skip is missing"),
-        (no_second_silu, "F.silu"),
-    ],
+    "resnet_block": list_mistakes(WRONG_BLOCKS),
 }

@@ -6,17 +6,12 @@ import math
 import torch
 
 import samplers
-from course.grading import Wrong, call, compare, predicted
+from course.grading import Wrong, call, compare, draw, list_mistakes, predicted
 from course.solutions import lesson2 as right
 from diffusion import Schedule
 
 SCHEDULE = Schedule()
-
-
-def draw(count, shape=(2, 3, 4, 4)):
-    """Standard normal tensors, the same every time"""
-    g = torch.Generator().manual_seed(1)
-    return [torch.randn(shape, generator=g) for _ in range(count)]
+SHAPE = 2, 3, 4, 4
 
 
 def two_bumps(z, t):
@@ -39,7 +34,7 @@ def check_PREDICT_START(module):
 def measure_factor():
     """By how much 100 steps of DDIM are better than 50, as lesson 2 measures it"""
     trailing = Schedule(spacing="trailing")
-    z = draw(1, (64, 1, 1, 1))[0].double()
+    z = draw((64, 1, 1, 1))[0].double()
     ends = {k: samplers.run_sampler(two_bumps, z, samplers.make_sampler("ddim", trailing, k)) for k in (50, 100, 500)}
     errors = [(ends[k] - ends[500]).abs().mean().item() for k in (50, 100)]
     return round(errors[0] / errors[1], 2)
@@ -53,7 +48,7 @@ def check_PREDICT_FACTOR(module):
 
 
 def check_ddim_step(module):
-    z, eps = draw(2)
+    z, eps = draw(SHAPE, SHAPE)
     sampler = samplers.ddim(SCHEDULE, 10)
     want, _ = sampler.step(lambda z, t: eps, z, 3)
     a, b = sampler.ladder.abar[3:5]  # abar, abar_next
@@ -80,7 +75,7 @@ def run_ladder(loop):
             raise Wrong("the model is asked with the number of the step, not with its timestep")
         return two_bumps(z, t)
 
-    return call(loop, model, draw(1)[0], ladder.timesteps, ladder.abar)
+    return call(loop, model, *draw(SHAPE), ladder.timesteps, ladder.abar)
 
 
 def stop_early(model, z, timesteps, abar):
@@ -128,7 +123,7 @@ def check_ddim_sigma(module):
 
 
 def check_dpmpp_step(module):
-    z, x0, before = draw(3)
+    z, x0, before = draw(SHAPE, SHAPE, SHAPE)
     sampler = samplers.dpmpp(Schedule(prediction="sample"), 10)
     want, _ = sampler.step(lambda z, t: x0, z, 3, samplers.History([before], torch.tensor(1)))
     a = sampler.ladder.abar[2:5]
@@ -171,10 +166,7 @@ MISTAKES = {
         (lambda z, eps, a, b: b * (z - (1 - a) * eps) / a + (1 - b) * eps, "square roots"),
     ],
     "sample": [
-        (stop_early, "last step is not taken"),
-        (start_late, "first step is not taken"),
-        (stay, "step i goes from"),
-        (ask_once, "asked once"),
+        *list_mistakes(WRONG_LOOPS),
         (lambda model, z, timesteps, abar: right.sample(lambda z, t: model(z, int(t[0])), z, timesteps, abar), "(B,)"),
         (lambda model, z, timesteps, abar: right.sample(model, z, list(range(8)), abar), "number of the step"),
     ],

@@ -6,14 +6,8 @@ import torch
 import torch.nn.functional as F
 
 import clip
-from course.grading import Wrong, call, compare, predicted
+from course.grading import Wrong, call, compare, draw, list_mistakes, predicted
 from course.solutions import lesson3 as right
-
-
-def draw(*shapes):
-    """Standard normal tensors, the same every time"""
-    g = torch.Generator().manual_seed(1)
-    return [torch.randn(shape, generator=g) for shape in shapes]
 
 
 def check_PREDICT_FIRST_CHANGED(module):
@@ -183,12 +177,7 @@ def only_the_prompt(unet, z, t, context, empty, w):
 
 MISTAKES = {
     "PREDICT_FIRST_CHANGED": [(4, "one place later"), (0, "causal"), (6, "own vector"), (8, "all 77")],
-    "merge": [
-        (first_only, "only the first"),
-        (overlapping, "merged twice"),
-        (any_order, "either order"),
-        (lose_the_last, "last symbol"),
-    ],
+    "merge": list_mistakes(WRONG_MERGES),
     "causal_mask": [
         (lambda L: right.causal_mask(L).mT, "wrong one"),
         (lambda L: right.causal_mask(L).tril(-1), "sees itself"),

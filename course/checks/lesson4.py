@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import diffdiff
 import samplers
-from course.grading import Wrong, call, compare, predicted
+from course.grading import Wrong, call, compare, compare_function, draw, list_mistakes, predicted
 from course.solutions import lesson4 as right
 from diffusion import Schedule
 
@@ -16,15 +16,9 @@ K = 8
 MU = (torch.arange(9.0) / K).view(1, 1, 1, 9)  # 0, 1/8, .., 1: without rounding
 
 
-def draw_latents():
-    """z_init and noise, (1, 2, 1, 9)"""
-    g = torch.Generator().manual_seed(1)
-    return [torch.randn((1, 2, 1, 9), generator=g) for _ in range(2)]
-
-
 def run(algorithm):
     """What an Algorithm 1 makes of a small latent -> z_0 (1, 2, 1, 9), and the numbers of the steps that it took"""
-    z_init, noise = draw_latents()
+    z_init, noise = draw((1, 2, 1, 9), (1, 2, 1, 9))
     steps = []
 
     def noise_to(i):
@@ -78,16 +72,19 @@ def check_PREDICT_CALLS(module):
 def check_keep_mask(module):
     mu = (torch.arange(17.0) / (2 * K)).view(1, 1, 1, 17)  # between the thresholds too
     for i in (3, 1):
-        compare(call(module.keep_mask, mu, i, K), mu < i / K, {
-            "it is the wrong way round: True where a pixel is *kept from the last step*, which are the dark ones":
-                mu > i / K,
-            "it is the wrong way round, and a tie is wrong: mu < i / k keeps": mu >= i / K,
-            "a tie is wrong: a pixel whose mu is i / k is still replaced": mu <= i / K,
-            "off by one step: the threshold is that of step i - 1": mu < (i - 1) / K,
-            "off by one step: the threshold is that of step i + 1": mu < (i + 1) / K,
-            "the threshold counts like the paper's t, from k down: at step i it is i / k": mu < (K - i) / K,
-            "mu is compared with the number of the step: divide by k": mu < i,
-        })
+        compare_function(module.keep_mask, right.keep_mask, WRONG_MASKS, mu, i, K)
+
+
+WRONG_MASKS = {
+    "it is the wrong way round: True where a pixel is *kept from the last step*, which are the dark ones":
+        lambda mu, i, k: mu > i / k,
+    "it is the wrong way round, and a tie is wrong: mu < i / k keeps": lambda mu, i, k: mu >= i / k,
+    "a tie is wrong: a pixel whose mu is i / k is still replaced": lambda mu, i, k: mu <= i / k,
+    "off by one step: the threshold is that of step i - 1": lambda mu, i, k: mu < (i - 1) / k,
+    "off by one step: the threshold is that of step i + 1": lambda mu, i, k: mu < (i + 1) / k,
+    "the threshold counts like the paper's t, from k down: at step i it is i / k": lambda mu, i, k: mu < (k - i) / k,
+    "mu is compared with the number of the step: divide by k": lambda mu, i, k: mu < i,
+}
 
 
 def check_first_step(module):
@@ -120,33 +117,20 @@ def overwrite_clean(step, noise_to, z_init, mu, k):
     return right.differential_diffusion(step, lambda i: noise_to(i) if i == 0 else z_init, z_init, mu, k)
 
 
-def inverted(step, noise_to, z_init, mu, k):
-    z = step(noise_to(0), 0)
-    for i in range(1, k):
-        z = step(torch.where(mu < i / k, noise_to(i), z), i)
-    return torch.where(mu < 1, z_init, z)
+def masked(keep, end=lambda mu, i, k: mu < 1):
+    """An Algorithm 1 with another line 8: keep(mu, i, k), and `end` at t = 0"""
 
+    def algorithm(step, noise_to, z_init, mu, k):
+        z = step(noise_to(0), 0)
+        for i in range(1, k):
+            z = step(torch.where(keep(mu, i, k), z, noise_to(i)), i)
+        return torch.where(end(mu, k, k), z, z_init)
 
-def not_nested(step, noise_to, z_init, mu, k):
-    z = step(noise_to(0), 0)
-    for i in range(1, k):
-        z = step(torch.where(mu == i / k, noise_to(i), z), i)
-    return torch.where(mu < 1, z, z_init)
-
-
-def forget_the_end(step, noise_to, z_init, mu, k):
-    return right.differential_diffusion(step, noise_to, z_init, mu.clamp(max=1 - 1e-6), k)
+    return algorithm
 
 
 def one_level_late(step, noise_to, z_init, mu, k):
     return right.differential_diffusion(step, lambda i: noise_to(max(i - 1, 0)), z_init, mu, k)
-
-
-def counting_down(step, noise_to, z_init, mu, k):
-    z = step(noise_to(0), 0)
-    for i in range(1, k):
-        z = step(torch.where(mu < (k - i) / k, z, noise_to(i)), i)
-    return torch.where(mu < 1, z, z_init)
 
 
 WRONG_ALGORITHMS = {
@@ -154,12 +138,17 @@ WRONG_ALGORITHMS = {
         overwrite_after,
     "a pixel is replaced by the clean z_init: it needs the noise of this level, as its neighbours have":
         overwrite_clean,
-    "the mask is the wrong way round: where it is True, z stays": inverted,
+    "the mask is the wrong way round: where it is True, z stays":
+        masked(lambda mu, i, k: mu >= i / k, lambda mu, i, k: mu >= 1),
+    "the mask is the wrong way round before each step, and right at the end": masked(lambda mu, i, k: mu >= i / k),
+    "a tie is wrong: a pixel whose mu is i / k is still replaced": masked(lambda mu, i, k: mu <= i / k),
     "a pixel is replaced once only: the masks are nested, and it is replaced at every step until its own comes":
-        not_nested,
-    "the end is missing: at t = 0 a white pixel is z_init, and no step follows that could make it so": forget_the_end,
+        masked(lambda mu, i, k: mu != i / k),
+    "the end is missing: at t = 0 a white pixel is z_init, and no step follows that could make it so":
+        masked(right.keep_mask, lambda mu, i, k: mu <= 1),
     "off by one step: what is put back has the noise of the level before": one_level_late,
-    "the threshold counts like the paper's t, from k down: at step i it is i / k": counting_down,
+    "the threshold counts like the paper's t, from k down: at step i it is i / k":
+        masked(lambda mu, i, k: mu < (k - i) / k),
 }
 
 
@@ -181,27 +170,23 @@ def blur(mask, softness, half=0.5, normalised=True, mode="replicate", radius=3, 
 def check_soften(module):
     mask = torch.zeros(1, 1, 14, 12)
     mask[..., 2:9, :5] = 1
-    softness = 1.2
-    compare(call(module.soften, mask, softness), diffdiff.soft_inpainting_map(mask, softness), {
-        "the kernel does not add up to 1: divide it by its sum": blur(mask, softness, normalised=False),
-        "the half in the exponent is missing": blur(mask, softness, half=1),
-        "beyond the edge there are zeros, so the map grows dark along the edges: pad with mode='replicate'":
-            blur(mask, softness, mode="constant"),
-        "it is blurred along the rows only": blur(mask, softness, both=False),
-        "the radius is too small: 3 softness, rounded up": blur(mask, softness, radius=1),
-    })
+    compare_function(module.soften, diffdiff.soft_inpainting_map, WRONG_BLURS, mask, 1.2)
+
+
+WRONG_BLURS = {
+    "the kernel does not add up to 1: divide it by its sum": lambda mask, s: blur(mask, s, normalised=False),
+    "the half in the exponent is missing": lambda mask, s: blur(mask, s, half=1),
+    "beyond the edge there are zeros, so the map grows dark along the edges: pad with mode='replicate'":
+        lambda mask, s: blur(mask, s, mode="constant"),
+    "it is blurred along the rows only": lambda mask, s: blur(mask, s, both=False),
+    "the radius is too small: 3 softness, rounded up": lambda mask, s: blur(mask, s, radius=1),
+}
 
 
 MISTAKES = {
     "PREDICT_KEPT": [(5, "step 2"), (2, "thrown away"), (1, "strong edit"), (8, "lost")],
     "PREDICT_CALLS": [(50, "without skipping"), (15, "are skipped"), (5, "brightest"), (34, "off by one")],
-    "keep_mask": [
-        (lambda mu, i, k: mu > i / k, "wrong way round"),
-        (lambda mu, i, k: mu <= i / k, "tie"),
-        (lambda mu, i, k: mu < (i + 1) / k, "i + 1"),
-        (lambda mu, i, k: mu < (k - i) / k, "from k down"),
-        (lambda mu, i, k: (mu < i / k)[0, 0], "shape"),
-    ],
+    "keep_mask": [*list_mistakes(WRONG_MASKS), (lambda mu, i, k: (mu < i / k)[0, 0], "shape")],
     "first_step": [
         (lambda mu, k: k - right.first_step(mu, k), "that is L"),
         (lambda mu, k: right.first_step(mu.amax(), k), "brightest"),
@@ -209,11 +194,6 @@ MISTAKES = {
         (lambda mu, k: right.first_step(mu, k) + 1, "too many is skipped"),
         (lambda mu, k: k - math.floor((1 - mu.min().item()) * k), "1e-4"),
     ],
-    "differential_diffusion": [(wrong, sentence) for sentence, wrong in WRONG_ALGORITHMS.items()],
-    "soften": [
-        (lambda mask, s: blur(mask, s, normalised=False), "add up to 1"),
-        (lambda mask, s: blur(mask, s, half=1), "half"),
-        (lambda mask, s: blur(mask, s, mode="constant"), "replicate"),
-        (lambda mask, s: blur(mask, s, both=False), "rows only"),
-    ],
+    "differential_diffusion": list_mistakes(WRONG_ALGORITHMS),
+    "soften": list_mistakes(WRONG_BLURS),
 }

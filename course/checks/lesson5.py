@@ -4,14 +4,8 @@ import torch
 import torch.nn.functional as F
 
 import warp
-from course.grading import Wrong, call, compare, predicted
+from course.grading import Wrong, call, compare, compare_function, draw_uniform, list_mistakes, predicted
 from course.solutions import lesson5 as right
-
-
-def draw(*shapes):
-    """Uniform in 0 .. 1, the same every time"""
-    g = torch.Generator().manual_seed(5)
-    return [torch.rand(shape, generator=g) for shape in shapes]
 
 
 def check_PREDICT_HOLES(module):
@@ -26,10 +20,9 @@ def check_PREDICT_HOLES(module):
 
 
 def check_fetch(module):
-    x, flow = draw((2, 3, 5, 7), (2, 2, 5, 7))
+    x, flow = draw_uniform((2, 3, 5, 7), (2, 2, 5, 7))
     flow = 3 * flow - 1
-    compare(call(module.fetch, x, flow), right.fetch(x, flow), {sentence: wrong(x, flow) for sentence, wrong in
-                                                                WRONG_FETCHES.items()})
+    compare_function(module.fetch, right.fetch, WRONG_FETCHES, x, flow)
 
 
 def read(x, X, Y, **how):
@@ -47,6 +40,12 @@ def fetch_half_a_pixel_off(x, flow):
     H, W = x.shape[-2:]
     X, Y = warp.positions(flow)
     return read(x, 2 * X / W - 1, 2 * Y / H - 1)
+
+
+def fetch_y_first(x, flow):
+    H, W = x.shape[-2:]
+    X, Y = warp.positions(flow)
+    return read(x, (2 * Y + 1) / H - 1, (2 * X + 1) / W - 1)
 
 
 def fetch_nearest(x, flow):
@@ -69,6 +68,7 @@ WRONG_FETCHES = {
     "it reads half a pixel too far left and up: a centre is half a pixel from its edge": fetch_half_a_pixel_off,
     "it reads the nearest pixel: bilinear is asked for": fetch_nearest,
     "beyond the edge it reads black: padding_mode='border' reads the edge": fetch_without_border,
+    "the grid has y before x: grid_sample reads its last dimension as (x, y)": fetch_y_first,
     "the flow is not used: this is the picture as it was": lambda x, flow: x,
     "these are places alone: q is missing in q + flow[q]": lambda x, flow: right.fetch(x, flow - here(x)),
 }
@@ -83,12 +83,11 @@ ROW_FLOW = torch.tensor([-0.4, 0.25, 2.5, -3.5, 0.0, 0.75, 4.0, -2.25])  # colli
 
 
 def check_splat_row(module):
-    x, = draw(8)
-    compare(call(module.splat_row, x, ROW_FLOW), right.splat_row(x, ROW_FLOW), {
-        sentence: wrong(x, ROW_FLOW) for sentence, wrong in WRONG_ROWS.items()})
+    x, = draw_uniform(8)
+    compare_function(module.splat_row, right.splat_row, WRONG_ROWS, x, ROW_FLOW)
 
 
-def throw(x, flow, share=None, find=torch.floor, wrap=False, add=True):
+def throw(x, flow, share=None, find=torch.floor, wrap=False, stop=False, add=True):
     """splat_row, with a mistake"""
     W, total, norm = len(x), torch.zeros(len(x)), torch.zeros(len(x))
     for q in range(W):
@@ -96,6 +95,7 @@ def throw(x, flow, share=None, find=torch.floor, wrap=False, add=True):
         left = int(find(place))
         for p in (left, left + 1):
             b = share(p, place, left) if share else (1 - (p - place).abs()).clamp(min=0)
+            p = min(max(p, 0), W - 1) if stop else p
             if (wrap and -W <= p < W) or 0 <= p < W:
                 total[p] = b * x[q] + (total[p] if add else 0)
                 norm[p] = b + (norm[p] if add else 0)
@@ -106,14 +106,21 @@ def cut(x, flow):
     return throw(x, flow, share=lambda p, place, left: 1 - (p - place).abs(), find=torch.trunc)
 
 
-def gather(x, flow):
+def gather(x, flow, throws=False):
+    """Every pixel fetches; or is thrown with total[p] +=, which adds once for a p that occurs several times"""
     place = torch.arange(len(x)) + flow
     left = place.floor().long()
     total, norm = torch.zeros(len(x)), torch.zeros(len(x))
     for p in (left, left + 1):
-        b = (1 - (p - place).abs()) * ((p >= 0) & (p < len(x)))
-        total += b * x[p.clamp(0, len(x) - 1)]
-        norm += b
+        inside = (p >= 0) & (p < len(x))
+        b = (1 - (p - place).abs()) * inside
+        p = p.clamp(0, len(x) - 1)
+        if throws:
+            total[p[inside]] += (b * x)[inside]
+            norm[p[inside]] += b[inside]
+        else:
+            total += b * x[p]
+            norm += b
     return total, norm
 
 
@@ -123,6 +130,9 @@ WRONG_ROWS = {
     "what is lost at the left comes back at the right: an index below 0 counts from the end in Python":
         lambda x, flow: throw(x, flow, wrap=True),
     "where two pixels land the second replaces the first: add with +=": lambda x, flow: throw(x, flow, add=False),
+    "where two pixels land at once only one is added: total[p] += counts a p once. Use a loop, or index_add_":
+        lambda x, flow: gather(x, flow, throws=True),
+    "what leaves is added to the edge: it is lost": lambda x, flow: throw(x, flow, stop=True),
     "the place is rounded: the pixel to its left is floor(q + flow[q])":
         lambda x, flow: throw(x, flow, find=torch.round),
     "the place is cut towards zero: int(-0.4) is 0, and floor is -1": cut,
@@ -134,38 +144,34 @@ WRONG_ROWS = {
 
 
 def check_normalise(module):
-    total, norm = draw((1, 2, 3, 4), (1, 1, 3, 4))
+    total, norm = draw_uniform((1, 2, 3, 4), (1, 1, 3, 4))
     norm[..., 0, :] += 1.5  # several have landed
     norm[..., 2, 1:3] = 0  # holes
     norm[..., 1, 1] = 2e-5  # next to nothing has, and the mean is still the mean
     total = total * norm
     got = call(module.normalise, total, norm)
-    if torch.is_tensor(got) and got.isnan().any():
-        raise Wrong("holes are not a number: 0 / 0. Divide by something else there, and then write 0")
-    compare(got, right.normalise(total, norm), {
-        "something small is added to norm: where little has landed, the result is too dark. Ask for norm == 0 instead":
-            total / (norm + 1e-4),
-        "norm is not let below 1: where less than a whole pixel has landed, the result is too dark":
-            total / norm.clamp(min=1),
+    slips = {
         "it is not divided: this is sum splatting": total.clone(),
         "holes are not 0": torch.where(norm == 0, 1.0, right.normalise(total, norm)),
-    })
+    }
+    if torch.is_tensor(got) and got.shape == total.shape:
+        if got.isnan().any():
+            raise Wrong("holes are not a number: 0 / 0. Divide by something else there, and then write 0")
+        by = (total / got)[0, 0, 1, 1].clamp(max=1)  # what was divided by where next to nothing has landed
+        added = by - norm[0, 0, 1, 1]
+        slips |= {
+            "something small is added to norm: where little has landed, the result is too dark. Ask for norm == 0":
+                total / (norm + added),
+            f"norm is not let below {by:.3g}: where less has landed, the result is too dark":
+                total / norm.clamp(min=by),
+        }
+    compare(got, right.normalise(total, norm), slips)
 
 
 def check_blend(module):
-    x, b = draw((4, 3), 4)
+    x, b = draw_uniform((4, 3), 4)
     Z = torch.tensor([1.0, -2.0, 0.5, 1.5])
-    a = b * Z.exp()
-    compare(call(module.blend, x, b, Z), right.blend(x, b, Z), {
-        "the weights are b Z, as in linear splatting: take exp(Z)": (b * Z) @ x / (b * Z).sum(),
-        "b is left out: a pixel that hardly touches the target counts as one that hits it": Z.softmax(0) @ x,
-        "Z is left out: that is average splatting": b @ x / b.sum(),
-        "the sign of Z is wrong: a large Z wins": right.blend(x, b, -Z),
-        "it is not divided by the sum of the weights": a @ x,
-        "it is divided by the number of pixels: divide by the sum of the weights": a @ x / len(Z),
-        "it is divided by the sum of exp(Z), without b: weights that do not add up to 1": a @ x / Z.exp().sum(),
-        "the winner takes all: each pixel has its share": x[a.argmax()].clone(),
-    })
+    compare_function(module.blend, right.blend, WRONG_BLENDS, x, b, Z)
     for shift in (100, -100):
         got = call(module.blend, x, b, Z + shift)
         if not got.isfinite().all():
@@ -173,9 +179,24 @@ def check_blend(module):
         compare(got, right.blend(x, b, Z))
 
 
+WRONG_BLENDS = {
+    "the weights are b Z, as in linear splatting: take exp(Z)": lambda x, b, Z: (b * Z) @ x / (b * Z).sum(),
+    "b is left out: a pixel that hardly touches the target counts as one that hits it":
+        lambda x, b, Z: Z.softmax(0) @ x,
+    "Z is left out: that is average splatting": lambda x, b, Z: b @ x / b.sum(),
+    "the sign of Z is wrong: a large Z wins": lambda x, b, Z: right.blend(x, b, -Z),
+    "it is not divided by the sum of the weights": lambda x, b, Z: (b * Z.exp()) @ x,
+    "it is divided by the number of pixels: divide by the sum of the weights":
+        lambda x, b, Z: (b * Z.exp()) @ x / len(Z),
+    "it is divided by the sum of exp(Z), without b: weights that do not add up to 1":
+        lambda x, b, Z: (b * Z.exp()) @ x / Z.exp().sum(),
+    "the winner takes all: each pixel has its share": lambda x, b, Z: x[(b * Z.exp()).argmax()],
+}
+
+
 def check_flow_slope(module):
     # A small picture is thrown for real, in float64, and one of its pixels a little farther: central differences.
-    x, flow, grad = (t.double() for t in draw((1, 2, 5, 5), (1, 2, 5, 5), (1, 2, 5, 5)))
+    x, flow, grad = (t.double() for t in draw_uniform((1, 2, 5, 5), (1, 2, 5, 5), (1, 2, 5, 5)))
     y, x_ = 2, 1
     out, norm = warp.softsplat_plain(x, flow, None, "avg")
     step, losses = 1e-5, []
@@ -210,36 +231,19 @@ WRONG_SLOPES = {
 
 MISTAKES = {
     "PREDICT_HOLES": [(0.5, "one direction"), (0.25, "share that is hit"), (0, "backward"), (0.9, "too large")],
-    "fetch": [
-        (lambda x, flow: right.fetch(x, -flow), "sign of the flow"),
-        (lambda x, flow: right.fetch(x, flow.flip(1)), "swapped"),
-        (fetch_by_corners, "edge to edge"),
-        (fetch_half_a_pixel_off, "half a pixel"),
-        (fetch_without_border, "black"),
-    ],
-    "splat_row": [
-        (lambda x, flow: throw(x, flow, share=lambda p, place, left: (p - place).abs()), "nearer"),
-        (lambda x, flow: throw(x, flow, wrap=True), "counts from the end"),
-        (lambda x, flow: throw(x, flow, add=False), "replaces"),
-        (gather, "backward"),
-        (cut, "floor is -1"),
-    ],
+    "fetch": list_mistakes(WRONG_FETCHES),
+    "splat_row": list_mistakes(WRONG_ROWS),
     "normalise": [
         (lambda total, norm: total / norm, "0 / 0"),
-        (lambda total, norm: total / norm.clamp(min=1), "too dark"),
+        (lambda total, norm: total / norm.clamp(min=1), "below 1:"),
+        (lambda total, norm: total / norm.clamp(min=1e-3), "below 0.001:"),
         (lambda total, norm: total / (norm + 1e-4), "norm == 0"),
+        (lambda total, norm: total / (norm + 1e-7), "norm == 0"),
         (lambda total, norm: total, "sum splatting"),
     ],
     "blend": [
         (lambda x, b, Z: (b * Z.exp()) @ x / (b * Z.exp()).sum(), "overflow"),
-        (lambda x, b, Z: (b * Z) @ x / (b * Z).sum(), "linear"),
-        (lambda x, b, Z: Z.softmax(0) @ x, "b is left out"),
-        (lambda x, b, Z: right.blend(x, b, -Z), "sign of Z"),
+        *list_mistakes(WRONG_BLENDS),
     ],
-    "flow_slope": [
-        (lambda x, b, I, N, g: (b / N * (g * x).sum(1)).sum(), "quotient rule"),
-        (lambda x, b, I, N, g: (b * (g * (x - I)).sum(1)).sum(), "not divided"),
-        (lambda x, b, I, N, g: -right.flow_slope(x, b, I, N, g), "sign"),
-        (lambda x, b, I, N, g: right.flow_slope(x, b, I, N, g) / 2, "mean over the channels"),
-    ],
+    "flow_slope": [*list_mistakes(WRONG_SLOPES), (lambda x, b, I, N, g: (b / N).abs().sum(), "is expected")],
 }

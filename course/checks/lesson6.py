@@ -3,14 +3,8 @@
 import torch
 
 import warp
-from course.grading import call, compare, predicted
+from course.grading import call, compare, compare_function, draw_uniform, list_mistakes, predicted
 from course.solutions import lesson6 as right
-
-
-def draw(*shapes):
-    """Uniform in 0 .. 1, the same every time"""
-    g = torch.Generator().manual_seed(6)
-    return [torch.rand(shape, generator=g) for shape in shapes]
 
 
 def check_PREDICT_COMPOSED(module):
@@ -25,35 +19,30 @@ def check_PREDICT_COMPOSED(module):
 
 
 def check_shots(module):
-    wrong = [lambda cuts: shots_off(cuts, begin=0), lambda cuts: [(a, b + 1) for a, b in right.shots(cuts)],
-             shots_of_one_frame, lambda cuts: right.shots(cuts)[:-1]]
     for cuts in CUTS:
-        sentences = dict(zip(WRONG_SHOTS, (one(cuts) for one in wrong)))
-        compare(call(module.shots, cuts), right.shots(cuts), sentences)
+        compare_function(module.shots, right.shots, WRONG_SHOTS, cuts)
+
+
+def find_shots(cuts, begin=1, shortest=2):
+    """A shot begins at i + begin"""
+    edges = [0] + [i + begin for i, cut in enumerate(cuts) if cut] + [len(cuts) + 1]
+    return [(a, b - 1) for a, b in zip(edges, edges[1:]) if b - a >= shortest]
 
 
 CUTS = ([False, False, True, False, False, True, True, False], [False, False, False], [True, False, True])
-WRONG_SHOTS = (
-    "off by one step: cuts[i] is between i and i + 1, so that the next shot begins at i + 1",
-    "off by one step: the last frame of a shot is the one before the next shot begins",
-    "there are shots of a single frame among them: a pair needs two frames",
-    "the last shot is missing: no cut ends it",
-)
-
-
-def shots_off(cuts, begin):
-    """A shot begins at i + begin"""
-    edges = [0] + [i + begin for i, cut in enumerate(cuts) if cut] + [len(cuts) + 1]
-    return [(a, b - 1) for a, b in zip(edges, edges[1:]) if b - a > 1]
-
-
-def shots_of_one_frame(cuts):
-    edges = [0] + [i + 1 for i, cut in enumerate(cuts) if cut] + [len(cuts) + 1]
-    return [(a, b - 1) for a, b in zip(edges, edges[1:])]
+WRONG_SHOTS = {
+    "off by one step: cuts[i] is between i and i + 1, so that the next shot begins at i + 1":
+        lambda cuts: find_shots(cuts, begin=0),
+    "off by one step: the last frame of a shot is the one before the next shot begins":
+        lambda cuts: [(a, b + 1) for a, b in right.shots(cuts)],
+    "there are shots of a single frame among them: a pair needs two frames":
+        lambda cuts: find_shots(cuts, shortest=0),
+    "the last shot is missing: no cut ends it": lambda cuts: right.shots(cuts)[:-1],
+}
 
 
 def check_compose(module):
-    f01, f12 = (3 * t - 1 for t in draw((2, 2, 6, 7), (2, 2, 6, 7)))
+    f01, f12 = (3 * t - 1 for t in draw_uniform((2, 2, 6, 7), (2, 2, 6, 7)))
     got, want = call(module.compose, f01, f12), right.compose(f01, f12)
     slips = {sentence: wrong(f01, f12) for sentence, wrong in WRONG_FLOWS.items()}
     known = ~want.isnan()
@@ -76,10 +65,9 @@ WRONG_FLOWS = {
 
 
 def check_importance(module):
-    image, target, flow = draw((2, 3, 6, 7), (2, 3, 6, 7), (2, 2, 6, 7))
+    image, target, flow = draw_uniform((2, 3, 6, 7), (2, 3, 6, 7), (2, 2, 6, 7))
     flow = 2 * flow
-    compare(call(module.importance, image, target, flow), right.importance(image, target, flow), {
-        sentence: wrong(image, target, flow) for sentence, wrong in WRONG_METRICS.items()})
+    compare_function(module.importance, right.importance, WRONG_METRICS, image, target, flow)
 
 
 WRONG_METRICS = {
@@ -140,15 +128,14 @@ WRONG_VERDICTS = {
 
 def make_points():
     """A turn by 30 degrees, twice as large, a shift; and noise, which no similarity follows"""
-    start, noise = draw((2, 8), (2, 8))
+    start, noise = draw_uniform((2, 8), (2, 8))
     turn = 2 * torch.tensor([[0.866, -0.5], [0.5, 0.866]])
     return 10 * start, turn @ (10 * start) + torch.tensor([[3.0], [-2.0]]) + noise
 
 
 def check_fit_similarity(module):
     start, end = make_points()
-    compare(call(module.fit_similarity, start, end), right.fit_similarity(start, end), {
-        sentence: wrong(start, end) for sentence, wrong in WRONG_FITS.items()}, tolerance=1e-3)
+    compare_function(module.fit_similarity, right.fit_similarity, WRONG_FITS, start, end, tolerance=1e-3)
 
 
 def fit_affine(start, end):
@@ -185,12 +172,7 @@ WRONG_FITS = {
 
 MISTAKES = {
     "PREDICT_COMPOSED": [(10, "added"), (5, "one step"), (22.5, "where it is"), (13, "too large")],
-    "shots": [
-        (lambda cuts: shots_off(cuts, begin=0), "begins at i + 1"),
-        (lambda cuts: [(a, b + 1) for a, b in right.shots(cuts)], "one before"),
-        (shots_of_one_frame, "single frame"),
-        (lambda cuts: right.shots(cuts)[:-1], "last shot"),
-    ],
+    "shots": list_mistakes(WRONG_SHOTS),
     "compose": [
         (lambda f, g: f + g, "pixel by pixel"),
         (lambda f, g: f + warp.backwarp(g, f), "not NaN"),
@@ -198,23 +180,10 @@ MISTAKES = {
         (lambda f, g: warp.compose_flow(-f, g) + 2 * f, "sign"),
     ],
     "importance": [
-        (lambda x, y, f: -right.importance(x, y, f), "sign"),
-        (lambda x, y, f: -20 * (x - y).abs().mean(1, keepdim=True), "not fetched"),
+        *list_mistakes(WRONG_METRICS),
         (lambda x, y, f: right.importance(x, y, f)[:, 0], "shape"),
-        (lambda x, y, f: right.importance(y, x, f), "should be the target"),
         (lambda x, y, f: right.importance(x, y, f) / 20, "0.05 times"),
     ],
-    "verdict": [
-        (lambda f: judge(f, scale=1.0), "in proportion"),
-        (lambda f: judge(f, 0.95, 0.9), "percentiles"),
-        (lambda f: judge(f, 1.0, 1.0), "single pixel"),
-        (lambda f: judge(f, length=f.norm(dim=0).mean().expand(2)), "mean decides"),
-        (lambda f: judge(f, length=f.sum(0)), "cancel"),
-    ],
-    "fit_similarity": [
-        (fit_affine, "shear"),
-        (turn_back, "wrong way"),
-        (lambda start, end: right.fit_similarity(end, start), "from end to start"),
-        (fit_shift, "does not turn"),
-    ],
+    "verdict": list_mistakes(WRONG_VERDICTS),
+    "fit_similarity": list_mistakes(WRONG_FITS),
 }

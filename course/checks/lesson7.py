@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from course.grading import Wrong, call, compare, predicted
+from course.grading import Wrong, call, compare, compare_function, draw, list_mistakes, predicted
 from course.solutions import lesson7 as right
 from diffusion import Schedule
 from unet import TransformerBlock
@@ -14,17 +14,9 @@ from unet import TransformerBlock
 ABAR = 0.7
 
 
-def draw(*shapes):
-    """Standard normal tensors, the same every time"""
-    g = torch.Generator().manual_seed(7)
-    return [torch.randn(shape, generator=g) for shape in shapes]
-
-
 def check_PREDICT_PICTURES(module):
     """The page's block counts them on the toy."""
-    if module.PREDICT_PICTURES is None:
-        predicted(None, 0)
-    compare(module.PREDICT_PICTURES, right.PREDICT_PICTURES, {
+    predicted(module.PREDICT_PICTURES, right.PREDICT_PICTURES, {
         "the extractor runs once a step, but not once a seed: it never sees the edit's own latent x_t": (50, 50),
         "the extractor does not run once for all: it sees the reference noised to the step's t": (50, 1),
         "that is one seed: the synthesizer sees each of the five at each of the ten steps": (10, 10),
@@ -35,8 +27,7 @@ def check_PREDICT_PICTURES(module):
 def check_extractor_input(module):
     I, noise, M = draw((2, 3, 4, 4), (2, 3, 4, 4), (2, 1, 4, 4))
     M = (M > 0).float()
-    compare(call(module.extractor_input, I, noise, M, ABAR), right.extractor_input(I, noise, M, ABAR), {
-        sentence: wrong(I, noise, M, ABAR) for sentence, wrong in WRONG_INPUTS.items()})
+    compare_function(module.extractor_input, right.extractor_input, WRONG_INPUTS, I, noise, M, ABAR)
 
 
 def stack_input(I, noise, M, alpha, sigma):
@@ -66,8 +57,7 @@ def check_cross_reference(module):
     for p in block.parameters():
         nn.init.normal_(p, std=0.7)
     x, f = draw((2, 5, 8), (2, 5, 8))
-    compare(call(module.cross_reference, block, x, f), right.cross_reference(block, x, f), {
-        sentence: wrong(block, x, f) for sentence, wrong in WRONG_ATTENTIONS.items()})
+    compare_function(module.cross_reference, right.cross_reference, WRONG_ATTENTIONS, block, x, f)
 
 
 def attend(block, queries_of, keys_of, values_of, scale=None, dim=-1):
@@ -81,6 +71,8 @@ def attend(block, queries_of, keys_of, values_of, scale=None, dim=-1):
 WRONG_ATTENTIONS = {
     "queries and keys are the wrong way round: the synthesizer asks, the extractor answers":
         lambda block, x, f: x + attend(block, f, block.norm2(x), block.norm2(x)),
+    "queries and keys are the wrong way round, though the values are right: the synthesizer asks":
+        lambda block, x, f: x + attend(block, f, block.norm2(x), f),
     "the values are the synthesizer's own: it finds the place in the reference, and takes nothing from it":
         lambda block, x, f: x + attend(block, block.norm2(x), f, block.norm2(x)),
     "the keys are the synthesizer's own: it looks for itself, and takes what is in the reference at that place":
@@ -110,9 +102,8 @@ def check_start_latent(module):
     coarse, epsilon = draw((1, 3, 4, 4), (1, 3, 4, 4))
     schedule = Schedule()
     steps = schedule.space_timesteps(50)
-    compare(call(module.start_latent, coarse, epsilon, schedule, steps),
-            right.start_latent(coarse, epsilon, schedule, steps), {
-        sentence: wrong(coarse, epsilon, schedule, steps) for sentence, wrong in WRONG_STARTS.items()}, tolerance=1e-5)
+    inputs = coarse, epsilon, schedule, steps
+    compare_function(module.start_latent, right.start_latent, WRONG_STARTS, *inputs, tolerance=1e-5)
 
 
 def noise_to(coarse, epsilon, abar):
@@ -130,6 +121,10 @@ WRONG_STARTS = {
         lambda z, e, schedule, steps: noise_to(z, e, schedule.abar[steps[-1]]),
     "(1 - abar) has no square root, as equation 4 is printed": lambda z, e, schedule, steps: (
         schedule.abar[steps[0]] ** 0.5 * z + (1 - schedule.abar[steps[0]]) * e),
+    "both square roots are missing": lambda z, e, schedule, steps: (
+        schedule.abar[steps[0]] * z + (1 - schedule.abar[steps[0]]) * e),
+    "abar and 1 - abar are the wrong way round: abar goes with the coarse edit": lambda z, e, schedule, steps: (
+        noise_to(e, z, schedule.abar[steps[0]])),
 }
 
 
@@ -138,8 +133,7 @@ def check_v_loss(module):
     alpha = torch.tensor([0.9, 0.6, 0.3]).view(3, 1, 1, 1)
     sigma = (1 - alpha**2).sqrt()
     inputs = output, x_0, noise, alpha, sigma
-    compare(call(module.v_loss, *inputs), right.v_loss(*inputs), {
-        sentence: wrong(*inputs) for sentence, wrong in WRONG_LOSSES.items()})
+    compare_function(module.v_loss, right.v_loss, WRONG_LOSSES, *inputs)
 
 
 def squared(a, b):
@@ -194,38 +188,14 @@ WRONG_DROPS = {
 
 MISTAKES = {
     "PREDICT_PICTURES": [((50, 50), "not once a seed"), ((50, 1), "not run once for all"), ((10, 10), "one seed"),
-                         ((10, 50), "wrong way round"), (50, "2 things")],
-    "extractor_input": [
-        (lambda I, noise, M, abar: stack_input(I, noise, M, abar**0.5, 1 - abar), "as it is printed"),
-        (lambda I, noise, M, abar: stack_input(I, noise, M, (1 - abar) ** 0.5, abar**0.5), "goes with the reference"),
-        (lambda I, noise, M, abar: right.extractor_input(I, noise, M, abar)[:, :6], "M is missing"),
-        (lambda I, noise, M, abar: right.extractor_input(I, noise, M, abar)[:, [0, 1, 2, 6]], "clean reference"),
-    ],
-    "cross_reference": [
-        (lambda block, x, f: x + attend(block, f, block.norm2(x), block.norm2(x)), "the synthesizer asks"),
-        (lambda block, x, f: x + attend(block, block.norm2(x), f, block.norm2(x)), "takes nothing"),
-        (lambda block, x, f: x + attend(block, block.norm2(x), block.norm2(x), f), "looks for itself"),
-        (lambda block, x, f: attend(block, block.norm2(x), f, f), "skip"),
-        (lambda block, x, f: x + attend(block, block.norm2(x), f, f, scale=1.0), "square root"),
-        (lambda block, x, f: x + attend(block, block.norm2(x), f, f, dim=-2), "over the queries"),
-    ],
-    "start_latent": [
-        (lambda z, e, schedule, steps: e, "pure noise"),
-        (lambda z, e, schedule, steps: noise_to(z, e, schedule.abar[999]), "999"),
-        (lambda z, e, schedule, steps: noise_to(z, e, schedule.abar[steps[1]]), "off by one step"),
-        (lambda z, e, schedule, steps: noise_to(z, e, schedule.abar[steps[-1]]), "last step"),
-    ],
+                         ((10, 50), "wrong way round"), (50, "2 things"), ((50, 11), "number 2 of the 2: off by one")],
+    "extractor_input": list_mistakes(WRONG_INPUTS),
+    "cross_reference": list_mistakes(WRONG_ATTENTIONS),
+    "start_latent": list_mistakes(WRONG_STARTS),
     "v_loss": [
-        (lambda o, x, n, a, s: squared(o, n), "the paper's loss"),
-        (lambda o, x, n, a, s: squared(o, a * n + s * x), "sign of x_0"),
+        *list_mistakes(WRONG_LOSSES),
         (lambda o, x, n, a, s: (o - (a * n - s * x)).square().mean((1, 2, 3)), "shape"),
-        (lambda o, x, n, a, s: (o - (a * n - s * x)).square().sum(), "grow"),
+        (lambda o, x, n, a, s: squared(o, a * n - s * x) / 2, "0.5 times"),
     ],
-    "drop_coarse": [
-        (lambda b, d: keep(b, d, "coarse", "mask"), "wrong ones"),
-        (lambda b, d: keep(b, ~d, "coarse"), "mask stays"),
-        (lambda b, d: keep(b, ~d, "reference", "coarse", "mask"), "reference is dropped too"),
-        (lambda b, d: keep(b, d & ~d, "coarse", "mask"), "whole batch"),
-        (lambda b, d: b["coarse"].mul_(0), "in place"),
-    ],
+    "drop_coarse": [*list_mistakes(WRONG_DROPS), (lambda b, d: b["coarse"].mul_(0), "in place")],
 }

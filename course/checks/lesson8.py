@@ -2,19 +2,13 @@
 
 import torch
 
-from course.grading import call, compare, predicted
+from course.grading import call, compare, compare_function, draw_uniform, list_mistakes, predicted
 from course.solutions import lesson8 as right
 from reproduce import metrics
 
 
-def draw(*shapes):
-    """Uniform in 0 .. 1, the same every time"""
-    g = torch.Generator().manual_seed(8)
-    return [torch.rand(shape, generator=g) for shape in shapes]
-
-
 def check_PREDICT_DAM(module):
-    M, = draw((4, 4))
+    M, = draw_uniform((4, 4))
     predicted(module.PREDICT_DAM, round(metrics.dam(M, M), 6), {
         "that is its CAM: CAM has a sign, DAM is a distance and has none": -1,
         "it is not 1: DAM has no best or worst of 1. Think of the fit: may its slope be negative?": 1,
@@ -22,9 +16,9 @@ def check_PREDICT_DAM(module):
 
 
 def check_cam(module):
-    M, noise = draw((5, 6), (5, 6))
+    M, noise = draw_uniform((5, 6), (5, 6))
     E = 2 + 3 * (1 - M) + noise
-    compare(call(module.cam, M, E), metrics.cam(M, E), {s: wrong(M, E) for s, wrong in WRONG_CAMS.items()})
+    compare_function(module.cam, metrics.cam, WRONG_CAMS, M, E)
 
 
 def cosine(a, b):
@@ -46,7 +40,7 @@ WRONG_CAMS = {
 
 
 def check_standard_error(module):
-    x, = draw(12)
+    x, = draw_uniform(12)
     compare(call(module.standard_error, x), right.standard_error(x), {
         "that is the standard deviation: how far measurements are from each other, and not how sure their mean is":
             x.std().item(),
@@ -60,10 +54,9 @@ def check_standard_error(module):
 
 
 def check_paired_difference(module):
-    noise, how_hard = draw(12, 12)
-    a, b = 3 * how_hard + 0.2 * noise, 3 * how_hard - 0.1  # hard pictures are hard for both
-    compare(call(module.paired_difference, a, b), right.paired_difference(a, b), {
-        s: wrong(a, b) for s, wrong in WRONG_PAIRS.items()})
+    noise, how_hard = draw_uniform(12, 12)
+    a, b = 3 * how_hard + 0.2 * noise, 3 * how_hard + 0.05  # hard pictures are hard for both
+    compare_function(module.paired_difference, right.paired_difference, WRONG_PAIRS, a, b)
 
 
 def apart(a, b):
@@ -85,9 +78,9 @@ WRONG_PAIRS = {
 
 
 def check_overlap(module):
-    a, b = (t > 0.5 for t in draw((4, 5, 5), (4, 5, 5)))
+    a, b = (t > 0.5 for t in draw_uniform((4, 5, 5), (4, 5, 5)))
     a[1], b[1], b[2] = False, False, False
-    compare(call(module.overlap, a, b), right.overlap(a, b), {s: wrong(a, b) for s, wrong in WRONG_OVERLAPS.items()})
+    compare_function(module.overlap, right.overlap, WRONG_OVERLAPS, a, b)
     got = call(module.overlap, a, b)
     compare(got[1], torch.tensor(1.0), {"where both are empty": got[1]})
 
@@ -121,13 +114,12 @@ WRONG_OVERLAPS = {
 
 
 def check_share_put_right(module):
-    truth, off, better, place = draw((3, 3, 4, 4), (3, 3, 4, 4), (3, 3, 4, 4), (3, 4, 4))
+    truth, off, better, place = draw_uniform((3, 3, 4, 4), (3, 3, 4, 4), (3, 3, 4, 4), (3, 4, 4))
     coarse, output = truth + off, truth + 0.8 * off * better
     region = place > torch.tensor([0.9, 0.4, 0.2])[:, None, None]
     region[0, 0, 0] = True
     inputs = coarse, output, truth, region
-    compare(call(module.share_put_right, *inputs), metrics.shadow_share(*inputs)[2], {
-        s: wrong(*inputs) for s, wrong in WRONG_SHARES.items()})
+    compare_function(module.share_put_right, share, WRONG_SHARES, *inputs)
 
 
 def share(coarse, output, truth, region, norm=torch.square):
@@ -155,33 +147,19 @@ WRONG_SHARES = {
 
 MISTAKES = {
     "PREDICT_DAM": [(-1, "CAM has a sign"), (1, "slope"), (2, "too large")],
-    "cam": [
-        (lambda M, E: -metrics.cam(M, E), "sign"),
-        (lambda M, E: cosine(M, -E), "cosine"),
-        (lambda M, E: ((M - M.mean()) * (E.mean() - E)).mean().item(), "covariance"),
-        (lambda M, E: metrics.cam(M, E) ** 2, "square of"),
-    ],
+    "cam": list_mistakes(WRONG_CAMS),
     "standard_error": [
         (lambda x: x.std().item(), "how sure"),
         (lambda x: x.std().item() / len(x), "square root"),
         (lambda x: x.std(correction=0).item() / len(x) ** 0.5, "n - 1"),
     ],
     "paired_difference": [
-        (apart, "different pictures"),
-        (lambda a, b: right.paired_difference(b, a), "b - a"),
-        (lambda a, b: ((a - b).mean().item(), (a - b).std().item()), "standard deviation"),
+        *list_mistakes(WRONG_PAIRS),
         (lambda a, b: (a - b).mean().item(), "2 things"),
     ],
     "overlap": [
-        (over_first, "first silhouette"),
-        (dice, "Dice"),
+        *list_mistakes(WRONG_OVERLAPS),
         (lambda a, b: (a & b).sum((1, 2)) / (a | b).sum((1, 2)), "not finite"),
-        (lambda a, b: (a == b).float().mean((1, 2)), "agree"),
     ],
-    "share_put_right": [
-        (lambda *x: 1 - share(*x), "left"),
-        (mean_of_shares, "three pixels"),
-        (lambda c, o, t, r: share(c, o, t, torch.ones_like(r)), "whole picture"),
-        (lambda c, o, t, r: share(o, c, t, r), "wrong way round"),
-    ],
+    "share_put_right": list_mistakes(WRONG_SHARES),
 }

@@ -4,7 +4,7 @@ import torch
 
 import samplers
 from course.draw.canvas import Canvas, heat
-from course.draw.toy import draw_noise, load_toy, read_picture
+from course.draw.toy import draw_noise, load_toy, read_picture, watch_attention
 
 PROMPT = "a purple mushroom on sand at sunset"
 WEIGHTS = 0, 1, 3, 7.5, 15
@@ -35,20 +35,9 @@ def draw_causal(folder, dark):
 
 def look_up(model, prompt, z, t):
     """-> (77, 16, 16): how much each place looks at each token, mean over heads and the blocks of 16 x 16"""
-    maps = []
-
-    def watch(attention, given):
-        x, (keys, _) = given  # (1, N, width), (1, heads, 77, d)
-        q = attention.split_heads(attention.to_q(x))
-        weights = (q @ keys.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)[0]  # (N, 77)
-        if len(weights) == 16 * 16:
-            maps.append(weights.T.reshape(-1, 16, 16))
-
-    hooks = [block.attn2.register_forward_pre_hook(watch) for block in model.unet.transformer_blocks()]
-    model.unet(z, t, model.encode_prompt(prompt))
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(maps).mean(0)
+    found = watch_attention(model.unet, lambda: model.unet(z, t, model.encode_prompt(prompt)))
+    fine = [weights for weights in found.values() if len(weights) == 16 * 16]
+    return torch.stack(fine).mean(0).T.reshape(-1, 16, 16)
 
 
 def draw_words(folder, dark):

@@ -1,15 +1,10 @@
 """Lesson 7's figures: both UNets with their live shapes, where one query looks, what the reference is for."""
 
-import functools
-
 import torch
 
 import diffdiff
-import mfx
-from common.cli import TOY_MFX
-from common.devices import make_fast
 from course.draw.canvas import Canvas, heat, to_picture
-from course.draw.toy import draw_noise
+from course.draw.toy import draw_noise, load_toy_mfx, watch_attention
 from reproduce.mfx_tables import fix_up, make_user_edits
 
 EDITS = 8  # held-out scenes, each with one object edited
@@ -17,19 +12,6 @@ EDITS = 8  # held-out scenes, each with one object edited
 
 def draw(folder, dark):
     return [draw_networks(folder, dark), draw_attention(folder, dark), draw_references(folder, dark)]
-
-
-@functools.cache
-def load_toy():
-    """The shipped Magic Fixup, on the CPU"""
-    return make_fast(mfx.load(TOY_MFX), torch.device("cpu"))
-
-
-def encode(edits, which):
-    """-> reference, coarse, mask of some edits, as latents"""
-    model = load_toy()
-    reference, coarse = (model.encode_image(edits[name][which] * 2 - 1) for name in ("reference", "coarse"))
-    return reference, coarse, diffdiff.down_sample(edits["mask"][which], coarse.shape[-2:])
 
 
 def find_stages(unet):
@@ -62,7 +44,7 @@ def watch(model, run):
 
 def draw_networks(folder, dark):
     """Every number is read off the model while it runs."""
-    model = mfx.load(TOY_MFX)
+    model = load_toy_mfx()
     C, side = model.vae.config.latent_channels, model.size // model.vae.config.factor
     z, M = torch.zeros(1, C, side, side), torch.ones(1, 1, side, side)
     out, into = watch(model, lambda: model(z, torch.tensor([500]), z, z, M, z))
@@ -98,31 +80,23 @@ def draw_networks(folder, dark):
         for block, (x, y) in places:
             canvas.dot(x, y, canvas.lines[row], 8)
             canvas.text(x, y, str(block.index), 11, "mm", canvas.paper)
-    note = "boxes: what leaves each stage. Circles: transformer blocks. Green: features f, tokens x width"
+    note = "boxes: what leaves each stage, resized last. Circles: transformer blocks. Green: features f, tokens x width"
     canvas.text(886, 446, note, 12, "rd")
     return canvas.save(folder, "lesson7-networks")
 
 
 def look_up(model, edits, which, t):
     """What every query of one edit finds -> {number of the block: (N, N) mean over the heads}"""
-    found, hooks = {}, []
-    for block in model.synthesizer.transformer_blocks():
-        def record(attention, inputs, output, index=block.index):
-            x, (keys, _) = inputs
-            q = attention.split_heads(attention.to_q(x))
-            found[index] = (q @ keys.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)[0]
-        hooks.append(block.attn2.register_forward_hook(record))
-    reference, coarse, mask = encode(edits, slice(which, which + 1))
-    noises = draw_noise(coarse.shape, 0), draw_noise(coarse.shape, 1)
-    model(model.schedule.add_noise(coarse, noises[0], t), torch.tensor([t]), reference, coarse, mask, noises[1])
-    for hook in hooks:
-        hook.remove()
-    return found
+    reference, coarse = (model.encode_image(edits[name][which : which + 1] * 2 - 1) for name in ("reference", "coarse"))
+    mask = diffdiff.down_sample(edits["mask"][which : which + 1], coarse.shape[-2:])
+    x_t = model.schedule.add_noise(coarse, draw_noise(coarse.shape, 0), t)
+    inputs = x_t, torch.tensor([t]), reference, coarse, mask, draw_noise(coarse.shape, 1)
+    return watch_attention(model.synthesizer, lambda: model(*inputs))
 
 
 def draw_attention(folder, dark):
-    """Three places of one edit, and where in the reference each of them looks."""
-    model, edits = mfx.load(TOY_MFX), make_user_edits(EDITS)
+    """Two places of one edit, and where in the reference each of them looks."""
+    model, edits = load_toy_mfx(), make_user_edits(EDITS)
     which = edits["verb"].index("duplicate")
     found = look_up(model, edits, which, 501)
     fine = [i for i, weights in found.items() if len(weights) == max(map(len, found.values()))]
@@ -156,7 +130,7 @@ def draw_attention(folder, dark):
 
 def draw_references(folder, dark):
     """Edits through the model: with their own reference, and with another edit's."""
-    model, edits = load_toy(), make_user_edits(EDITS)
+    model, edits = load_toy_mfx(), make_user_edits(EDITS)
     which = [edits["verb"].index(verb) for verb in ("move", "scale", "duplicate", "delete") if verb in edits["verb"]]
     some = {name: edits[name][which] for name in ("reference", "coarse", "mask", "truth")}
     own = fix_up(model, some, 25)

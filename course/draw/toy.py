@@ -1,11 +1,12 @@
-"""What the figures show: the toy model, made fast, and the pictures that the pages speak of."""
+"""What the figures show: the toy models, made fast, what they attend to, and the pictures that the pages speak of."""
 
 import functools
 
 import torch
 
+import mfx
 import sd
-from common.cli import TOY
+from common.cli import TOY, TOY_MFX
 from common.devices import make_fast
 from common.pictures import map_over, open_picture, picture_to_tensor
 
@@ -16,6 +17,28 @@ EXAMPLES = TOY.parent.parent / "examples"
 def load_toy():
     """The shipped Stable Diffusion, on the CPU"""
     return make_fast(sd.load(TOY), torch.device("cpu"))
+
+
+@functools.cache
+def load_toy_mfx():
+    """The shipped Magic Fixup, on the CPU"""
+    return make_fast(mfx.load(TOY_MFX), torch.device("cpu"))
+
+
+def watch_attention(unet, run):
+    """Run one picture through `unet` -> {number of the block: (N, M), how much each of N tokens looks at each of the M
+    keys of its second attention, mean over the heads}"""
+    found, hooks = {}, []
+    for block in unet.transformer_blocks():
+        def record(attention, inputs, output, index=block.index):
+            x, (keys, _) = inputs  # (1, N, width), (1, heads, M, d)
+            q = attention.split_heads(attention.to_q(x))
+            found[index] = (q @ keys.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)[0]
+        hooks.append(block.attn2.register_forward_hook(record))
+    run()
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def read_picture(name="meadow.png"):

@@ -37,7 +37,7 @@ def differential_diffusion(step, noise_to, z_init, mu, k: int) -> torch.Tensor:
 
     step      (z, i) -> z: one step of a sampler, from level i to level i + 1
     noise_to  i -> z'_i: z_init with the noise of level i, for i in 0 .. k - 1
-    z_init    (1, C, h, w), the picture's latent: z' at t = 0
+    z_init    (1, C, h, w), the picture's latent, without noise: what a white pixel is at the end
     mu        (1, 1, h, w)
       ->      (1, C, h, w), the latent of the edited picture
     """
