@@ -53,6 +53,7 @@ from common.pictures import (
     tensor_to_picture,
 )
 from editing import cascade, inputs, options, paste
+from editing.few_steps import blend_overrides
 from kernels.memory import hold_memory
 from models import kandinsky, xl
 from models.prompts import list_texts
@@ -63,7 +64,7 @@ from models.prompts import list_texts
 
 @torch.inference_mode()
 def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=None, negative="",
-         guidance=7.5, sampler="ddim", steps=100, seed=0, skip=True, watch=None,
+         guidance=7.5, sampler="ddim", steps=100, seed=0, skip=True, blend=False, watch=None,
          a1111=False, refiner=None, switch=xl.SWITCH):
     """Differential Diffusion; without `picture` and `change_map`, text to image.
 
@@ -76,6 +77,7 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
     size         (width, height) in pixels for text to image; None: the model's own
     repaint      (1 or N, 1, H, W), 1 = repaint: what an inpainting model sees at every step
     seed         a number, or N of them
+    blend        a strength between two steps counts: editing/few_steps.py
     watch        called as watch(steps done, of how many, t, the model's guess at the clean latent)
                  after each step; what it raises ends the edit
     a1111        read weights in prompts, and long ones whole: models/prompts.py
@@ -113,12 +115,13 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
     if refiner:
         second = refiner.denoiser(prompts, negative, guidance, **said)
         denoise = xl.hand_over(denoise, second, switch)
-    return generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, watch)
+    return generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, blend,
+                    watch)
 
 
 @torch.inference_mode()
 def fixup(model, reference, coarse, mask, change_map=None, *, sampler="ddim", steps=50, seeds=(0,),
-          skip=True, watch=None):
+          skip=True, blend=False, watch=None):
     """Magic Fixup: a coarse edit made into photographs, one for each of `seeds`, in one batch.
 
     model              of mfx.load
@@ -136,10 +139,10 @@ def fixup(model, reference, coarse, mask, change_map=None, *, sampler="ddim", st
     if change_map is None:
         change_map = torch.zeros(1, 1)
     return generate(model, denoise, I_coarse.shape[1:], I_coarse, change_map, sampler, list(seeds),
-                    skip, watch)
+                    skip, blend, watch)
 
 
-def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, watch):
+def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, blend, watch):
     """What both end in: noise (N, *shape) of the seeds, the sampler under the map, the decoder."""
     device = model.vae.quant_conv.weight.device
     draws = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
@@ -164,6 +167,9 @@ def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, wa
         options = dict(step_noise=samplers.make_step_noise(shape, seeds), callback=report)
         if z_init is None:
             z = samplers.run_sampler(watched, noise, sampler, **options)
+        elif blend:
+            z = blend_overrides(
+                watched, z_init.expand_as(noise), change_map, sampler, noise, **options)
         else:
             z = diffdiff.differential_diffusion(
                 watched, z_init.expand_as(noise), change_map, sampler, noise, skip=skip, **options)
@@ -355,7 +361,8 @@ def run(args, load=load_model, watch=None):
     predictions = []
     if args.steps_strip:
         watch = lambda done, total, *prediction: predictions.append(prediction)  # noqa: E731
-    x = make(change_map, sampler=args.sampler, steps=args.steps, skip=not args.no_skip, watch=watch)
+    x = make(change_map, sampler=args.sampler, steps=args.steps, skip=not args.no_skip,
+             blend=args.blend, watch=watch)
 
     # The results, and what is saved beside them
     beside = []

@@ -17,7 +17,7 @@ NEEDS = {
     "change_map": ["image", "collage"], "mask": ["image"], "strength_fan": ["image"], "strength": ["image"],
     "edit": ["image"], "segments": ["collage"],
     "white_is_change": ["change_map", "mask"], "softness": ["mask"],
-    "no_skip": MAPS + COARSE, "paste_back": MAPS,
+    "no_skip": MAPS + COARSE, "paste_back": MAPS, "blend": MAPS,
     "a1111": ["prompt", "negative"], "words": ["prompt"],
     "switch": ["refiner"], "prior": ["weights"],
 }
@@ -31,8 +31,8 @@ REFUSED = {
     "collage": FIXUP,
     "prior": ("Kandinsky's", [*STABLE, "spacing", "super_resolution"]),
     "super_resolution": ("DeepFloyd IF's: it has pixels for latents, and a sampler of its own",
-                         [*STABLE, "sampler", "spacing", "no_skip", "paste_back", "size", "vae_memory", "compile",
-                          "sheet", "steps_strip"]),
+                         [*STABLE, "sampler", "spacing", "no_skip", "blend", "paste_back", "size", "vae_memory",
+                          "compile", "sheet", "steps_strip"]),
 }
 
 
@@ -82,6 +82,7 @@ def parse(argv, description):
         "Hyper-SD (default: what a folder says, or leading)")
     add("--steps", type=number(int, 1, 1000), help="k of the paper (default: 100; an edit: 50; trailing and lcm: 4)")
     add("--no-skip", action="store_true", help="run also the steps that the map overwrites")
+    add("--blend", action="store_true", help="with few steps: a strength that lies between two of them counts too")
     add("--guidance", type=number(float, 0, 100),
         help="classifier-free; 1 = none (default: 7.5; trailing and lcm: 1)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0)

@@ -58,39 +58,6 @@ def dither(denoise, z_init, change_map, sampler, noise, **options):
     return diffdiff.differential_diffusion(denoise, z_init, mu_s, sampler, noise, **options)
 
 
-def blend_overrides(denoise, z_init, change_map, sampler, noise, step_noise=None, callback=None):
-    """Likewise: a pixel between two of them is overridden in full up to the lower one's last time, and
-    once more in part.
-
-    The mixture of what is kept and the noised original has less variance than either, as their noise is not the same.
-    So it is scaled, about the original, to the variance between theirs.
-    """
-    k = sampler.k
-    mu_s = diffdiff.down_sample(change_map.cpu(), z_init.shape[-2:]).to(z_init.device)
-    z = sampler.noise_to(0, z_init, noise)
-    state = None
-    for i in range(k + 1):
-        weight = (mu_s * k - i + 1).clamp(0, 1)  # of the original: at i <= mu k all of it, at i >= mu k + 1 nothing
-        if i:
-            z_prime = sampler.noise_to(i, z_init, noise) if i < k else z_init
-            original = sampler.noise_to(i, z_init, torch.zeros_like(noise)) if i < k else z_init
-            mixed = original + keep_variance(z - original, z_prime - original, weight)
-            z = torch.where(weight == 1, z_prime, torch.where(weight == 0, z, mixed))
-        if i < k:
-            draw = step_noise(i) if sampler.stochastic else None
-            z, state = sampler.step(denoise, z, i, state, draw, weight > 0)
-    return z
-
-
-def keep_variance(a, b, weight):
-    """a, b (B, C, h, w), weight (B or 1, 1, h, w) of b -> their mixture, as large as a and b are in the mean"""
-    part = ((weight > 0) & (weight < 1)).expand_as(a)
-    mixed = torch.lerp(a, b, weight.expand_as(a))
-    wanted = torch.lerp(a**2, b**2, weight.expand_as(a))
-    wanted, found = ((x * part).sum((1, 2, 3), keepdim=True) for x in (wanted, mixed**2))
-    return mixed * torch.where(found > 0, wanted / found, 1.0).sqrt()
-
-
 def own_schedules(denoise, z_init, change_map, sampler, noise, step_noise=None, callback=None):
     """Likewise, for ddim and lcm: between two of them a pixel starts at a noise level of its own, below that of its
     last override, and its first step goes from there to the next common level.

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from editing.few_steps import blend_overrides
 from reproduce import baselines, charts
 from reproduce.dd_tables import LESS, SIDE, bootstrap_cam
 from reproduce.lab import Outcome, item, judge, plus_minus
@@ -10,7 +11,7 @@ from reproduce.metrics import is_surely_less, resample
 
 STAIRS = 16
 PLAIN = "the paper's rule"
-WAYS = {PLAIN: None, "dithered": baselines.dither, "blended": baselines.blend_overrides,
+WAYS = {PLAIN: None, "dithered": baselines.dither, "blended": blend_overrides,
         "own schedules": baselines.own_schedules}
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 import diffdiff
 import diffusion
 import samplers
+from editing.few_steps import blend_overrides
 from reproduce import __main__ as program
 from reproduce import baselines, cache, metrics, papers, report, results
 from reproduce.lab import DD, FALSE, OPEN, PART, TRUE, Outcome, judge
@@ -129,7 +130,7 @@ def test_one_strength_at_a_time_edits_each_level_once():
     assert torch.equal(composed, torch.full((1, 3, 4, 10), 5.0))
 
 
-@pytest.mark.parametrize("how", [baselines.dither, baselines.blend_overrides, baselines.own_schedules])
+@pytest.mark.parametrize("how", [baselines.dither, blend_overrides, baselines.own_schedules])
 def test_more_strengths_than_steps(how):
     """At whole steps the paper's own rule; between two of them, results between theirs. White is the original."""
     sampler = samplers.make_sampler("ddim", diffusion.Schedule(spacing="trailing"), 4)

@@ -85,6 +85,21 @@ def test_a_white_map_costs_no_step(toy, meadow, decoded, monkeypatch):
     assert torch.equal(decoded[-1], z_init)
 
 
+def test_blending_tells_strengths_between_two_steps_apart(toy, meadow, decoded):
+    """At 1/4 and 1/2 it is as without; without it, what lies between them is as one of them (Algorithm 2's L)."""
+    for mu in (0.25, 0.375, 0.5):
+        for blend in (False, True):
+            change_map = torch.full((1, 1, 128, 128), mu)
+            sample.edit(toy, "snow at night", meadow, change_map, steps=4, guidance=1, blend=blend)
+    low, low_blended, between, between_blended, high, high_blended = decoded
+    assert torch.equal(between, high) and not torch.equal(low, high)
+    for a, b in ((low, low_blended), (high, high_blended)):
+        torch.testing.assert_close(a, b)
+    z_init = toy.encode_image(meadow)
+    changes = [(z - z_init).abs().mean() for z in (low, between_blended, high)]
+    assert changes[0] > changes[1] > changes[2]
+
+
 def test_the_progress_bar_has_as_many_steps_as_are_run(toy, meadow, monkeypatch):
     bars, tqdm = [], sample.tqdm
     monkeypatch.setattr(sample, "tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
