@@ -144,7 +144,7 @@ def differential_diffusion(
         z, state = sampler.step(denoise, z, i, state, draw, restarted)  # lines 5, 10: denoise
         if callback:
             callback(i, z)
-    return torch.where(last < k, z, z_init)  # t = 0: z'_0 is z_init, and no noise is left to take
+    return torch.where(last < k, z, z_init)  # t = 0: the original, without noise
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,14 +1,12 @@
 """Lesson 1's checks, and mistakes that they must name: {exercise: [(wrong answer, words of the sentence)]}."""
 
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import unet
 import vae
-from course.grading import call, compare, compare_function, draw, list_mistakes, predicted
+from course.grading import compare_function, draw, list_mistakes, predicted
 from course.solutions import lesson1 as right
 from diffusion import Schedule
 
@@ -38,40 +36,51 @@ def check_PREDICT_HALF(module):
 
 def check_noise_latent(module):
     x0, noise = draw((2, 3, 4, 4), (2, 3, 4, 4))
-    alpha, sigma = math.sqrt(ABAR), math.sqrt(1 - ABAR)
-    compare(call(module.noise_latent, x0, noise, ABAR), Schedule().add_noise(x0, noise, T), {
-        "alpha and sigma are without their square roots": ABAR * x0 + (1 - ABAR) * noise,
-        "only sigma is without its square root, as in Magic Fixup's printed equation 2":
-            alpha * x0 + (1 - ABAR) * noise,
-        "x0 and the noise are the wrong way round: alpha goes with x0": alpha * noise + sigma * x0,
-        "the sign of the noise is wrong: noise is added": alpha * x0 - sigma * noise,
-        "x0 is not made smaller: where noise comes in, the picture goes down by alpha": x0 + sigma * noise,
-    })
+    compare_function(module.noise_latent, lambda x0, noise, _: Schedule().add_noise(x0, noise, T), WRONG_NOISES,
+                     x0, noise, ABAR)
+
+
+WRONG_NOISES = {
+    "alpha and sigma are without their square roots": lambda x0, noise, abar: abar * x0 + (1 - abar) * noise,
+    "only sigma is without its square root, as in Magic Fixup's printed equation 2":
+        lambda x0, noise, abar: abar**0.5 * x0 + (1 - abar) * noise,
+    "x0 and the noise are the wrong way round: alpha goes with x0":
+        lambda x0, noise, abar: right.noise_latent(noise, x0, abar),
+    "the sign of the noise is wrong: noise is added": lambda x0, noise, abar: right.noise_latent(x0, -noise, abar),
+    "x0 is not made smaller: where noise comes in, the picture goes down by alpha":
+        lambda x0, noise, abar: x0 + (1 - abar) ** 0.5 * noise,
+}
 
 
 def check_clean_latent(module):
     z, eps = draw((2, 3, 4, 4), (2, 3, 4, 4))
-    alpha, sigma = math.sqrt(ABAR), math.sqrt(1 - ABAR)
-    want, _ = Schedule().convert_output(eps, z, T)
-    compare(call(module.clean_latent, z, eps, ABAR), want, {
-        "the noise is taken away, but the rest is not divided by alpha": z - sigma * eps,
-        "the sign of the noise is wrong: it has to be taken away": (z + sigma * eps) / alpha,
-        "only z is divided by alpha: put brackets around z - sigma eps": z / alpha - sigma * eps,
-        "that is noise_latent again: this is its inverse": alpha * z + sigma * eps,
-        "alpha and sigma are without their square roots": (z - (1 - ABAR) * eps) / ABAR,
-    })
+    compare_function(module.clean_latent, lambda z, eps, _: Schedule().convert_output(eps, z, T)[0], WRONG_CLEANS,
+                     z, eps, ABAR)
+
+
+WRONG_CLEANS = {
+    "the noise is taken away, but the rest is not divided by alpha": lambda z, eps, abar: z - (1 - abar) ** 0.5 * eps,
+    "the sign of the noise is wrong: it has to be taken away": lambda z, eps, abar: right.clean_latent(z, -eps, abar),
+    "only z is divided by alpha: put brackets around z - sigma eps":
+        lambda z, eps, abar: z / abar**0.5 - (1 - abar) ** 0.5 * eps,
+    "that is noise_latent again: this is its inverse": right.noise_latent,
+    "alpha and sigma are without their square roots": lambda z, eps, abar: (z - (1 - abar) * eps) / abar,
+}
 
 
 def check_split_velocity(module):
     z, v = draw((2, 3, 4, 4), (2, 3, 4, 4))
-    alpha, sigma = math.sqrt(ABAR), math.sqrt(1 - ABAR)
-    want = Schedule(prediction="v_prediction").convert_output(v, z, T)
-    compare(call(module.split_velocity, z, v, ABAR), want, {
-        "the sign of v is wrong: v is alpha eps - sigma x0, so x0 has less where v is more":
-            (alpha * z + sigma * v, sigma * z - alpha * v),
-        "alpha and sigma are the wrong way round": (sigma * z - alpha * v, alpha * z + sigma * v),
-        "v is taken for the noise: this is how an eps model's output is read": ((z - sigma * v) / alpha, v),
-    })
+    schedule = Schedule(prediction="v_prediction")
+    compare_function(module.split_velocity, lambda z, v, _: schedule.convert_output(v, z, T), WRONG_SPLITS, z, v, ABAR)
+
+
+WRONG_SPLITS = {
+    "the sign of v is wrong: v is alpha eps - sigma x0, so x0 has less where v is more":
+        lambda z, v, abar: right.split_velocity(z, -v, abar),
+    "alpha and sigma are the wrong way round": lambda z, v, abar: right.split_velocity(z, v, 1 - abar),
+    "v is taken for the noise: this is how an eps model's output is read":
+        lambda z, v, abar: (right.clean_latent(z, v, abar), v),
+}
 
 
 @torch.no_grad()
@@ -121,23 +130,18 @@ MISTAKES = {
     "PREDICT_NUMBERS": [(1024, "one channel"), (4096, "four channels"), (2048, "an eighth"), (49152, "of the picture")],
     "PREDICT_HALF": [(500, "middle"), (100, "too small"), (750, "too large")],
     "noise_latent": [
-        (lambda x0, noise, abar: abar * x0 + (1 - abar) * noise, "square roots"),
-        (lambda x0, noise, abar: abar**0.5 * x0 - (1 - abar) ** 0.5 * noise, "sign of the noise"),
-        (lambda x0, noise, abar: abar**0.5 * noise + (1 - abar) ** 0.5 * x0, "wrong way round"),
+        *list_mistakes(WRONG_NOISES),
         (lambda x0, noise, abar: right.noise_latent(x0, noise, abar)[0], "shape"),
         (lambda x0, noise, abar: x0.mul_(abar**0.5).add_((1 - abar) ** 0.5 * noise), "in place"),
     ],
     "clean_latent": [
-        (lambda z, eps, abar: z - (1 - abar) ** 0.5 * eps, "divided by alpha"),
-        (lambda z, eps, abar: z / abar**0.5 - (1 - abar) ** 0.5 * eps, "brackets"),
-        (right.noise_latent, "inverse"),
+        *list_mistakes(WRONG_CLEANS),
         (lambda z, eps, abar: -right.clean_latent(z, eps, abar), "sign"),
     ],
     "split_velocity": [
-        (lambda z, v, abar: right.split_velocity(z, -v, abar), "sign of v"),
+        *list_mistakes(WRONG_SPLITS),
         (lambda z, v, abar: right.split_velocity(z, v, abar)[::-1], "order"),
         (lambda z, v, abar: right.split_velocity(z, v, abar)[0], "2 things"),
-        (lambda z, v, abar: (right.clean_latent(z, v, abar), v), "taken for the noise"),
     ],
     "resnet_block": list_mistakes(WRONG_BLOCKS),
 }

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import clip
-from course.grading import Wrong, call, compare, draw, list_mistakes, predicted
+from course.grading import Wrong, call, compare, compare_function, draw, list_mistakes, predicted
 from course.solutions import lesson3 as right
 
 
@@ -88,13 +88,16 @@ def check_merge(module):
 
 
 def check_causal_mask(module):
-    yes = torch.ones(5, 5, dtype=torch.bool)
-    compare(call(module.causal_mask, 5), yes.tril(), {
-        "the triangle is the wrong one: row i is the token that looks, column j what it looks at": yes.triu(),
-        "off by one step: a token sees itself too": yes.tril(-1),
-        "off by one step: a token sees the one after it": yes.tril(1),
-        "every token sees every other": yes,
-    })
+    compare_function(module.causal_mask, lambda L: torch.ones(L, L).tril().bool(), WRONG_TRIANGLES, 5)
+
+
+WRONG_TRIANGLES = {
+    "the triangle is the wrong one: row i is the token that looks, column j what it looks at":
+        lambda L: right.causal_mask(L).mT,
+    "off by one step: a token sees itself too": lambda L: right.causal_mask(L).tril(-1),
+    "off by one step: a token sees the one after it": lambda L: torch.ones(L, L).tril(1).bool(),
+    "every token sees every other": lambda L: torch.ones(L, L).bool(),
+}
 
 
 def check_attention(module):
@@ -123,14 +126,17 @@ def check_attention(module):
 
 def check_guide(module):
     u, c = draw((2, 3, 4, 4), (2, 3, 4, 4))
-    w = 3.0
-    compare(call(module.guide, u, c, w), u + w * (c - u), {
-        "the two are the wrong way round: w = 1 should give the prompt, and gives none": c + w * (u - c),
-        "it is off by one in w: this is 1 + w, as the paper writes it; here w = 1 is the prompt alone": c + w * (c - u),
-        "the starting point is missing: add the direction to `unconditional`": w * (c - u),
-        "the sign of the direction is wrong: from `unconditional` to `conditional`": u - w * (c - u),
-        "that is a mean of the two: guidance goes beyond the prompt": (u + w * c) / (1 + w),
-    })
+    compare_function(module.guide, lambda u, c, w: u + w * (c - u), WRONG_GUIDES, u, c, 3.0)
+
+
+WRONG_GUIDES = {
+    "the two are the wrong way round: w = 1 should give the prompt, and gives none": lambda u, c, w: c + w * (u - c),
+    "it is off by one in w: this is 1 + w, as the paper writes it; here w = 1 is the prompt alone":
+        lambda u, c, w: c + w * (c - u),
+    "the starting point is missing: add the direction to `unconditional`": lambda u, c, w: w * (c - u),
+    "the sign of the direction is wrong: from `unconditional` to `conditional`": lambda u, c, w: u - w * (c - u),
+    "that is a mean of the two: guidance goes beyond the prompt": lambda u, c, w: (u + w * c) / (1 + w),
+}
 
 
 def check_denoise_guided(module):
@@ -179,8 +185,7 @@ MISTAKES = {
     "PREDICT_FIRST_CHANGED": [(4, "one place later"), (0, "causal"), (6, "own vector"), (8, "all 77")],
     "merge": list_mistakes(WRONG_MERGES),
     "causal_mask": [
-        (lambda L: right.causal_mask(L).mT, "wrong one"),
-        (lambda L: right.causal_mask(L).tril(-1), "sees itself"),
+        *list_mistakes(WRONG_TRIANGLES),
         (lambda L: ~right.causal_mask(L), "wrong way round"),
         (lambda L: right.causal_mask(L + 1), "shape"),
     ],
@@ -191,11 +196,7 @@ MISTAKES = {
         (lambda q, k, v, mask: ((q @ k.mT / 2).softmax(-1) * mask) @ v, "after the softmax"),
         (lambda q, k, v, mask: (q @ k.mT / 2).masked_fill(~mask, -math.inf).softmax(-2) @ v, "dimension"),
     ],
-    "guide": [
-        (lambda u, c, w: c + w * (u - c), "wrong way round"),
-        (lambda u, c, w: u + (1 + w) * (c - u), "off by one in w"),
-        (lambda u, c, w: w * (c - u), "starting point"),
-    ],
+    "guide": list_mistakes(WRONG_GUIDES),
     "denoise_guided": [
         (swap_halves, "halves"),
         (call_twice, "once is enough"),
