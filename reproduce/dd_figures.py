@@ -16,7 +16,7 @@ from checkpoints import published
 from editing import change_maps
 from networks import midas
 from reproduce import baselines, blended, charts
-from reproduce.dd_tables import pattern, wide_gradient
+from reproduce.dd_tables import distance_from, pattern, wide_gradient
 from reproduce.lab import Outcome, item, judge, percent, plus_minus, progress, to_bytes
 from reproduce.metrics import cam, is_surely_less, mean_error, sharpness, sky_and_ground, soft_edges
 from toy import world
@@ -40,7 +40,7 @@ def figure3(lab):
     """
     n, size = lab.count(32, 4), lab.model.size
     image, mu = lab.images(n), wide_gradient(size)
-    edits = [lab.edit(image, mu, steps=lab.steps(50), nested=nested) for nested in (True, False)]
+    edits = [lab.edit(image, mu, steps=lab.steps, nested=nested) for nested in (True, False)]
     left = (mu < 0.5).expand(n, 1, size, size).float()  # more than half of what changes
     measures = {
         "complexity, more is better": lambda x: sharpness(x / 2 + 0.5)[..., : size // 2].mean((1, 2)),
@@ -69,7 +69,7 @@ def figure4(lab):
     Algorithm 1 written out line by line here, beside diffdiff.py's, on one meadow with a gradient and {k} steps. Six of
     the steps are decoded, and of each the two products of line 9.
     """
-    k, image, mu = lab.steps(20), lab.images(1), wide_gradient(lab.model.size)
+    k, image, mu = lab.steps, lab.images(1), wide_gradient(lab.model.size)
     sampler = samplers.make_sampler("ddim", lab.model.schedule, k)
     z_init = lab.model.encode_image(image.to(lab.device))
     noise, mu_s = lab.noise(z_init, 0), diffdiff.down_sample(mu, z_init.shape[-2:])
@@ -143,10 +143,9 @@ def figure6(lab):
     noise in the picture; the steepness of grey values; the {distance} from the input, since what changes nothing
     surprises nobody.
     """
-    n, size, steps = lab.count(16, 3), lab.model.size, lab.steps(50)
+    n, size, steps = lab.count(16, 3), lab.model.size, lab.steps
     image = lab.images(n)
-    along = (torch.arange(size) + 0.5) / size - 0.5
-    disc = ((along[None] ** 2 + (along[:, None] - 0.08) ** 2).sqrt() > 0.3).float()  # 0 = repaint
+    disc = (distance_from(size, 0.5, 0.58) > 0.3).float()  # 0 = repaint
     edge = (F.max_pool2d(disc[None, None], 5, 1, 2) - disc[None, None] > 0)[0, 0, :-1, :-1]
     found, rows = {what: {} for what in (SURPRISE, STEEPNESS, CHANGE)}, []
     for row, (prompt, radius) in enumerate(RIMS.items()):
@@ -181,14 +180,13 @@ def figure6(lab):
 
 def figure6_verdict(measured, less):
     surprised, changed = measured[SURPRISE], measured[CHANGE]
-    verdict, _ = judge(*[(ok, m) for m, ok in less.items()])
-    more, others = (", ".join(f"{m} ({surprised[m][0]:.3f})" for m, ok in less.items() if ok == wanted) or "none"
-                    for wanted in (True, False))
-    why = (f"Around the rim the model's surprise is {surprised['ours'][0]:.3f} with ours (originals: "
-           f"{surprised['originals'][0]:.3f}). By two standard errors more: {more}. Not so: {others}.")
-    if fainter := [m for m, ok in less.items() if not ok and changed[m][0] < 0.9 * changed["ours"][0]]:
-        why += f" But of these, {', '.join(fainter)} changed less there, and what stays as it was surprises nobody."
-    return verdict, why
+    parts = []
+    for m, more in less.items():
+        fainter = not more and changed[m][0] < 0.9 * changed["ours"][0]
+        parts.append((more, f"{m} surprises the model by {surprised[m][0]:.3f}, {'' if more else 'not '}surely more "
+                      f"than ours, {surprised['ours'][0]:.3f}"
+                      + ", but changed less, and what stays as it was surprises nobody" * fainter))
+    return judge(*parts)
 
 
 @item("figure7", "Figures 7, 24 and 25")
@@ -198,7 +196,7 @@ def figure7(lab):
     Fans of five strengths on {n} meadows, and the same strengths as separate edits of the whole picture (SDEdit): mean
     {distance} from the input in each column, of both.
     """
-    n, size, steps = lab.count(24, 4), lab.model.size, lab.steps(50)
+    n, size, steps = lab.count(24, 4), lab.model.size, lab.steps
     image, strengths = lab.images(n), [0.2, 0.4, 0.6, 0.8, 1.0]
 
     def fan_map(strengths):
@@ -248,7 +246,7 @@ def figure8(lab):
     Softness of edges (the inputs': {input softness}); how much a picture's pixels vary; the share of all change in the
     darkest fifth of the map; U-Net calls.
     """
-    n, size = lab.at_once if lab.full_size else lab.count(16, 2), lab.model.size
+    n, size = lab.at_once if lab.full_size else lab.count(8, 2), lab.model.size
     image, mu, levels = lab.images(n), pattern("gradient", size), lab.count(20, 4)
     calls = []
     counter = lab.model.unet.register_forward_hook(lambda *_: calls.append(1))
@@ -337,7 +335,7 @@ def figure14(lab):
     {n} meadows under {maps} transforms of their depth (of --images: MiDaS's). Does an edit tell its map? Guessed is the
     map of the highest CAM with the change less the black map's. (People, in Table 2: 80 % of 3.)
     """
-    n, size, steps = lab.count(16, 3), lab.model.size, lab.steps(25)
+    n, size, steps = lab.count(16, 3), lab.model.size, lab.steps
     image = lab.images(n)
     every = {name: torch.stack([f(d) for d in depth_maps(lab, image, n)]) for name, f in TRANSFORMS.items()}
     black = lab.distance(image, lab.edit(image, torch.zeros(size, size), steps=steps))
@@ -371,12 +369,11 @@ def figure16(lab):
     """
     n, size, values = lab.count(24, 4), lab.model.size, [1.0, 0.75, 0.5, 0.25, 0.0]
     image = lab.images(n)
-    along = (torch.arange(size) + 0.5) / size
-    radius = ((along[None] - 0.3) ** 2 + (along[:, None] - 0.65) ** 2).sqrt()
+    radius = distance_from(size, 0.3, 0.65)
     inside, outside, maps, outputs = [], [], [None], [image[0]]
     for value in progress(values):
         mu = torch.where(radius < 0.25, value, 0.5)
-        edited = lab.edit(image, mu, steps=lab.steps(50))
+        edited = lab.edit(image, mu, steps=lab.steps)
         change = lab.distance(image, edited)
         inside.append(change[:, radius < 0.19].mean(1))
         outside.append(change[:, radius > 0.40].mean(1))
@@ -442,7 +439,7 @@ def figure20(lab):
     it, by column. To the input: that distance in the whitest eighth over that in the blackest. To the prompt: how far,
     in the blackest eighth, sky and ground have gone to the colours of a black map's edit.
     """
-    n, size, steps = lab.count(16, 3), lab.model.size, lab.steps(25)
+    n, size, steps = lab.count(12, 3), lab.model.size, lab.steps
     image, mu, eighth = lab.images(n), wide_gradient(size), size // 8
     names = [name for name in samplers.SAMPLERS if name != "lcm"]  # it takes a model that was distilled for it
     found, columns = [], [image[:2]]

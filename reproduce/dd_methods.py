@@ -15,7 +15,7 @@ import samplers
 from common.files import read_json
 from reproduce import blended, charts, diffedit, pix2pix
 from reproduce.dd_figures import depth_maps, measure_surprise, write_range
-from reproduce.dd_tables import BLD, INPAINT, OURS, pattern, wide_gradient
+from reproduce.dd_tables import BLD, INPAINT, OURS, distance_from, pattern, wide_gradient
 from reproduce.lab import NotHere, Outcome, item, judge, percent, plus_minus, progress, prompts_of
 from reproduce.metrics import cam, is_surely_less, mean_error, sky_and_ground
 from toy import world
@@ -30,8 +30,7 @@ def words(lab, edits):
 
 def disc(size):
     """A soft disc below the middle that is black -> (size, size)"""
-    along = (torch.arange(size) + 0.5) / size - 0.5
-    hard = ((along[None] ** 2 + (along[:, None] - 0.1) ** 2).sqrt() > 0.25).float()
+    hard = (distance_from(size, 0.5, 0.6) > 0.25).float()
     return diffdiff.soft_inpainting_map(hard, size / 16)[0, 0]
 
 
@@ -90,7 +89,7 @@ def figure9(lab):
     the object and off it, under three maps of the object's outline; by DiffEdit, which is told what the scene shows;
     and by InstructPix2Pix, where there are weights (--instruct-weights).
     """
-    n, size, steps, asked = lab.count(6, 2), lab.model.size, lab.steps(25), ASKED["figure9"][0]
+    n, size, steps, asked = lab.count(6, 2), lab.model.size, lab.steps, ASKED["figure9"][0]
     if lab.options.images:
         image = lab.images(n)
         thing = depth_maps(lab, image, n) > 0.6
@@ -148,7 +147,7 @@ PAPER_ADHERENCE, PAPER_QUALITY = {OURS: 58, INPAINT: 32, BLD: 10}, {OURS: 55, IN
 def edit_by_all(lab):
     """Three pictures, each to a prompt under a map, with several seeds -> image (N, 3, S, S), depth (N, 1, S, S), maps
     (N, 1, S, S), prompts, {method: edits (N, 3, S, S)}; seed by seed. The others' masks are the maps, cut at a half."""
-    seeds, edits, steps = lab.count(SEEDS, 2), ASKED["figure10"], lab.steps(25)
+    seeds, edits, steps = lab.count(SEEDS, 2), ASKED["figure10"], lab.steps
     image = lab.images(len(edits), seed=14)
     depth = depth_maps(lab, image, len(image), seed=14)
     mu = make_maps([e["map"] for e in edits], depth).repeat(seeds, 1, 1, 1)
@@ -241,7 +240,7 @@ def study(lab):
     matched = sum(KINDS[g] == ASKED["figure10"][i % 3]["map"] for i, g in enumerate(guess))
 
     # With words, and without.
-    silent = lab.edit(image, mu, "", steps=lab.steps(25), guidance=1.0)
+    silent = lab.edit(image, mu, "", steps=lab.steps, guidance=1.0)
     told = 0
     for i, prompt in enumerate(prompts):
         ground, _, time = prompt.split()
@@ -290,7 +289,7 @@ def gallery(lab):
     Figure 21's twenty, and Figure 27's three masks, whose rims are an eighth of the picture's side wide. CAM of each
     edit's {distance} by itself. In the words of the toy world; of --images in the paper's.
     """
-    size, steps, sheets, cams = lab.model.size, lab.steps(20), {}, []
+    size, steps, sheets, cams = lab.model.size, lab.steps, {}, []
 
     def run(image, mu, prompts):
         edited = lab.edit(image, mu, prompts, steps=steps)

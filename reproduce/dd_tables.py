@@ -1,5 +1,6 @@
 """Differential Diffusion's tables, and what they rest on: Table 1 with Figures 11, 19 and 26; Table 4; section 5.4."""
 
+import functools
 import time
 
 import numpy as np
@@ -14,7 +15,7 @@ import diffusion
 import samplers
 from reproduce import blended, charts
 from reproduce.lab import FALSE, PART, TRUE, Outcome, item, judge, percent, plus_minus, progress
-from reproduce.metrics import cam, dam, resample
+from reproduce.metrics import cam, dam, drawn_error, resample
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Change maps drawn as in the paper's Figures 10 and 11
@@ -47,6 +48,12 @@ def pattern(name, size):
     return torch.from_numpy(grey)
 
 
+def distance_from(size, x, y):
+    """How far every pixel is from a point, all in terms of the picture's side -> (size, size)"""
+    along = (torch.arange(size) + 0.5) / size
+    return ((along[None] - x) ** 2 + (along[:, None] - y) ** 2).sqrt()
+
+
 def wide_gradient(size):
     """The README's gradient, a third of it black: enough room for day to turn into night."""
     return ((torch.linspace(0, 1, size) - 0.3) / 0.65).clamp(0, 1).expand(size, size)
@@ -70,16 +77,16 @@ PAIRS, STEPS = 1000, 100  # of the paper
 
 def draw_originals(lab):
     """How many the paper measures on: with --as-paper so many, otherwise what a CPU has time for."""
-    return lab.images(PAIRS if lab.options.as_paper else lab.count(96, 6), seed=11, meadow=False)
+    return lab.images(PAIRS if lab.options.as_paper else lab.count(64, 6), seed=11, meadow=False)
 
 
 def count_steps(lab):
-    return STEPS if lab.options.as_paper else lab.steps(25)
+    return STEPS if lab.options.as_paper else lab.steps
 
 
 def measure_distances(lab, image, change_map, method=OURS):
-    """How far the edits of `image` are from it, (N, SIDE, SIDE); and the edits. The prompt is empty, as in the paper,
-    so that guidance changes nothing, and half of the work is saved."""
+    """How far the edits of `image` are from it, (N, SIDE**2); and the edits. The prompt is empty, as in the paper, so
+    that guidance changes nothing, and half of the work is saved."""
     options = dict(steps=count_steps(lab), guidance=1.0)
     if method == INPAINT:
         edited = lab.inpaint(image, change_map, "", **options)
@@ -88,7 +95,14 @@ def measure_distances(lab, image, change_map, method=OURS):
         edited = torch.where(change_map > 0.5, image, edited)  # its background in pixels; a decoder each took days
     else:
         edited = lab.edit(image, change_map, "", **options)
-    return F.adaptive_avg_pool2d(lab.distance(image, edited), SIDE), edited
+    return F.adaptive_avg_pool2d(lab.distance(image, edited), SIDE).flatten(1), edited
+
+
+@functools.lru_cache(maxsize=4)
+def measure_ours(lab, name):
+    """`measure_distances` under one of PATTERNS, or a black map, kept for the next item that asks"""
+    size = lab.model.size
+    return measure_distances(lab, draw_originals(lab), pattern(name, size) if name else torch.zeros(size, size))
 
 
 @item("table1", "Table 1, Figure 11", needs=("weights", "inpainting_weights"))
@@ -104,38 +118,31 @@ def table1(lab):
     """
     size, image = lab.model.size, draw_originals(lab)
     n, tried = len(image), min(len(image), 16)
-    others = [BLD] + ([INPAINT] if lab.inpainting else [])
-
-    def measured(image, change_map, method=OURS):
-        return measure_distances(lab, image, change_map, method)[0].flatten(1)
-
-    black = {OURS: measured(image, torch.zeros(size, size))}
+    black = {OURS: measure_ours(lab, None)[0]}
     black[BLD] = black[OURS]  # under a black map it is the same process
     if lab.inpainting:
-        black[INPAINT] = measured(image, torch.zeros(size, size), INPAINT)
+        black[INPAINT], _ = measure_distances(lab, image, torch.zeros(size, size), INPAINT)
+    methods = list(black)
     found, sheet = {p: {how: {} for how in STRENGTH} for p in PATTERNS}, []
     for name in progress(PATTERNS):
-        mu, M, shown = pattern(name, size), pattern(name, SIDE), {}
-        D = measured(image, mu)
-        for how, E in STRENGTH.items():
-            ours = bootstrap_cam(M, D, black[OURS], how)
-            found[name][how][OURS] = score_method(M, ours, ours)
-            shown[how] = [charts.heat(-E(D.mean(0), black[OURS].mean(0)).view_as(M))]
-        for method in others:
-            B, sweep, full = black[method], {}, {}
-            for threshold in THRESHOLDS[name]:
-                sweep[threshold] = measured(image[:tried], (mu > threshold).float(), method).mean(0)
+        mu, M, shown = pattern(name, size), pattern(name, SIDE), {how: [] for how in STRENGTH}
+        ours, full = {}, {(OURS, None): measure_ours(lab, name)[0]}
+        for method in methods:
+            B, sweep = black[method], {}
+            for t in THRESHOLDS[name] if method != OURS else ():
+                D, _ = measure_distances(lab, image[:tried], (mu > t).float(), method)
+                sweep[t] = D.mean(0)
             for how, E in STRENGTH.items():
-                cams = {t: cam(M, E(D_t, B[:tried].mean(0))) for t, D_t in sweep.items()}
-                t = max(cams, key=cams.get)
-                if t not in full:
-                    full[t] = measured(image, (mu > t).float(), method)
-                theirs, ours = bootstrap_cam(M, full[t], B, how), bootstrap_cam(M, D, black[OURS], how)
-                found[name][how][method] = score_method(M, theirs, ours) | {
-                    "threshold": round(t, 3), "tried": [[round(t, 3), round(c, 3)] for t, c in cams.items()]}
-                shown[how].append(charts.heat(-E(full[t].mean(0), B.mean(0)).view_as(M)))
+                cams = {t: cam(M, E(D, B[:tried].mean(0))) for t, D in sweep.items()}
+                t = max(cams, key=cams.get, default=None)
+                if (method, t) not in full:
+                    full[method, t], _ = measure_distances(lab, image, (mu > t).float(), method)
+                theirs = bootstrap_cam(M, full[method, t], B, how)
+                found[name][how][method] = score_method(M, theirs, ours.setdefault(how, theirs)) | {
+                    "threshold": t, "tried": [[round(t, 3), round(c, 3)] for t, c in cams.items()]}
+                shown[how].append(charts.heat(-E(full[method, t].mean(0), B.mean(0)).view_as(M)))
         sheet.append([M, *shown[LESS], *shown[DIVIDED]])
-    heads = [f"{m}, {how}" for how in STRENGTH for m in (OURS, *others)]
+    heads = [f"{m}, {how}" for how in STRENGTH for m in methods]
     lab.save(charts.sheet(sheet, ["change map", *heads], PATTERNS), "table1.png")
     results = {"n": n, "tried": tried, "steps": count_steps(lab), "distance": lab.perceptual[0],
                "inpainting model": lab.options.inpainting_weights.name if lab.inpainting else None, "patterns": found}
@@ -146,15 +153,14 @@ def table1(lab):
 
 def bootstrap_cam(M, D, B, how):
     """CAM of the mean over all pairs, and of every bootstrap draw: (1 + draws,). M (SIDE, SIDE); D, B (N, SIDE**2)"""
-    weights = torch.cat([torch.full((1, len(D)), 1 / len(D)), resample(len(D))])
+    weights = resample(len(D))
     return torch.tensor([cam(M, E) for E in STRENGTH[how](weights @ D, weights @ B)], dtype=torch.double)
 
 
 def score_method(M, theirs, ours):
     """What Table 1 says of a method, from its CAM and that of ours (1 + draws,): each value with its standard error"""
     distance = (M - M.mean()).double().norm() * (1 - theirs**2).sqrt()  # the closed form of `dam`
-    return {name: [round(x[0].item(), 4), round(x[1:].std().item(), 4)]
-            for name, x in (("cam", theirs), ("dam", distance), ("ours less this", ours - theirs))}
+    return {name: drawn_error(x) for name, x in (("cam", theirs), ("dam", distance), ("ours less this", ours - theirs))}
 
 
 def table1_table(patterns):
@@ -199,8 +205,8 @@ def figure23(lab):
     Gradient maps from each minimum up to 1, {n} pictures at a time, {steps} steps, guidance 7.5: seconds of the
     diffusion loop, medians of {rounds} rounds that go through all maps in turn.
     """
-    size, steps, rounds = lab.model.size, lab.steps(50), lab.count(5, 3)
-    image = lab.images(4 if lab.quick or lab.full_size else 8)
+    size, steps, rounds = lab.model.size, 2 * lab.steps, 3
+    image = lab.images(4)
     sampler = samplers.make_sampler("ddim", lab.model.schedule, steps)
     z_init = lab.model.encode_image(image.to(lab.device))
     noise = torch.randn(z_init.shape, generator=torch.Generator().manual_seed(0)).to(lab.device)
@@ -258,12 +264,12 @@ def figure19(lab):
     disjoint groups of n), less the black map's, over it, and as it is. The bias is the black map's standard deviation
     over the picture, over its mean.
     """
-    size, M, image = lab.model.size, pattern("gradient", SIDE), draw_originals(lab)
+    M, image = pattern("gradient", SIDE), draw_originals(lab)
     n = len(image)
-    D, edited = measure_distances(lab, image, pattern("gradient", size))
-    B, _ = measure_distances(lab, image, torch.zeros(size, size))
+    (D, edited), (B, _) = measure_ours(lab, "gradient"), measure_ours(lab, None)
+    D, B = (x.view(n, SIDE, SIDE) for x in (D, B))
     kinds, found = {**STRENGTH, "as it is": lambda D, B: D}, []
-    for group in [s for s in (1, 2, 4, 8, 16, 32, 96, 1000) if s <= n]:
+    for group in [s for s in (1, 2, 4, 8, 16, 32, 64, 1000) if s <= n]:
         groups = [slice(i, i + group) for i in range(0, n - group + 1, group)]
         cams = [[cam(M, f(D[g].mean(0), B[g].mean(0))) for g in groups] for f in kinds.values()]
         found.append([group, *(round(float(np.mean(c)), 4) for c in cams)])
@@ -370,7 +376,7 @@ def memory(lab):
         mapped = peak_memory(lambda: algorithm(denoise, z_init, pattern("gradient", size).clone(), sampler, noise))
         return mapped - plain, plain
 
-    steps, z_init = lab.steps(10), lab.model.encode_image(lab.images(1).to(lab.device))
+    steps, z_init = lab.steps, lab.model.encode_image(lab.images(1).to(lab.device))
     denoise = lab.model.denoiser([lab.options.prompt], guidance=7.5)
     denoise(z_init, torch.full((1,), 500, device=lab.device))  # what is made once
     own, plain = added(denoise, z_init, samplers.make_sampler("ddim", lab.model.schedule, steps), lab.model.size)

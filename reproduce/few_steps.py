@@ -7,7 +7,7 @@ from editing.few_steps import blend_overrides
 from reproduce import baselines, charts
 from reproduce.dd_tables import LESS, SIDE, bootstrap_cam
 from reproduce.lab import Outcome, item, judge, plus_minus
-from reproduce.metrics import is_surely_less, resample
+from reproduce.metrics import drawn_error, is_surely_less, resample
 
 STAIRS = 16
 PLAIN = "the paper's rule"
@@ -86,20 +86,17 @@ def score(one, plain):
     told = [is_surely_less(stairs[:, j + 1], stairs[:, j]) for j in range(STAIRS - 1)]
     seams, plain_seams = (weigh_seam(*each) for each in (one, plain))
 
-    def said(x, digits):
-        return [round(x[0].item(), digits), round(x[1:].std().item(), digits)]
-
     return {
         "told apart": 1 + sum(told),
         "stairs": [round(x, 3) for x in stairs.mean(0).tolist()],
-        "cam": said(cams, 4),
-        "cam less the paper's": said(cams - plain[1], 4),
-        "seam": said(seams, 2),
-        "seam less the paper's": said(seams - plain_seams, 2),
+        "cam": drawn_error(cams),
+        "cam less the paper's": drawn_error(cams - plain[1]),
+        "seam": drawn_error(seams, 2),
+        "seam less the paper's": drawn_error(seams - plain_seams, 2),
     }
 
 
 def weigh_seam(stairs, _, seams):
     """Of all edits, and of every bootstrap draw, over the change: (1 + draws,). A weaker edit has weaker seams."""
-    weights = torch.cat([torch.full((1, len(seams)), 1 / len(seams)), resample(len(seams))])
+    weights = resample(len(seams))
     return (weights @ seams) / (weights @ stairs.mean(1))

@@ -1,4 +1,4 @@
-"""How faithful the toys are, thing by thing: photographs, kinds of object, silhouettes, what a mask keeps.
+"""How faithful the toys are, thing by thing: photographs, captions, silhouettes, what a mask keeps.
 
 As toy.py, of which it goes on. Nothing of the papers is claimed here.
 """
@@ -11,17 +11,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 
-from checkpoints.parts import TOY_CAPTIONER, load_image_encoder
 from common.pictures import picture_to_tensor
-from common.run_state import generator_at
 from editing import paste
 from reproduce import charts
-from reproduce.lab import HELD_OUT, TOY, NotHere, Outcome, item, judge, percent, progress, prompts_of, to_bytes
+from reproduce.dd_tables import distance_from
+from reproduce.lab import TOY, NotHere, Outcome, item, judge, percent, prompts_of, to_bytes
 from reproduce.metrics import mean_error
-from reproduce.mfx_tables import STEPS, edit_scenes, fix_up
-from reproduce.toy import paint_prompts, probe_object
+from reproduce.mfx_tables import (
+    COLLAGE,
+    EVERYWHERE,
+    SHADOWS,
+    compare_to_truth,
+    fix_user_edits,
+    make_user_edits,
+)
+from reproduce.toy import STEPS, see
 from toy import captions, world
 from toy.edits import VERBS
 from toy.world import KINDS
@@ -64,58 +69,6 @@ def photographs(lab):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kinds of object
-
-
-@torch.inference_mode(False)
-def train_classifier(steps, seed=HELD_OUT + 50):
-    """A network that names the kind of a scene's only object: pictures (B, 3, 128, 128) in [0, 1] -> (B, kinds)"""
-    torch.manual_seed(0)
-    layers, width = [nn.AvgPool2d(2)], 3
-    for wider in (32, 64, 128):
-        layers += [nn.Conv2d(width, wider, 3, 2, 1), nn.BatchNorm2d(wider), nn.ReLU(), nn.Conv2d(wider, wider, 3, 1, 1),
-                   nn.BatchNorm2d(wider), nn.ReLU()]
-        width = wider
-    model = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(width, len(KINDS)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for step in progress(range(steps)):
-        scenes = world.random_scenes(64, generator_at(seed, step), objects=1)
-        image = world.render(scenes).image
-        noisy = image + 0.03 * torch.randn(image.shape, generator=generator_at(seed + 1, step))
-        F.cross_entropy(model(noisy), scenes.kind[:, 0]).backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * (1 - step / steps)
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
-
-
-@item("kinds", "Prompts, kinds of object", chapter=TOY)
-def kinds(lab):
-    """In at least 97 % of pictures the object is of the kind that the prompt names.
-
-    Pictures from text alone, {n} of them, as for Prompts. A small classifier that was trained on rendered scenes names
-    the kind; it says how often it is right on true renders.
-    """
-    classify = train_classifier(lab.count(500, 60))
-    scenes = lab.scenes(lab.count(256, 32), 2, objects=1)
-    found = {}
-    with torch.no_grad():
-        pictures = {"true renders": world.render(lab.scenes(1024, 61, objects=1)).image,
-                    "text to image": paint_prompts(lab, prompts_of(scenes)) / 2 + 0.5}
-        truth = {"true renders": lab.scenes(1024, 61, objects=1).kind[:, 0], "text to image": scenes.kind[:, 0]}
-        for who, x in pictures.items():
-            right = (torch.cat([classify(part) for part in x.split(64)]).argmax(1) == truth[who]).float()
-            found[who] = {"all": round(right.mean().item(), 3)}
-            found[who] |= {k: round(right[truth[who] == i].mean().item(), 3) for i, k in enumerate(KINDS)}
-    painted, true = found["text to image"]["all"], found["true renders"]["all"]
-    return Outcome({"n": len(scenes)} | found,
-                   judge((painted >= 0.97, f"the kind is right in {percent(painted, 1)}"),
-                         (true >= 0.97, f"the classifier is right on {percent(true, 1)} of true renders")),
-                   [["pictures", "all", *KINDS], *([w, *(percent(v) for v in f.values())] for w, f in found.items())])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Words for pictures
 
 
@@ -126,11 +79,7 @@ def captions_of_scenes(lab):
     {n} held-out scenes of one to three objects, in pictures of 128 pixels; what the captions name of each.
     """
     scenes = lab.scenes(lab.count(1024, 64), 90)
-    encoder = load_image_encoder(TOY_CAPTIONER, torch.float32, lab.device)
-    images = world.render(scenes).image * 2 - 1
-    with torch.no_grad():
-        scores = torch.cat([encoder.embed(x.to(lab.device)).cpu() for x in images.split(64)])
-    said = [s.argmax(-1) for s in captions.split_scores(scores)]
+    said = see(lab, world.render(scenes).image)
     time, ground, kind, colour = captions.read_scenes(scenes)
     there = kind > 0
     right = {"hour": said[0] == time, "ground": said[1] == ground,
@@ -174,21 +123,18 @@ def overlap(a, b, where):
 def fidelity(lab):
     """Magic Fixup's results are nearer to the truth than the collage, and what was moved keeps its outline.
 
-    Two sets of {n} held-out edits. Absolute and squared error over all pixels, and where shadows and reflections
-    change; the share of pixels inside the edited objects that are within 8/255 of the truth; the intersection over
-    union of the objects' silhouettes with the truth's, by kind of object and by edit.
+    Two sets of {n} held-out edits, the first Section 4.1's. Absolute and squared error, over the collage's; the share
+    of pixels inside the edited objects that are within 8/255 of the truth; the intersection over union of the objects'
+    silhouettes with the truth's, by kind of object and by edit.
     """
-    model, n = lab.fixup(), lab.count(120, 24)
+    model, n = lab.fixup(), lab.count(96, 24)
     results, table, claims = {"n": n}, [["", "first set", "second set"]], []
     for name, seed in (("first set", 4), ("second set", 5)):
-        scenes = world.random_scenes(n, torch.Generator().manual_seed(HELD_OUT + seed), 3)
-        edits = edit_scenes(scenes, seed, model.size)
-        output, coarse, truth = fix_up(model, edits, STEPS), edits["coarse"], edits["truth"]
-        error, before = ((x - truth).abs().mean((1, 2, 3)) for x in (output, coarse))
-        found = {"absolute error, over the collage's": ratio(error, before)}
-        for where, region in (("everywhere", torch.ones_like(edits["changed"])), ("shadows", edits["changed"])):
-            squared = [((x - truth).square().mean(1) * region).sum((1, 2)) for x in (output, coarse)]
-            found[f"squared error left, {where}"] = ratio(*squared)
+        edits, output = make_user_edits(n, model.size, seed), fix_user_edits(model, n, seed)
+        coarse, truth, shown = edits["coarse"], edits["truth"], {COLLAGE: edits["coarse"], "output": output}
+        absolute, squared = (compare_to_truth(shown, edits, COLLAGE, norm) for norm in (torch.abs, torch.square))
+        found = {"absolute error, over the collage's": absolute[EVERYWHERE]["ratio"]["output"]}
+        found |= {f"squared error left, {where}": squared[where]["ratio"]["output"] for where in (EVERYWHERE, SHADOWS)}
         inside = edits["object"]
         has = inside.flatten(1).any(1)
         close = ((output - truth).abs().amax(1) <= CLOSE) & inside
@@ -207,7 +153,7 @@ def fidelity(lab):
         table.append([row, *("{:.3f} ± {:.3f}".format(*results[s].get(row, [float("nan")] * 2))
                              for s in ("first set", "second set"))])
     limits = {"absolute error, over the collage's": (None, 1.2), "squared error left, everywhere": (None, 0.4),
-              "squared error left, shadows": (None, 0.2), "pixels of objects within 8/255": (0.75, None)}
+              f"squared error left, {SHADOWS}": (None, 0.2), "pixels of objects within 8/255": (0.75, None)}
     for row, (least, most) in limits.items():
         values = [results[s][row][0] for s in ("first set", "second set")]
         good = all(v >= least for v in values) if most is None else all(v <= most for v in values)
@@ -220,31 +166,20 @@ def fidelity(lab):
                    [("fidelity.png", "References, collages, results, and the truth: the second set's first eight.")])
 
 
-def ratio(a, b):
-    """Sums (n,) of an error and of what it is measured by -> [their ratio, its standard error over the pictures]"""
-    a, b = a.double(), b.double()
-    r = a.sum() / b.sum()
-    return [round(r.item(), 4), round(((a - r * b).std() * len(a) ** 0.5 / b.sum()).item(), 4)]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What is kept
-
-DISC = 0.3  # radius, of the picture's side
-
 
 @item("kept", "What a map keeps", chapter=TOY, needs=("weights", "inpainting_weights"))
 def kept(lab):
     """A disc that is painted anew changes nothing outside it by more than 2/255 on average, by the autoencoder alone;
     with --paste-back it changes nothing there at all, and an inpainting model paints the asked colour.
 
-    {n} held-out scenes without objects, a black disc in a white map. The colour by the probe of Prompts.
+    {n} held-out scenes without objects, a black disc in a white map. The captioner names the colour.
     """
-    n, size = lab.count(64, 8), lab.model.size
+    n, size = lab.count(32, 8), lab.model.size
     scenes = lab.scenes(n, 70, objects=1)
     image = world.render(replace(scenes, kind=torch.full_like(scenes.kind, -1))).image * 2 - 1
-    p = (torch.arange(size) + 0.5) / size - 0.5
-    mu = ((p**2 + (p[:, None] - 0.1) ** 2).sqrt() > DISC).float()
+    mu = (distance_from(size, 0.5, 0.6) > 0.3).float()
     prompts, outside = prompts_of(scenes), mu == 1
     edited = lab.edit(image, mu, prompts, steps=STEPS)
     change = round(((edited - image).abs() * 127.5)[..., outside].mean().item(), 3)
@@ -256,7 +191,7 @@ def kept(lab):
             *_, over_photo = paste.prepare(Image.fromarray(before), None, mu[None, None], (size, size))
             pasted = np.asarray(over_photo(Image.fromarray(after))).astype(int)
             most = max(most, np.abs(pasted - before)[outside.numpy()].max().item())
-        right = (probe_object(painted / 2 + 0.5, scenes.time) == scenes.colour[:, 0]).float()
+        right = (see(lab, painted / 2 + 0.5)[3][:, 0] == scenes.colour[:, 0]).float()
         found |= {"of 255, after paste-back": most, "asked colour": mean_error(right)}
         claims += [(most <= 2, f"{most} of 255 after --paste-back"),
                    (right.mean() >= 0.95, f"the asked colour in {percent(right.mean())}")]

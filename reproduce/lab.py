@@ -167,8 +167,10 @@ class Lab:
         """Is this another model than a toy? Then the papers' number of steps is taken."""
         return self.model.size > 128
 
-    def steps(self, toy):
-        return 100 if self.full_size else 10 if self.quick else toy
+    @cached_property
+    def steps(self):
+        """Of a sampler"""
+        return 100 if self.full_size else 10 if self.quick else 25
 
     def count(self, full, quick):
         """How many samples: `full`, or with --quick `quick`."""

@@ -15,6 +15,8 @@ The share of wrong shadows and reflections that Magic Fixup puts right, where th
     before, after, share = shadow_share(coarse, output, truth, region)
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -49,17 +51,21 @@ def dam(change_map, change):
 # ---------------------------------------------------------------------------------------------------------------------
 # The toy perceptual distance: LPIPS without LPIPS's weights
 
-DEPTHS = (0, 1)  # of the encoder's resolutions, those that are compared: `python -m reproduce --only distance` says why
+DEPTHS = 2  # so many of the encoder's resolutions are compared: `python -m reproduce --only distance` says why
 
 
-def toy_distance(vae, x, y, depths=DEPTHS):
+def toy_distance(vae, x, y):
     """LPIPS's equation 1 with nothing learned from people: our autoencoder's encoder, all of its channels alike.
 
     x, y (B, 3, H, W) in [-1, 1] -> (B, 1, H, W).  Not LPIPS: its numbers cannot be compared with the papers'.
     """
-    features = list(encoder_depths(vae, torch.cat([x, y])))
-    heads = [lambda d: d.sum(1, keepdim=True)] * len(depths)
-    return lpips.distance([features[i].chunk(2) for i in depths], heads, x.shape[2:])
+    return sum(itertools.islice(distances_by_depth(vae, x, y), DEPTHS))
+
+
+def distances_by_depth(vae, x, y):
+    """The same at each of the encoder's depths alone, one after another"""
+    for features in encoder_depths(vae, torch.cat([x, y])):
+        yield lpips.distance([features.chunk(2)], [lambda d: d.sum(1, keepdim=True)], x.shape[2:])
 
 
 def encoder_depths(vae, x):
@@ -150,10 +156,17 @@ def shadow_share(coarse, output, truth, region, norm=torch.square):
 
 
 def resample(n, draws=1000):
-    """How often each of n pairs is drawn, over n: bootstrap weights (draws, n) that sum to 1. Always the same ones, so
-    that what is computed with them is compared pair by pair."""
+    """How often each of n pairs is drawn, over n: weights (1 + draws, n) that sum to 1. First each once, then as a
+    bootstrap draws them; always the same ones, so that what is computed with them is compared pair by pair."""
     picks = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
-    return torch.zeros(draws, n).scatter_add_(1, picks, torch.full((draws, n), 1 / n))
+    drawn = torch.zeros(draws, n).scatter_add_(1, picks, torch.full((draws, n), 1 / n))
+    return torch.cat([torch.full((1, n), 1 / n), drawn])
+
+
+def drawn_error(x, digits=4):
+    """What was computed with `resample`'s weights, (1 + draws,) -> [its value, its standard error], rounded"""
+    drawn = x[1:][x[1:].isfinite()]  # a draw of few pairs may have nothing to measure
+    return [round(x[0].item(), digits), round(drawn.std().item(), digits)]
 
 
 def mean_error(x):

@@ -26,7 +26,7 @@ def sample_from(lab, model, edits, latent_init, hidden):
     hidden  the model is not shown the coarse edit, as in a fifth of its training, and a grey picture for its reference;
             it may still start from the coarse edit
     """
-    sampler, out = samplers.make_sampler("ddim", model.schedule, mfx_tables.ABLATION_STEPS, eta=1.0), []
+    sampler, out = samplers.make_sampler("ddim", model.schedule, mfx_tables.count_steps(model), eta=1.0), []
     for i in progress(range(0, len(edits["truth"]), 8)):
         edit = mfx_tables.take(edits, i, 8)
         if hidden:
@@ -76,7 +76,7 @@ def figure4(lab):
     mfx_tables.draw_columns(lab, columns, range(min(n, 4)), "mfx_figure4.png")
     table = [["", "", *OFF]] + [[how, start, *(plus_minus(row[start][what], OFF[what]) for what in OFF)]
                                 for how, row in off.items() for start in (WITH, WITHOUT)]
-    return Outcome({"n": n, "steps": mfx_tables.ABLATION_STEPS, "off": off}, figure4_verdict(off), table,
+    return Outcome({"n": n, "steps": mfx_tables.count_steps(models[FULL]), "off": off}, figure4_verdict(off), table,
                    [("mfx_figure4.png", "Figure 4: edits at night, the first four.")])
 
 
@@ -149,7 +149,7 @@ def figure9(lab):
     {n} held-out edits of a user's kind through the three models: squared error against the true re-render, and squared
     distance from the coarse edit where shadows and reflections have to change, over the last model's.
     """
-    models, n = mfx_tables.load_ablation(lab, FLOW, AFFINE, FULL), lab.count(120, 24)
+    models, n = mfx_tables.load_ablation(lab, FLOW, AFFINE, FULL), lab.count(96, 24)
     edits, names = mfx_tables.make_user_edits(n, models[FULL].size), ("flow only", "affine only", "both")
     shown = {name: mfx_tables.fix_user_edits(model, n) for name, model in zip(names, models.values())}
     error, moved = mfx_tables.compare_to_truth(shown, edits, "both"), mfx_tables.compare_to_coarse(shown, edits, "both")

@@ -1,4 +1,4 @@
-"""Magic Fixup's claims on edits as a user makes them: section 4.1, the user study, Figure 10; the table of ablations.
+"""Magic Fixup's claims on edits as a user makes them: section 4.1, Figure 10; the table of ablations.
 
 The paper shows such edits and asks people. The toy world renders each edit's true result instead.
 """
@@ -13,38 +13,41 @@ from torch.utils.data import DataLoader
 
 import collage
 import data
-import diffdiff
 import train
 from common.run_state import list_states
 from reproduce import charts
 from reproduce.lab import HELD_OUT, MFX, NotHere, Outcome, item, judge, percent, plus_minus, progress
-from reproduce.metrics import changed_shadows, mean_error, resample, shadow_share
+from reproduce.metrics import changed_shadows, drawn_error, mean_error, resample
 from toy import clips, world
-from toy.captions import caption_scenes
 from toy.edits import VERBS, random_edits, to_collage
 from video.batches import ShardPairs
 
-STEPS = 50  # of DDIM, as in the paper
+STEPS = 25  # of DDIM for a toy, half of the paper's
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Edits as a user makes them: move, scale, duplicate or delete one object. And their truth
 
 
 @functools.lru_cache(maxsize=2)
-def make_user_edits(n, size=128):
+def make_user_edits(n, size=128, seed=4):
     """n held-out scenes, each with one object edited, as `edit_scenes` gives them."""
-    return edit_scenes(world.random_scenes(n, torch.Generator().manual_seed(HELD_OUT + 4), 3), 4, size)
+    return edit_scenes(world.random_scenes(n, torch.Generator().manual_seed(HELD_OUT + seed), 3), seed, size)
 
 
 def take(edits, first, count):
     return {name: x[first : first + count] for name, x in edits.items()}
 
 
+def choose(edits, which):
+    """Those of numbers `which`, a list"""
+    return {name: [x[i] for i in which] if isinstance(x, list) else x[which] for name, x in edits.items()}
+
+
 def edit_scenes(scenes, seed, size=128):
     """One edit of one object of each scene -> dict of (n, ...): reference, coarse, truth (3, S, S) in [0, 1], mask
     (1, S, S); changed (S, S) bool: where the truth's shadows and reflections differ from the reference's; object (S, S)
-    bool: the edited object, where it truly is afterwards. And verb, a list; after, the edited Scene; slot (n,), the
-    object's number in it."""
+    bool: the edited object, where it truly is afterwards; source (S, S) bool: where it was. And lists: verb, matrix (as
+    of toy.edits.Edit); scene and after, the Scenes; slot (n,), the object's number in the latter."""
     edited, edits = random_edits(scenes, torch.Generator().manual_seed(HELD_OUT + seed), size)
     before, after = world.render(scenes, size), world.render(edited, size)
     coarse, mask = [], []
@@ -54,18 +57,25 @@ def edit_scenes(scenes, seed, size=128):
         coarse.append(torch.from_numpy(collage.fill_holes(edit[..., :3], holes)).permute(2, 0, 1) / 255)
         mask.append(torch.from_numpy(~holes)[None].float())
     changed = changed_shadows(before.image, after.image, (before.segments > 0) | (after.segments > 0))
+    source = before.segments == torch.tensor([e.k + 1 for e in edits])[:, None, None]
     which = torch.tensor([scenes.kind.shape[1] if e.verb == "duplicate" else e.k for e in edits])  # a copy comes last
     return dict(reference=before.image, coarse=torch.stack(coarse), truth=after.image, mask=torch.stack(mask),
-                changed=changed, object=after.segments == which[:, None, None] + 1, verb=[e.verb for e in edits],
-                after=edited, slot=which)
+                changed=changed, object=after.segments == which[:, None, None] + 1, source=source,
+                verb=[e.verb for e in edits], matrix=[e.matrix for e in edits], scene=scenes, after=edited,
+                slot=which)
 
 
 def encode_edit(model, edits):
     return model.encode_edit(edits["reference"] * 2 - 1, edits["coarse"] * 2 - 1, edits["mask"])
 
 
-def fix_up(model, edits, steps, seeds=(0,)):
+def count_steps(model):
+    return STEPS if model.size == 128 else 50
+
+
+def fix_up(model, edits, steps=None, seeds=(0,)):
     """The edits through Magic Fixup, one sample of each -> (n, 3, S, S) in [0, 1]"""
+    steps = steps or count_steps(model)
     outputs = []
     for i in progress(range(0, len(edits["truth"]), 8)):
         edit = encode_edit(model, take(edits, i, 8))
@@ -74,38 +84,37 @@ def fix_up(model, edits, steps, seeds=(0,)):
 
 
 @functools.lru_cache(maxsize=8)
-def fix_user_edits(model, n):
+def fix_user_edits(model, n, seed=4):
     """All n `make_user_edits` through that model, kept for the next item that asks for the same."""
-    return fix_up(model, make_user_edits(n, model.size), STEPS)
+    return fix_up(model, make_user_edits(n, model.size, seed))
 
 
-def compare(shown, target, regions, base):
-    """Mean squared error of {who: pictures (n, 3, S, S)} against the target, in {where: (n, S, S) bool}, over all
-    pictures' pixels together: a large region counts more than a small one.
+def compare(shown, target, regions, base, norm=torch.square):
+    """Mean error, squared or absolute, of {who: pictures (n, 3, S, S)} against the target, in {where: (n, S, S) bool},
+    over all pictures' pixels together: a large region counts more than a small one.
 
       ->  {where: {"error": {who: error}, "ratio": {who: [error over base's, its standard error]}}}, by bootstrap over
           the pictures, with the same draws for all
     """
     draws, found = resample(len(target)).double(), {}
     for where, chosen in regions.items():
-        each = {who: ((x - target).square().mean(1) * chosen).sum((1, 2)).double() for who, x in shown.items()}  # (n,)
+        each = {who: (norm(x - target).mean(1) * chosen).sum((1, 2)).double() for who, x in shown.items()}  # (n,)
         error, ratio = {}, {}
         for who, e in each.items():
-            drawn = (draws @ e) / (draws @ each[base])
             error[who] = round((e.sum() / chosen.sum()).item(), 6)
-            drawn = drawn[drawn.isfinite()]  # a draw of few pictures may have nothing in a region
-            ratio[who] = [round((e.sum() / each[base].sum()).item(), 3), round(drawn.std().item(), 3)]
+            ratio[who] = drawn_error((draws @ e) / (draws @ each[base]), 3)
         found[where] = {"error": error, "ratio": ratio}
     return found
 
 
+COLLAGE, FIXED = "collage", "Magic Fixup"
 SHADOWS, HOLES, OBJECTS, EVERYWHERE = "shadows and reflections", "holes", "the edited objects", "everywhere"
 
 
-def compare_to_truth(shown, edits, base):
+def compare_to_truth(shown, edits, base, norm=torch.square):
     regions = {SHADOWS: edits["changed"], HOLES: edits["mask"][:, 0] == 0, OBJECTS: edits["object"],
                EVERYWHERE: torch.ones_like(edits["changed"])}
-    return compare(shown, edits["truth"], regions, base)
+    return compare(shown, edits["truth"], regions, base, norm)
 
 
 def compare_to_coarse(shown, edits, base):
@@ -140,92 +149,25 @@ def magic_fixup(lab):
     """What the user's edit leaves wrong, shadows and reflections first of all, the model puts right.
 
     {n} held-out scenes with one object moved, scaled, duplicated or deleted, as a collage and through the model,
-    against the true re-render: the share of the collage's error that is gone, its standard error by bootstrap. The
-    truth's own round trip through the autoencoder is the least error there can be. Absolute errors are small ones in
-    many pixels: what was not edited comes back slightly changed.
+    against the true re-render, in {steps} steps: the share of the collage's error that is left. The truth's own round
+    trip through the autoencoder is the least error there can be. Absolute errors are small ones in many pixels: what
+    was not edited comes back slightly changed.
     """
-    model, n = lab.fixup(), lab.count(120, 24)
+    model, n = lab.fixup(), lab.count(96, 24)
     edits, output = make_user_edits(n, model.size), fix_user_edits(model, n)
-    coarse, truth = edits["coarse"], edits["truth"]
-    back = torch.cat([model.decode(model.encode_image(x * 2 - 1)).float().cpu() for x in truth.split(32)])
-    back = back.clamp(-1, 1) / 2 + 0.5
-    found, table, draws = {"n": n}, [["error", "collage", "output", "round trip", "removed"]], resample(n)
-    for where, region in ((EVERYWHERE, torch.ones_like(edits["changed"])), (SHADOWS, edits["changed"])):
-        found[where] = {}
-        for name, norm in (("absolute", torch.abs), ("squared", torch.square)):
-            before, after, removed = shadow_share(coarse, output, truth, region, norm)
-            least = norm(back - truth).mean(1)[region].mean().item()
-            drawn = [draws @ (norm(x - truth).mean(1) * region).sum((1, 2)) for x in (output, coarse)]
-            removed = [round(removed, 3), round((drawn[0] / drawn[1]).std().item(), 3)]
-            errors = {"coarse edit": round(before, 5), "output": round(after, 5), "round trip": round(least, 5)}
-            found[where][name] = errors | {"removed": removed}
-            table.append([f"{name}, {where}", *(f"{e:.4f}" for e in errors.values()), percent(removed)])
-    draw_edits(lab, edits, {"collage": coarse, "output": output}, "magic_fixup.png")
-    shares = {where: found[where]["squared"]["removed"] for where in (EVERYWHERE, SHADOWS)}
+    back = [model.decode(model.encode_image(x * 2 - 1)).float().cpu() for x in edits["truth"].split(32)]
+    shown = {COLLAGE: edits["coarse"], "output": output, "round trip": torch.cat(back).clamp(-1, 1) / 2 + 0.5}
+    squared, absolute = (compare_to_truth(shown, edits, COLLAGE, norm) for norm in (torch.square, torch.abs))
+    table = [["error", *shown, "left"]]
+    for name, error in (("squared", squared), ("absolute", absolute)):
+        table += [[f"{name}, {where}", *(f"{e:.4f}" for e in f["error"].values()), plus_minus(f["ratio"]["output"])]
+                  for where, f in error.items()]
+    draw_edits(lab, edits, {"collage": edits["coarse"], "output": output}, "magic_fixup.png")
+    left = {where: squared[where]["ratio"]["output"] for where in (EVERYWHERE, SHADOWS)}
     return Outcome(
-        found, judge(*[(surely_above(s, 0), f"{w} {percent(s)} of the squared error goes") for w, s in shares.items()]),
+        {"n": n, "steps": count_steps(model), "squared": squared, "absolute": absolute},
+        judge(*[(surely_below(s), f"{where} {percent(s)} of the squared error are left") for where, s in left.items()]),
         table, [("magic_fixup.png", "The first edit of each kind.")])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# SDEdit at 0.4, the user study's other side
-
-STRENGTH = 0.4
-CAPTIONED, SILENT, FIXED = "SDEdit, captioned", "SDEdit, no caption", "Magic Fixup"
-
-
-def run_sdedit(lab, image, prompts, steps, guidance=7.5):
-    """(N, 3, S, S) in [0, 1] -> the same, edited as the study's other side"""
-
-    def how(denoise, z_init, mu, sampler, noise, step_noise):
-        return diffdiff.sdedit(denoise, z_init, STRENGTH, sampler, noise, step_noise)
-
-    return lab.edit(image * 2 - 1, image[0, 0], prompts, steps=steps, guidance=guidance, how=how) / 2 + 0.5
-
-
-def count_votes(apart):
-    """{who: (n,)} -> in what share of edits Magic Fixup is nearer than both SDEdits, and that share's standard error,
-    as of four edits more, two of them won (Agresti & Coull 1998: otherwise a share of 1 had none)."""
-    won, n = (apart[FIXED] < torch.minimum(apart[SILENT], apart[CAPTIONED])).sum().item(), len(apart[FIXED])
-    p = (won + 2) / (n + 4)
-    return [round(won / n, 3), round((p * (1 - p) / (n + 4)) ** 0.5, 3)]
-
-
-@item("sdedit", "Section 4.1, user study", chapter=MFX, needs=("weights", "mfx_weights"))
-def sdedit(lab):
-    """Magic Fixup's edits are preferred to SDEdit's at a strength of 0.4, by 722 of 810 votes.
-
-    {n} held-out edits through both; SDEdit with the base model, 50 steps, at a guidance of 7.5 with the edited scene's
-    caption, and of 1 without one. Instead of 27 people the true re-render votes for what is nearest to it, by squared
-    error and by {distance}.
-    """
-    model, n = lab.fixup(), lab.count(120, 24)
-    edits = make_user_edits(n, model.size)
-    truth, coarse = edits["truth"], edits["coarse"]
-    captions = caption_scenes(edits["after"])  # in the paper BLIP looks at the picture
-    shown = {"collage": coarse, SILENT: run_sdedit(lab, coarse, "", STEPS, 1.0),
-             CAPTIONED: run_sdedit(lab, coarse, captions, STEPS), FIXED: fix_user_edits(model, n)}
-    distance = lab.perceptual[0]
-    apart = {who: lab.distance(x * 2 - 1, truth * 2 - 1).mean((1, 2)) for who, x in shown.items()}
-    squared = {who: (x - truth).square().mean((1, 2, 3)) for who, x in shown.items()}
-    base = min((SILENT, CAPTIONED), key=lambda who: squared[who].mean())
-    error = compare_to_truth(shown, edits, base)
-    votes = {"squared error": count_votes(squared), distance: count_votes(apart)}
-    draw_edits(lab, edits, shown, "sdedit.png")
-    means = {who: mean_error(x) for who, x in apart.items()}
-    table = [["", *shown, f"{FIXED} / {base}"]]
-    for where, f in error.items():
-        errors = [f"{e:.5f}" for e in f["error"].values()]
-        table.append([f"squared error, {where}", *errors, plus_minus(f["ratio"][FIXED])])
-    table.append([distance, *(plus_minus(x, 3) for x in means.values()), ""])
-    return Outcome(
-        {"n": n, "distance": distance, "base": base, "error": error, "squared": {"votes": votes["squared error"]},
-         "perceptual": {"votes": votes[distance]} | means},
-        judge(*[(surely_above(v, 0.5), f"by {what} Magic Fixup is nearest in {percent(v)} of the edits (the paper's "
-                 "votes: 89 %)") for what, v in votes.items()],
-              *[(surely_below(f["ratio"][FIXED]), f"{where}, its squared error is {plus_minus(f['ratio'][FIXED])} "
-                 f"times that of {base}") for where, f in error.items()]),
-        table, [("sdedit.png", f"The first edit of each kind, SDEdit at a strength of {STRENGTH}.")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,7 +208,6 @@ def load_ablation(lab, *names):
 
 TESTS = ("affine", "flow")
 CLIPS_HELD_OUT = 901  # their seed: a training's are at most 900
-ABLATION_STEPS = 25  # half of the paper's for a toy, to which they make no difference here
 CALLED = {AFFINE: "piecewise affine", FLOW: "flow", ALONE: "both, no cross-reference", FULL: "both (full method)"}
 PAPER = {  # LPIPS, each with a standard error of 0.007 (0.008 for the one without cross-reference attention on flow)
     AFFINE: {"affine": 0.231, "flow": 0.220}, FLOW: {"affine": 0.229, "flow": 0.190},
@@ -309,9 +250,7 @@ def ablation(lab):
     between output and target, and squared error in thousandths. The verdict takes the differences pair by pair.
     """
     models = load_ablation(lab, *TRAINED)
-    size = models[FULL].size
-    steps = ABLATION_STEPS if size == 128 else STEPS
-    edits = make_held_out_pairs(lab.count(104, 8), size)
+    edits = make_held_out_pairs(lab.count(64, 8), models[FULL].size)
     n = len(edits["flow"]["truth"])
 
     def score(x, truth):  # (k, 3, S, S) -> perceptual distance and squared error of each, (k, 2)
@@ -320,7 +259,7 @@ def ablation(lab):
 
     def run(model, edits):  # batch by batch, each with noise of its own, the same for all models -> (n, 2)
         batches = [(i, take(edits, i, 8)) for i in range(0, len(edits["truth"]), 8)]
-        return torch.cat([score(fix_up(model, e, steps, seeds=[i]), e["truth"]) for i, e in batches])
+        return torch.cat([score(fix_up(model, e, seeds=[i]), e["truth"]) for i, e in batches])
 
     tests = {}
     for test in progress(TESTS):
@@ -329,7 +268,8 @@ def ablation(lab):
         tests[test] = {who: {"distance": mean_error(x[:, 0]), "squared": mean_error(x[:, 1]), "others less this": {
             other: mean_error(each[other][:, 0] - x[:, 0]) for other in TRAINED}} for who, x in each.items()}
     return Outcome(
-        {"n": n, "differ": compare_warps(edits), "steps": steps, "distance": lab.perceptual[0], "tests": tests},
+        {"n": n, "differ": compare_warps(edits), "steps": count_steps(models[FULL]), "distance": lab.perceptual[0],
+         "tests": tests},
         ablation_verdict(tests), ablation_table(tests, lab.perceptual[0]))
 
 
@@ -375,7 +315,7 @@ def cross_reference(lab):
     against the true re-render, and squared distance from the coarse edit where shadows and reflections have to change.
     Ratios with standard errors by bootstrap. (The embedding is the toy captioner's, where the paper has CLIP's.)
     """
-    models, n = load_ablation(lab, FULL, ALONE), lab.count(120, 24)
+    models, n = load_ablation(lab, FULL, ALONE), lab.count(96, 24)
     edits = make_user_edits(n, models[FULL].size)
     outputs = {"with": fix_user_edits(models[FULL], n), "without": fix_user_edits(models[ALONE], n)}
     error = compare_to_truth({"collage": edits["coarse"]} | outputs, edits, "with")

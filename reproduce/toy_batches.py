@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import samplers
 import sd
 import train
 import vae
@@ -53,21 +54,28 @@ def render_mixed(scenes, generator):
     return frames.image.lerp(other.image, (step * mixed)[:, None]), mixed.flatten()
 
 
-def cache_scenes(scenes, path, encode, made_from, device):
-    """-> a dict of latents (N, C, h, w), what `encode` makes of the scenes' pictures (B, 3, S, S) in [-1, 1], and mixed
-    (N,) bool: made once, and kept in a file for what the text `made_from` says."""
+def cache_batches(path, made_from, n, at_once, encode):
+    """What `encode` makes of scenes i to i + at_once, a dict of tensors, of all n: made once, and kept in a file for
+    what the text `made_from` says."""
 
     def make():
-        parts = []
-        for i in tqdm(range(0, len(scenes), 64), desc="latents", unit="batch", mininterval=1):
-            image, mixed = render_mixed(scenes[i : i + 64], generator_at(len(scenes), i))  # not what they come from
-            with torch.no_grad():
-                z = encode(to_channels_last((image * 2 - 1).to(device))).cpu()
-            parts.append((z, mixed))
-        latents, mixed = (torch.cat(x).contiguous() for x in zip(*parts))
-        return {"latents": latents, "mixed": mixed}
+        bar = tqdm(range(0, n, at_once), desc=path.stem, unit="batch", mininterval=1)
+        with torch.no_grad():
+            parts = [encode(i) for i in bar]
+        return {name: torch.cat([part[name].cpu() for part in parts]).contiguous() for name in parts[0]}
 
     return cache_tensors(path, made_from, make)
+
+
+def cache_scenes(scenes, path, encode, made_from, device):
+    """-> a dict of latents (N, C, h, w), what `encode` makes of the scenes' pictures (B, 3, S, S) in [-1, 1], and mixed
+    (N,) bool, as `cache_batches` does"""
+
+    def encode_mixed(i):
+        image, mixed = render_mixed(scenes[i : i + 64], generator_at(len(scenes), i))  # not what they come from
+        return {"latents": encode(to_channels_last((image * 2 - 1).to(device))), "mixed": mixed}
+
+    return cache_batches(path, made_from, len(scenes), 64, encode_mixed)
 
 
 def cache_latents(scenes, path, autoencoder, device):
@@ -76,14 +84,14 @@ def cache_latents(scenes, path, autoencoder, device):
     return cache_scenes(scenes, path, lambda image: autoencoder.encode(image)[0].half(), made_from, device)
 
 
-def draws(recipe, scenes, shape, step):
+def draws(recipe, scenes, shape, step, mixed=None):
     """What a step is about: which scenes (B,), B captions, timesteps t (B,), noise (B, *shape), and the generator for
-    more."""
+    more. Scenes that are `mixed`, a list of bools, have no caption."""
     g = generator_at(recipe.seed + 1, step)
     index = torch.randint(recipe.scenes, (recipe.batch,), generator=g)
     told = world.captions(scenes[index], g)
     dropped = torch.rand(recipe.batch, generator=g) < DROPPED
-    told = ["" if d else c for c, d in zip(told, dropped)]
+    told = ["" if d or mixed and mixed[i] else c for i, c, d in zip(index.tolist(), told, dropped)]
     t = draw_timesteps(recipe.batch, g) * recipe.below // T
     noise = torch.randn(recipe.batch, *shape, generator=g)
     for side in OFFSETS if recipe.offset else ():
@@ -104,6 +112,13 @@ def base_loss(model, schedule, z, context, t, noise, beside=None):
     if schedule.prediction == "v_prediction":
         return (output - (alpha * noise - sigma * z)).square().mean()
     return ((output - noise).square() * (GAMMA * sigma**2 / alpha**2).clamp(max=1)).mean()
+
+
+def paint(model, denoise, noise):
+    """What a sd.StableDiffusion's denoiser makes of noise in 25 steps of DDIM -> (N, 3, S, S) in [0, 1]"""
+    with torch.no_grad():
+        z = samplers.run_sampler(denoise, noise, samplers.make_sampler("ddim", model.schedule, 25))
+        return model.decode(z).cpu() / 2 + 0.5
 
 
 def given(path, device):

@@ -143,8 +143,7 @@ def train_first(recipe, out, resume, device):
         return text(*(x.to(device) for x in tokenizer(texts)))
 
     def loss(step, _):
-        index, told, t, noise, _ = draws(recipe, scenes, (3, stage.size, stage.size), step)
-        told = ["" if mixed[i] else caption for i, caption in zip(index.tolist(), told)]
+        index, told, t, noise, _ = draws(recipe, scenes, (3, stage.size, stage.size), step, mixed)
         x = deepfloyd.shrink(pictures[index].to(device) / 127.5 - 1, stage)
         x, t, noise = (to_channels_last(y.to(device)) for y in (x, t, noise))
         return stage_loss(model["unet"], x, read(model["text"], told), t, noise)
@@ -182,8 +181,7 @@ def train_second(recipe, out, resume, device):
         return text(*(x.to(device) for x in tokenizer(texts)))
 
     def loss(step, _):
-        index, told, t, noise, g = draws(recipe, scenes, (3, CROP, CROP), step)
-        told = ["" if mixed[i] else caption for i, caption in zip(index.tolist(), told)]
+        index, told, t, noise, g = draws(recipe, scenes, (3, CROP, CROP), step, mixed)
         x = pictures[index].to(device) / 127.5 - 1
         more = torch.randn(x.shape, generator=g)
         beside = deepfloyd.enlarge(deepfloyd.shrink(x, first), x.shape[-2:], more)

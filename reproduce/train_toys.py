@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 import clip
 import diffusion
-import samplers
 import sd
 import train
 import unet
@@ -41,7 +40,6 @@ from common.cli import TOY, Parser, folder_name, number, report_errors
 from common.devices import choose_device
 from common.files import write_json
 from common.run_state import (
-    cache_tensors,
     change_recipe,
     digest,
     generator_at,
@@ -53,7 +51,7 @@ from kernels.blocks import to_channels_last
 from kernels.memory import hold_memory
 from models import image_encoder, xl
 from reproduce import pix2pix
-from reproduce.toy_batches import ToyRecipe, base_loss, cache_latents, draws, given
+from reproduce.toy_batches import ToyRecipe, base_loss, cache_batches, cache_latents, draws, given, paint
 from reproduce.train_cascade import train_first, train_second
 from toy import captions, world
 from toy.clips import Clip
@@ -199,8 +197,7 @@ def train_base(recipe, out, resume, device):
     model = model.to(device, memory_format=torch.channels_last)
 
     def loss(step, _):
-        index, told, t, noise, _ = draws(recipe, scenes, latents.shape[1:], step)
-        told = ["" if mixed[i] else caption for i, caption in zip(index.tolist(), told)]
+        index, told, t, noise, _ = draws(recipe, scenes, latents.shape[1:], step, mixed)
         z, t, noise = (to_channels_last(x.to(device)) for x in (latents[index].float() * factor, t, noise))
         return base_loss(model["unet"], schedule, z, parts.get("text", toy.text)(tokenizer(told).to(device)), t, noise)
 
@@ -212,9 +209,7 @@ def train_base(recipe, out, resume, device):
         denoise = shown.denoiser(prompts, guidance=4.0)
         if refines:
             denoise = xl.hand_over(toy.denoiser(prompts, guidance=4.0), denoise, 1 - recipe.below / diffusion.T)
-        with torch.no_grad():
-            z = samplers.run_sampler(denoise, noise, samplers.make_sampler("ddim", schedule, 25))
-            return shown.decode(z).cpu().unflatten(0, (2, 8)) / 2 + 0.5
+        return paint(shown, denoise, noise).unflatten(0, (2, 8))
 
     average = train.fit("refiner" if refines else "base", model, loss, sheet, recipe, out, resume)
     if refines:
@@ -287,16 +282,12 @@ def encode_masked(scenes, path, toy, recipe, device):
     """Scenes, each with a mask of its own, encoded once: a dict of z (N, C, h, w), scaled, and known (N, 1 + C, h, w),
     in fp16. (A new mask at every step would need the encoder at every step.)"""
 
-    def make():
-        parts = []
-        for i in tqdm(range(0, len(scenes), 32), desc="masked", unit="batch", mininterval=1):
-            image = to_channels_last((world.render(scenes[i : i + 32], toy.size).image * 2 - 1).to(device))
-            repaint = random_masks(len(image), toy.size, generator_at(recipe.seed + 3, i)).to(device)
-            with torch.no_grad():
-                parts.append((toy.encode_image(image), toy.inpainting_channels(image, repaint)))
-        return {name: torch.cat(x).half().cpu().contiguous() for name, x in zip(("z", "known"), zip(*parts))}
+    def encode(i):
+        image = to_channels_last((world.render(scenes[i : i + 32], toy.size).image * 2 - 1).to(device))
+        repaint = random_masks(len(image), toy.size, generator_at(recipe.seed + 3, i)).to(device)
+        return {"z": toy.encode_image(image).half(), "known": toy.inpainting_channels(image, repaint).half()}
 
-    return cache_tensors(path, digest(toy.vae, scenes.x.tolist(), recipe.seed, toy.size), make)
+    return cache_batches(path, digest(toy.vae, scenes.x.tolist(), recipe.seed, toy.size), len(scenes), 32, encode)
 
 
 def train_inpainting(recipe, out, resume, device):
@@ -329,10 +320,8 @@ def train_inpainting(recipe, out, resume, device):
 
     def sheet(average):
         painter = replace(toy, unet=average)
-        denoise = painter.denoiser(prompts, guidance=4.0, channels=beside)
-        with torch.no_grad():
-            z = samplers.run_sampler(denoise, start, samplers.make_sampler("ddim", toy.schedule, 25))
-            return torch.stack([image, image * (1 - repaint), painter.decode(z).cpu()]) / 2 + 0.5
+        painted = paint(painter, painter.denoiser(prompts, guidance=4.0, channels=beside), start)
+        return torch.stack([image / 2 + 0.5, image * (1 - repaint) / 2 + 0.5, painted])
 
     average = train.fit("inpainting", model, loss, sheet, recipe, out, resume)
     sd.save(replace(toy, unet=average), out / "model", torch.float16)
@@ -345,16 +334,13 @@ def train_inpainting(recipe, out, resume, device):
 def encode_told(before, after, path, toy, device):
     """-> a dict of z, the scenes as they are wanted, and seen, as they are, not scaled: (N, C, h, w), fp16"""
 
-    def make():
-        parts = []
-        for i in tqdm(range(0, len(before), 32), desc="pairs", unit="batch", mininterval=1):
-            both = [world.render(scenes[i : i + 32], toy.size).image * 2 - 1 for scenes in (after, before)]
-            with torch.no_grad():
-                parts.append([toy.encode_image(to_channels_last(x.to(device))) for x in both])
-        z, seen = (torch.cat(x).half().cpu().contiguous() for x in zip(*parts))
-        return {"z": z, "seen": seen / toy.vae.config.scaling_factor}
+    def encode(i):
+        wanted, image = (world.render(scenes[i : i + 32], toy.size).image * 2 - 1 for scenes in (after, before))
+        z, seen = (toy.encode_image(to_channels_last(x.to(device))) for x in (wanted, image))
+        return {"z": z.half(), "seen": (seen / toy.vae.config.scaling_factor).half()}
 
-    return cache_tensors(path, digest(toy.vae, before.x.tolist(), after.time.tolist(), toy.size), make)
+    made_from = digest(toy.vae, before.x.tolist(), after.time.tolist(), toy.size)
+    return cache_batches(path, made_from, len(before), 32, encode)
 
 
 def train_instruct(recipe, out, resume, device):
@@ -382,10 +368,8 @@ def train_instruct(recipe, out, resume, device):
 
     def sheet(average):
         painter = replace(toy, unet=average)
-        denoise = pix2pix.denoiser(painter, seen, orders[:8])
-        with torch.no_grad():
-            z = samplers.run_sampler(denoise, start, samplers.make_sampler("ddim", toy.schedule, 25))
-            return torch.stack([image, painter.decode(z).cpu(), wanted]) / 2 + 0.5
+        painted = paint(painter, pix2pix.denoiser(painter, seen, orders[:8]), start)
+        return torch.stack([image / 2 + 0.5, painted, wanted / 2 + 0.5])
 
     average = train.fit("instruct", model, loss, sheet, recipe, out, resume)
     sd.save(replace(toy, unet=average), out / "model", torch.float16)

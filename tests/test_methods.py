@@ -7,7 +7,7 @@ import diffusion
 import samplers
 import sd
 from common.cli import TOY
-from reproduce import blended, diffedit, masactrl
+from reproduce import blended, diffedit, drag, masactrl
 from tests import small
 from tests.small import SHAPE, mixture, randn
 from toy import world
@@ -74,3 +74,34 @@ def test_the_decoder_learns_the_background():
     few, many = (blended.reconstruct_background(model.vae, x, y, keep, steps=n, lr=1e-3) for n in (1, 40))
     assert (many - x)[..., 4:].square().mean() < 0.8 * (few - x)[..., 4:].square().mean()
     assert all(torch.equal(w, before[name]) for name, w in model.vae.state_dict().items())
+
+
+def test_dragging_moves_what_the_features_show_and_keeps_the_rest():
+    """As if the latent were its own features: a spot goes to the right, and the left stays."""
+    p = torch.arange(16.0)
+    z = torch.exp(-((p - 5) ** 2 + (p[:, None] - 8) ** 2) / 4)[None, None] + 0.1 * p / 16
+    keep = torch.zeros(1, 1, 16, 16)
+    keep[..., :2] = 1
+    handle, target = torch.tensor([[5.0, 8.0]]), torch.tensor([[9.0, 8.0]])
+    out, h = drag.drag(lambda z: (z, z), z, keep, handle, target, 200)
+    assert h.tolist() == target.tolist() and out[0, 0, 8].argmax() > 6
+    assert (out - z)[..., :2].abs().max() < 0.05 < (out - z).abs().max()
+    assert torch.equal(drag.drag(lambda z: (z, z), z, keep, handle, handle, 9)[0], z)  # nowhere to go
+
+
+def test_features_are_looked_at_between_pixels():
+    x = torch.arange(12.0).view(1, 1, 3, 4)  # x + 4 y
+    assert drag.look(x, torch.tensor([[[1.0, 2.0], [2.5, 0.5]]])).flatten().tolist() == [9, 4.5]
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_dragdiffusion_tunes_a_copy_and_drags_with_it():
+    model, z = small.stable_diffusion(), randn(1, 4, 8, 8)
+    before = {name: w.clone() for name, w in model.unet.state_dict().items()}
+    points = torch.tensor([[3.0, 3.0]])
+    edits = [drag.edit(model, z, "cats", torch.zeros(1, 1, 16, 16), points, points + far, k=4, drags=3, tuning=2)
+             for far in (0, 6, 6)]
+    assert torch.equal(edits[1][0], edits[2][0]) and (edits[0][0] - edits[1][0]).abs().max() > 1e-4
+    assert edits[0][1].item() == 0 < edits[1][1].item()
+    assert all(torch.equal(w, before[name]) for name, w in model.unet.state_dict().items())

@@ -95,8 +95,10 @@ def test_changed_shadows_are_what_changes_off_the_objects():
 
 def test_bootstrap_weights_sum_to_one_and_are_always_the_same():
     a = metrics.resample(9, draws=20)
-    assert a.shape == (20, 9) and torch.equal(a, metrics.resample(9, draws=20))
-    torch.testing.assert_close(a.sum(1), torch.ones(20))
+    assert a.shape == (21, 9) and torch.equal(a, metrics.resample(9, draws=20))
+    torch.testing.assert_close(a.sum(1), torch.ones(21))
+    assert torch.equal(a[0], torch.full((9,), 1 / 9)) and a[1:].std() > 0
+    assert metrics.drawn_error(torch.tensor([2.0, 1, 3, torch.nan])) == [2, 1.4142]
 
 
 # --- Baselines ------------------------------------------------------------------------------------

@@ -65,16 +65,6 @@ def test_errors_are_compared_picture_by_picture():
     assert found["ratio"]["other"][0] == pytest.approx(4, rel=0.2) and found["ratio"]["other"][1] > 0.01
 
 
-def test_votes_go_to_what_is_nearest():
-    apart = {mfx_tables.FIXED: torch.tensor([1.0, 1, 1, 3]), mfx_tables.SILENT: torch.tensor([2.0, 2, 2, 2]),
-             mfx_tables.CAPTIONED: torch.tensor([3.0, 3, 0, 4])}
-    share, error = mfx_tables.count_votes(apart)
-    assert share == 0.5 and 0.1 < error < 0.3
-    apart[mfx_tables.FIXED] *= 0
-    apart[mfx_tables.CAPTIONED] += 1
-    assert mfx_tables.count_votes(apart)[0] == 1 and mfx_tables.count_votes(apart)[1] > 0
-
-
 def test_darkness_measures_what_it_says():
     truth = torch.linspace(0, 1, 400).view(1, 1, 20, 20).expand(1, 3, 20, 20)
     lifted = mfx_figures.measure_darkness(truth.clamp(min=0.2), truth)

@@ -69,7 +69,8 @@ def test_autoencoder(lab):
 def test_prompts_are_followed(lab):
     with torch.inference_mode():
         result = toy_items.adherence(lab).results
-    assert result["true renders"]["all three"] >= 0.97  # the probes themselves
+    assert result["true renders"]["all three"] >= 0.97  # the captioner itself
+    assert result["true renders"]["kind"] >= 0.95 <= result["text to image"]["kind"]
     assert result["text to image"]["all three"] >= 0.95  # of 32 pictures
 
 
@@ -85,9 +86,9 @@ def test_shadows_and_reflections_follow_an_edit(lab):
     """Of 24 edits: 0.63 of the squared error in shadows, 0.59 of all; all absolute error 1.25 times the collage's"""
     with torch.inference_mode():
         result = mfx_tables.magic_fixup(lab).results
-    assert result["shadows and reflections"]["squared"]["removed"][0] >= 0.6
-    assert result["everywhere"]["squared"]["removed"][0] >= 0.5
-    assert result["everywhere"]["absolute"]["output"] <= 1.4 * result["everywhere"]["absolute"]["coarse edit"]
+    assert result["squared"]["shadows and reflections"]["ratio"]["output"][0] <= 0.4
+    assert result["squared"]["everywhere"]["ratio"]["output"][0] <= 0.5
+    assert result["absolute"]["everywhere"]["ratio"]["output"][0] <= 1.4
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from reproduce import __main__ as program
-from reproduce import dd_figures, mfx_methods, mfx_tables, toy
+from reproduce import dd_figures, fidelity, mfx_tables, toy
 from reproduce.__main__ import ITEMS
 from reproduce.lab import DD, MFX, OPEN, TOY
 from reproduce.mfx_tables import ALONE, FLOW, FULL, TRAINED, TRAINING
@@ -18,15 +18,13 @@ def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     made = make_lab(folder, inpainting_weights=program.INPAINTING, ablation_weights=save_ablation(folder / "ablation"))
     made.count = lambda full, quick: 3
-    made.steps = lambda toy: 2
+    made.steps = 2
     return made
 
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    for module, name in ((mfx_tables, "STEPS"), (mfx_tables, "ABLATION_STEPS"),
-                         (mfx_methods, "ABLATION_STEPS"), (dd_figures, "BASELINE_STEPS"),
-                         (toy, "STEPS")):
+    for module, name in ((mfx_tables, "STEPS"), (dd_figures, "BASELINE_STEPS"), (toy, "STEPS"), (fidelity, "STEPS")):
         monkeypatch.setattr(module, name, 2)
 
 
@@ -36,6 +34,18 @@ def test_every_item_runs_to_its_place_on_the_page(lab, few_steps, name):
     outcome = run_on_page(name, lab)
     assert outcome.verdict[0] != OPEN
     ITEMS[name].done.format_map(outcome.results)
+
+
+@pytest.mark.slow
+def test_an_item_that_edits_gives_the_same_twice(tmp_path):
+    """From the same seeds, with everything made anew: numbers and pictures."""
+    found = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        lab = make_lab(folder)
+        lab.count, lab.steps = lambda full, quick: 2, 3
+        (folder / "cache").mkdir(parents=True)
+        found.append((run_on_page("figure3", lab).results, (folder / "figure3.png").read_bytes()))
+    assert found[0] == found[1] and found[0][0]["n"] == 2
 
 
 @pytest.mark.slow
@@ -84,7 +94,7 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
         (["--only", "table9"], "invalid choice: 'table9'"), (["--only", "memory", "--weights", none], none),
         (["--images", none], none), (["--only", "memory", "--networks", none], none),
         (["--only", "memory", "--networks", str(tmp_path)], "LPIPS needs"),  # a folder without the files
-        (["--only", "sdedit", "--weights", none], "say which, --mfx-weights"),
+        (["--only", "mfx_figure11", "--weights", none], "say which, --mfx-weights"),
         (["--only", "memory", "--inpainting-weights", none], "there is no such"),
     ):
         with pytest.raises(SystemExit) as end:
