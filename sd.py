@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import clip
 from checkpoints.configs import schedule_from_json, schedule_to_json
-from checkpoints.names import split_parts
+from checkpoints.names import split_stable_diffusion
 from checkpoints.parts import (
     build_part,
     load_part,
@@ -213,7 +213,7 @@ def load_folder(path, dtype, device, prediction):
 def load_file(path, dtype, device, prediction):
     """The original layout: the tensors of all parts in one file, and nothing about them."""
     tensors = read_tensors(path)
-    parts, openclip = split_parts(path, tensors)
+    parts, openclip = split_stable_diffusion(path, tensors)
     is_xl = "text_encoder_2" in parts
     unet = build_part("unet", parts["unet"], path, None, dtype, device)
     known = xl.VAE if is_xl else {}

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from checkpoints.configs import schedule_to_json
-from checkpoints.names import IGNORED, translate, warn_of_unknown
+from checkpoints.names import IGNORED, split_parts, translate
 from checkpoints.parts import build_part, load_image_encoder, load_part, read_latent_side, read_schedule, save_part
 from checkpoints.read import read_tensors
 from common.files import read_json, write_json
@@ -96,21 +96,12 @@ def save(model, folder, dtype=None, vae=None):
 
 
 def split_released(path, tensors):
-    """{name: tensor} of the released file -> {"synthesizer", "extractor", "vae": {Hugging Face name: tensor}}
-
-    `path` is for the errors. ValueError if a part is missing, a warning if something is in the file that no part needs.
-    """
-    names = [name for name in tensors if not (UNUSED.fullmatch(name) or IGNORED.fullmatch(name))]
-    parts = {}
-    for part, prefix in PREFIX.items():
-        found = {name.removeprefix(prefix): tensors[name] for name in names if name.startswith(prefix)}
-        if not found:
-            raise ValueError(f"{path} is not a whole Magic Fixup checkpoint: it has no tensors {prefix}*; its first is "
-                             f"{next(iter(tensors))}")
+    """{name: tensor} of the released file -> {"synthesizer", "extractor", "vae": {Hugging Face name: tensor}}"""
+    parts = split_parts(path, tensors, PREFIX, "Magic Fixup", re.compile(f"{UNUSED.pattern}|{IGNORED.pattern}"))
+    for part, found in parts.items():
         # The attention to the reference is their third, and our second.
         found = {name.replace(".attn3.", ".attn2."): tensor for name, tensor in found.items()}
         parts[part] = translate("vae" if part == "vae" else "unet", found)
-    warn_of_unknown(path, names, PREFIX)
     return parts
 
 

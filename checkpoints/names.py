@@ -158,14 +158,28 @@ def find_numbers(pattern, names):
     return [int(match[1]) for match in matches if match]
 
 
-def warn_of_unknown(path, names, prefixes):
-    """A warning of tensors that are in no part. ValueError for a network beside the UNet."""
+def split_parts(path, tensors, prefixes, what, ignored=IGNORED):
+    """The tensors of a file, by {part: what their names begin with} -> {part: {the rest of the name: tensor}}
+
+    path and what, the kind of file, are for the errors: ValueError if a part is not there, or for a network beside
+    the UNet. A warning if the file holds more, as training programs leave it.
+    """
+    names = [name for name in tensors if not ignored.fullmatch(name)]
+    parts = {}
+    for part, prefix in prefixes.items():
+        parts[part] = {name.removeprefix(prefix): tensors[name] for name in names if name.startswith(prefix)}
+
+    absent = [f"{prefixes[part]}*" for part, found in parts.items() if not found]
+    if absent:
+        raise ValueError(f"{path} is not a whole {what} checkpoint: it has no tensors {' or '.join(absent)}; its first "
+                         f"is {next(iter(tensors))}")
     unknown = [name for name in names if not name.startswith(tuple(prefixes.values()))]
     if networks := [name for name in unknown if name.startswith("model.")]:
         raise ValueError(f"{path}: {len(networks)} unexpected tensors, e.g. {networks[0]:.200}")
     if unknown:
         warnings.warn(f"{path}: {len(unknown)} tensors are of no part of the model and left out, e.g. "
                       f"{', '.join(unknown[:3]):.200}", stacklevel=2)
+    return parts
 
 
 def list_prefixes(names):
@@ -177,26 +191,13 @@ def list_prefixes(names):
     return networks | (XL_TEXT if both else REFINER_TEXT)
 
 
-def split_parts(path, tensors):
+def split_stable_diffusion(path, tensors):
     """The tensors of a file in the original layout
       -> {part: {Hugging Face name: tensor}}, and whether the text encoder of an SD 1 or 2 is
          OpenCLIP. An XL has a part 'text_encoder_2'; its base has a 'text_encoder' as well
-
-    path is for the errors: ValueError if this is not a Stable Diffusion. A warning if it holds
-    more, as training programs leave it: what is outside of the parts, no part can need.
     """
-    names = [name for name in tensors if not IGNORED.fullmatch(name)]
-    prefixes = list_prefixes(names)
-    parts = {}
-    for part, prefix in prefixes.items():
-        found = {n.removeprefix(prefix): tensors[n] for n in names if n.startswith(prefix)}
-        parts[part] = translate(part, found)
-
-    absent = [f"{prefixes[part]}*" for part, found in parts.items() if not found]
-    if absent:
-        raise ValueError(f"{path} is not a whole Stable Diffusion checkpoint: it has no tensors "
-                         f"{' or '.join(absent)}; its first is {next(iter(tensors))}")
-    warn_of_unknown(path, names, prefixes)
+    parts = split_parts(path, tensors, list_prefixes(tensors), "Stable Diffusion")
+    parts = {part: translate(part, found) for part, found in parts.items()}
 
     # SD 2 reads OpenCLIP's penultimate layer. Hugging Face's folder stores one layer less, and so
     # do we.

@@ -100,7 +100,7 @@ def test_names_and_shapes_at_full_size(kind):
         u = unet.UNet(unet.CONFIGS["sdxl" if kind == "base" else "sdxl-refiner"])
         model = sd.StableDiffusion(u, vae.VAE(vae.CONFIGS["sdxl"]), texts[1], None, None, 1024)
         model.xl = xl.XL(texts[0] if kind == "base" else None, None, True)
-        parts, _ = names.split_parts("it", small.to_original(model))
+        parts, _ = names.split_stable_diffusion("it", small.to_original(model))
     shapes = {part: {name: tuple(x.shape) for name, x in tensors.items()} for part, tensors in parts.items()}
     assert configs.unet_config_from_shapes(shapes["unet"]) == model.unet.config
     assert replace(configs.vae_config_from_shapes(shapes["vae"]), **xl.VAE) == model.vae.config

@@ -52,7 +52,7 @@ def test_openclip_as_diffusers_converts_it(kind):
     transformers = pytest.importorskip("transformers")
     model = small.stable_diffusion_xl(kind)
     tensors = small.to_original(model)
-    parts, _ = names.split_parts("it", tensors)
+    parts, _ = names.split_stable_diffusion("it", tensors)
     c = transformers.CLIPTextConfig(**configs.text_config_to_json(model.text.config))
     prefix = f"conditioner.embedders.{len(model.readers()) - 1}.model."
     peer = transformers.CLIPTextModelWithProjection(c)
