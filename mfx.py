@@ -194,18 +194,6 @@ class MagicFixup(nn.Module):
     # ----------------------------------------------------------------------------------------------
     # Sampling
 
-    def extract_ahead(self, reference, mask, timesteps, noise):
-        """`extract_details` for several timesteps in one batch -> {timestep: details}"""
-        n, B = len(timesteps), len(reference)
-        details = self.extract_details(
-            torch.cat([reference] * n),
-            mask.repeat(n, 1, 1, 1),
-            torch.tensor(timesteps, device=reference.device).repeat_interleave(B),
-            torch.cat([noise(t) for t in timesteps]).to(reference),
-        )
-        part = [slice(i * B, (i + 1) * B) for i in range(n)]
-        return {t: [[x[p] for x in kv] for kv in details] for t, p in zip(timesteps, part)}
-
     def denoiser(self, reference, coarse, mask, timesteps=(), noise=None):
         """The function that samplers and Algorithm 1 call: (x_t, t) -> output, both (B N, C, h, w).
 
@@ -222,19 +210,8 @@ class MagicFixup(nn.Module):
             # Steps beyond the sampler's own: its noise at a step must not be the reference's.
             draw = samplers.make_step_noise(coarse.shape[1:], [0] * B)
             noise = lambda t: draw(T + t)  # noqa: E731
+        details = self.extract_ahead(reference, mask, timesteps, noise)
         times = self.synthesizer.times_of(timesteps)
-        ready = {}  # timestep -> details
-
-        def details(t):
-            if t not in ready:
-                # The first timestep runs alone, and shows how many fit into memory at once.
-                held = next(iter(ready.values()), ())
-                bytes_each = sum(x.nbytes for pair in held for x in pair)
-                at_once = max(1, MEMORY // bytes_each) if bytes_each else 1
-                ahead = timesteps[timesteps.index(t) :][:at_once] if t in timesteps else [t]
-                ready.clear()
-                ready.update(self.extract_ahead(reference, mask, ahead, noise))
-            return ready[t]
 
         @torch.no_grad()
         def denoise(x_t, t):
@@ -244,6 +221,33 @@ class MagicFixup(nn.Module):
             return self.synthesizer(z, times(t), F_t)  # equation 5
 
         return denoise
+
+    def extract_ahead(self, reference, mask, timesteps, noise):
+        """-> details(t), which are `extract_details` at timestep t. The extractor runs for as many
+        of the timesteps in one batch as fit into MEMORY."""
+        B = len(reference)
+        ready = {}  # timestep -> details
+
+        def extract(ahead):
+            n = len(ahead)
+            t = torch.tensor(ahead, device=reference.device).repeat_interleave(B)
+            noises = torch.cat([noise(one) for one in ahead]).to(reference)
+            details = self.extract_details(torch.cat([reference] * n), mask.repeat(n, 1, 1, 1), t,
+                                           noises)
+            for i, one in enumerate(ahead):
+                ready[one] = [[x[i * B : (i + 1) * B] for x in pair] for pair in details]
+
+        at_once = 1  # the first timestep runs alone, and shows how many fit into memory
+
+        def details(t):
+            nonlocal at_once
+            if t not in ready:
+                ready.clear()
+                extract(timesteps[timesteps.index(t) :][:at_once] if t in timesteps else [t])
+                at_once = max(1, MEMORY // sum(x.nbytes for pair in ready[t] for x in pair))
+            return ready[t]
+
+        return details
 
     @torch.no_grad()
     def sample(self, reference, coarse, mask, *, seeds=(0,), steps=50, eta=1.0, latent_init=True,
