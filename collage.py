@@ -5,10 +5,10 @@
     dog.translate(60, -10).scale(1.2).rotate(15).mirror()
     dog.duplicate().translate(80, 0)                    # what was there stays, and a copy goes on
     collage.segment(bin_mask).delete()
-    collage.coarse()                                    # (H, W, 4) uint8, alpha 0 = holes
-    collage.inpainted(), collage.mask()                 # what Magic Fixup takes: I_coarse and M
+    coarse = collage.coarse()                           # (H, W, 4) uint8, alpha 0 = holes
 
-    composite(image, pieces), fill_holes(image, holes)  # the functions underneath
+    M = coarse[..., 3] > 0                              # what Magic Fixup takes, and
+    I_coarse = fill_holes(coarse[..., :3], ~M)
 
 editing/edits_json.py reads the same from a file. Points are in pixels, x to the right and y down.
 The picture spans 0 .. W and 0 .. H: its first pixel's centre is at (0.5, 0.5). Angles are in
@@ -244,12 +244,3 @@ class Collage:
     def coarse(self):
         """The coarse edit (H, W, 4) uint8; alpha is 0 in holes and 255 elsewhere."""
         return composite(self.image, self.pieces())
-
-    def mask(self):
-        """Magic Fixup's M, (H, W) bool: True where there is content, False in holes."""
-        return self.coarse()[..., 3] > 0
-
-    def inpainted(self):
-        """I_coarse (H, W, 3) uint8: the coarse edit with its holes filled."""
-        coarse = self.coarse()
-        return fill_holes(coarse[..., :3], coarse[..., 3] == 0)
