@@ -6,6 +6,7 @@ self-attention reads keys and values of the picture's, as MasaCtrl does.
 """
 
 import copy
+from collections import deque
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,11 @@ import samplers
 from reproduce import masactrl
 from reproduce.toy_batches import base_loss
 
-RANK, TUNING, TUNING_RATE, TUNING_BATCH = 16, 80, 5e-4, 4  # the low-rank matrices' own training
+STEPS = 80  # of tuning, and of dragging at most
+RANK, TUNING_RATE, TUNING_BATCH = 16, 5e-4, 4
 STRENGTH = 0.7  # how far the picture is taken back to noise, 35 of 50 steps
-DRAGS, RATE = 80, 0.01  # of Adam on the latent
+RATE, KEPT = 0.01, 0.1  # Adam's, on the latent; lambda, the weight of what the mask keeps
 SUPERVISED, TRACKED = 1, 3  # r_1 and r_2, of half the picture's pixels
-KEPT = 0.1  # lambda, the weight of what the mask keeps
 
 
 class LowRank(nn.Module):
@@ -35,9 +36,9 @@ class LowRank(nn.Module):
         return W + self.B @ self.A
 
 
-def tune(model, z_init, context, steps, generator):
+def tune(model, z_init, context, steps):
     """Section 3.3 -> a copy of the UNet, all of whose attention has learned the one picture"""
-    unet, added = copy.deepcopy(model.unet).requires_grad_(False), []
+    unet, added, generator = copy.deepcopy(model.unet).requires_grad_(False), [], torch.Generator().manual_seed(0)
     for block in unet.transformer_blocks():
         for attention in (block.attn1, block.attn2):
             for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
@@ -70,7 +71,7 @@ def square(radius):
     return torch.cartesian_prod(along, along)
 
 
-def drag(step, z, keep, handles, targets, drags):
+def drag(step, z, keep, handles, targets, steps=STEPS):
     """Sections 3.4 and 3.5: motion supervision and point tracking, in turn -> z, and where the handles have come to
 
     step     z -> the next, less noisy latent; and features (1, C, H, W)
@@ -82,7 +83,7 @@ def drag(step, z, keep, handles, targets, drags):
         wanted = look(features, handles)  # (n, C)
     z = z.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([z], RATE)
-    for i in range(drags):
+    for i in range(steps):
         found, features = step(z)
         if i:  # the handle is where its features are now; equation 4
             around = h[:, None] + nearby
@@ -104,21 +105,21 @@ def drag(step, z, keep, handles, targets, drags):
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def edit(model, z_init, shown, keep, handles, targets, k=50, drags=DRAGS, tuning=TUNING, seed=0):
+def edit(model, z_init, shown, keep, handles, targets, k=50, steps=STEPS):
     """The whole of it, of one picture -> the edit (1, C, h, w), and how far from its target each handle is left (n,)
 
     model    sd.StableDiffusion; shown, a prompt that says what the picture shows
     z_init   (1, C, h, w)
     keep     (1, 1, H, W), 1 = is not to change; handles, targets (n, 2), x and y in the picture's pixels
-    k        steps of DDIM; drags, tuning: at most so many steps
+    k        steps of DDIM
     """
     z_init, factor = z_init.clone(), model.vae.config.factor
     size = [side * factor // 2 for side in z_init.shape[-2:]]  # features are compared at half the picture's
     with torch.no_grad():
         context = model.encode_prompt([shown])
-    unet = tune(model, z_init, context, tuning, torch.Generator().manual_seed(seed))
+    unet = tune(model, z_init, context, steps)
     sampler, start = samplers.make_sampler("ddim", model.schedule, k), k - int(STRENGTH * k + 1e-4)
-    seen = []  # the last but one level's features
+    seen = deque(maxlen=1)  # the last but one level's features
     unet.up_blocks[-2].upsamplers[0].conv.register_forward_hook(lambda module, args, out: seen.append(out))
 
     def denoise(z, t):
@@ -131,7 +132,7 @@ def edit(model, z_init, shown, keep, handles, targets, k=50, drags=DRAGS, tuning
     with torch.no_grad():
         z = samplers.invert_ddim(denoise, z_init, sampler, start)[0]
     keep = F.interpolate(keep, size=z.shape[-2:], mode="area").to(z)
-    dragged, h = drag(step, z, keep, handles.to(z) / 2, targets.to(z) / 2, drags)
+    dragged, h = drag(step, z, keep, handles.to(z) / 2, targets.to(z) / 2, steps)
     both, first = torch.cat([z, dragged]), round(masactrl.FIRST_BLOCK * len(unet.transformer_blocks()))
     with torch.no_grad(), masactrl.look_at_pictures(unet, 1, first):
         for i in range(start, k):

@@ -141,14 +141,14 @@ def figure8(lab):
     the transform that makes the collage; it may change where the thing was and will be. It is tuned to each picture,
     and drags for at most {drags} steps. Squared error against the true re-render, as a ratio to Magic Fixup's.
     """
-    model, n, few = lab.fixup(), lab.count(6, 2), 10 if lab.quick else 80
+    model, n, few = lab.fixup(), lab.count(6, 2), 10 if lab.quick else drag.STEPS
     edits = choose_verbs(make_user_edits(8 * n, model.size), ("move", "scale"), n)
     dragged, went = [], []
     keep, shown = 1 - widen(edits["source"] | edits["object"], 6), caption_scenes(edits["scene"])
     for i in progress(range(n)):
         handles, targets = make_handles(edits["source"][i], edits["matrix"][i])
         z_init = lab.model.encode_image(edits["reference"][i : i + 1].to(lab.device) * 2 - 1)
-        z, far = drag.edit(lab.model, z_init, shown[i], keep[i : i + 1], handles, targets, drags=few, tuning=few)
+        z, far = drag.edit(lab.model, z_init, shown[i], keep[i : i + 1], handles, targets, steps=few)
         dragged.append(lab.model.decode(z).clamp(-1, 1).cpu() / 2 + 0.5)
         went.append(1 - far.mean() / (targets - handles).norm(dim=1).mean())
     shown = {COLLAGE: edits["coarse"], DRAGGED: torch.cat(dragged), FIXED: fix_up(model, edits)}

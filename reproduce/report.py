@@ -42,10 +42,10 @@ class Entry:
 
     @property
     def samples(self):
-        """How many, and whether they are few, or were measured by other code: "6, few", "" where there are none"""
+        """How many there are, and whether they are few or the code has changed since: '6, few, earlier code'"""
         n = self.outcome.results.get("n")
         said = [str(n)] * (n is not None) + ["few"] * (self.quick and n is not None)
-        return ", ".join(said + ["code has changed since"] * (not self.current))
+        return ", ".join(said + ["earlier code"] * (not self.current))
 
 
 def write_page(entries, settings, missing=()):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import textwrap
 from pathlib import Path
 
 from reproduce.papers import ABSENT, DONE, ROWS, STAND_IN, count_states
@@ -55,12 +56,12 @@ def write_status():
 
 def write_numbers(entries, page, settings, missing):
     what = ", ".join(f"{name}: {value}" for name, value in settings.items())
-    parts = [f"\n## Numbers\n\n± are standard errors. {what}. Few: of a run with `--quick`.\n"]
+    parts = [f"\n## Numbers\n\n± are standard errors. {what[0].upper()}{what[1:]}. Few: with `--quick`.\n"]
     if missing:
         parts.append(f"\nNot run here: {', '.join(f'`{name}`' for name in missing)}.\n")
     for chapter in dict.fromkeys(e.item.chapter for e in entries):
         mine = [e for e in entries if e.item.chapter == chapter]
-        table = [["", "claim", "here", "n", "`--only`"]]
+        table = [["", "claim", "here", "samples", "`--only`"]]
         table += [[e.item.where, e.claim, e.outcome.verdict[0], e.samples, f"`{e.item.name}`"] for e in mine]
         parts.append(f"\n## {chapter}: verdicts\n\n{write_table(table)}")
         parts += [write_section(e, page) for e in mine]
@@ -71,8 +72,8 @@ def write_section(entry, page):
     """An item: its claim, what was done and found, its table, and the command that does it again"""
     item, outcome = entry.item, entry.outcome
     verdict, why = outcome.verdict
-    lines = [f"\n### {item.where}\n\n{item.claim}\n\n{entry.done} **{verdict[0].upper()}{verdict[1:]}"
-             f"{f', n = {entry.samples}' if entry.samples else ''}:** {why.replace('|', chr(92) + '|')}\n"]
+    found = f"**{verdict[0].upper()}{verdict[1:]}{f', n = {entry.samples}' if entry.samples else ''}:** {why}"
+    lines = [f"\n### {item.where}\n", *(f"\n{textwrap.fill(text, 120)}\n" for text in (item.claim, entry.done, found))]
     if outcome.table:
         lines.append("\n" + write_table(outcome.table))
     if item.name in PICTURES and outcome.pictures:

@@ -100,7 +100,7 @@ def test_dragdiffusion_tunes_a_copy_and_drags_with_it():
     model, z = small.stable_diffusion(), randn(1, 4, 8, 8)
     before = {name: w.clone() for name, w in model.unet.state_dict().items()}
     points = torch.tensor([[3.0, 3.0]])
-    edits = [drag.edit(model, z, "cats", torch.zeros(1, 1, 16, 16), points, points + far, k=4, drags=3, tuning=2)
+    edits = [drag.edit(model, z, "cats", torch.zeros(1, 1, 16, 16), points, points + far, k=4, steps=3)
              for far in (0, 6, 6)]
     assert torch.equal(edits[1][0], edits[2][0]) and (edits[0][0] - edits[1][0]).abs().max() > 1e-4
     assert edits[0][1].item() == 0 < edits[1][1].item()
