@@ -36,10 +36,9 @@ def fingerprint(path):
 
 
 def key_of(item, options):
-    """Of what an item says, and what decides its results besides the code: the weights that it needs, the other options
-    {name: value}"""
+    """Of what decides an item's results besides the code: the weights that it needs, the other options {name: value}"""
     mine = {n: v for n, v in options.items() if n in item.needs or not n.endswith("weights")}
-    return hashlib.sha256(json.dumps([item.name, item.claim, item.done, sorted(mine.items())]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([item.name, sorted(mine.items())]).encode()).hexdigest()
 
 
 def write(item, key, outcome, seconds, out):

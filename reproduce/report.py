@@ -42,10 +42,9 @@ class Entry:
 
     @property
     def samples(self):
-        """How many there are, and whether they are few or the code has changed since: '6, few, earlier code'"""
+        """How many there are, and whether these are few; "" where an item has none"""
         n = self.outcome.results.get("n")
-        said = [str(n)] * (n is not None) + ["few"] * (self.quick and n is not None)
-        return ", ".join(said + ["earlier code"] * (not self.current))
+        return "" if n is None else f"{n}, few" if self.quick else str(n)
 
 
 def write_page(entries, settings, missing=()):

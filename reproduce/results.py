@@ -57,6 +57,8 @@ def write_status():
 def write_numbers(entries, page, settings, missing):
     what = ", ".join(f"{name}: {value}" for name, value in settings.items())
     parts = [f"\n## Numbers\n\n± are standard errors. {what[0].upper()}{what[1:]}. Few: with `--quick`.\n"]
+    if old := [e for e in entries if not e.current]:
+        parts.append(f"\n{len(old)} of {len(entries)} items were measured before the code changed last.\n")
     if missing:
         parts.append(f"\nNot run here: {', '.join(f'`{name}`' for name in missing)}.\n")
     for chapter in dict.fromkeys(e.item.chapter for e in entries):
