@@ -3,6 +3,14 @@
 import pytest
 
 import bench.peers  # noqa: F401, makes torchvision importable where it was built for another PyTorch
+import mfx
+
+
+@pytest.fixture
+def short_sheets(monkeypatch):
+    """A training's sheets are sampled in two steps."""
+    sample = mfx.MagicFixup.sample
+    monkeypatch.setattr(mfx.MagicFixup, "sample", lambda self, *edits, steps: sample(self, *edits, steps=2))
 
 
 def pytest_addoption(parser):

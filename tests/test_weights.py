@@ -48,7 +48,7 @@ def test_the_peer_pipeline_opens_the_folder_and_draws_the_same_picture(toy):
     diffusers.utils.logging.disable_progress_bar()
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(sample.TOY, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    prompt, steps, guidance = "a red ball and a blue house on snow at sunset", 20, 7.5
+    prompt, steps, guidance = "a red ball and a blue house on snow at sunset", 5, 7.5
     noise = torch.randn(1, *latent_shape(toy), generator=torch.Generator().manual_seed(1))
     peer = pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, latents=noise, output_type="np").images[0]
     sampler = samplers.make_sampler("ddim", toy.schedule, steps)

@@ -118,8 +118,7 @@ def random_strings(count, seed):
         yield "".join(parts)
 
 
-@pytest.mark.parametrize("count", [1000, pytest.param(6000, marks=pytest.mark.slow)])
-def test_same_ids_as_open_clip(open_clip, count):
+def test_same_ids_as_open_clip(open_clip):
     import ftfy
     import regex
 
@@ -132,9 +131,9 @@ def test_same_ids_as_open_clip(open_clip, count):
         theirs.cache[token] = token
     assert len(ours.vocab) == 49408
     # Mojibake repair is the part of ftfy that is not ours: strings that it would change are left out.
-    strings = [s for s in random_strings(count, seed=0) if ftfy.fix_text(s) == ftfy.fix_text(s, fix_encoding=False)]
+    strings = [s for s in random_strings(1000, seed=0) if ftfy.fix_text(s) == ftfy.fix_text(s, fix_encoding=False)]
     strings += ["", " ", "\ud83d\ude00 x\ud800 lone surrogate", "a <b>\n&rdquo;", "a " * 100, "word" * 200, *CAPTIONS]
-    assert len(strings) > 5 / 6 * count
+    assert len(strings) > 5 / 6 * 1000
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         got = ours(strings)

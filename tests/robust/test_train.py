@@ -21,6 +21,7 @@ from common.files import HOST, atomic_write
 from common.run_state import cache_tensors, list_states, open_run, read_newest_state, read_recipe
 from tests.training import arguments, fails, fit_tiny, random_fixup, write_shards, write_stable
 
+pytestmark = pytest.mark.usefixtures("short_sheets")
 RECIPE = train.Recipe(steps=10, batch=2, lr=5e-3, warmup=3, ema=0.9, save_every=2)
 
 
