@@ -205,11 +205,12 @@ def pictures(lab):
     meadow = ["--image", "examples/meadow.png"]
     gradient = [*meadow, "--change-map", "examples/gradient.png", "--prompt", "snow at night"]
     ball = [*meadow, "--mask", "examples/mask.png", "--softness", "6", "--prompt", "a purple mushroom on grass at noon"]
+    moved = ["--collage", "examples/edits.json", "--samples", "3"]
     commands = {
         lab.out / "edit.png": [*gradient, "--sheet", "examples/sheet.png", "--steps-strip", "examples/strip.png"],
         lab.out / "soft.png": [*ball, "--sheet", "examples/soft.png"],
         "examples/fan.png": [*meadow, "--strength-fan", "5", "--prompt", "snow at night"],
-        lab.out / "collage.png": ["--collage", "examples/edits.json", "--sheet", "examples/collage.png"],
+        lab.out / "collage.png": [*moved, "--sheet", "examples/collage.png"],
     }
     for result, command in commands.items():
         sample.main([*command, "--out", str(result)])
