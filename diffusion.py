@@ -23,6 +23,12 @@ SPACINGS = "leading", "trailing", "linspace", "lcm"  # `Schedule.space_timesteps
 LCM_TIMESTEPS = 50  # those that a latent consistency model is distilled at
 
 
+def draw_noise(shape: tuple, seeds) -> Tensor:
+    """(N, *shape) standard normal, each by its own seed, on the CPU: the same in any batch"""
+    draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(draws)
+
+
 def zero_terminal_snr(betas: Tensor) -> Tensor:
     """betas (T,) -> betas whose last step leaves nothing of the picture: 2305.08891, algorithm 1"""
     alpha = (1 - betas).cumprod(dim=0).sqrt()

@@ -31,7 +31,7 @@ import samplers
 from checkpoints.magicfixup import read_magic_fixup
 from checkpoints.magicfixup import save as save
 from checkpoints.parts import build_part
-from diffusion import T
+from diffusion import T, draw_noise
 
 # --------------------------------------------------------------------------------------------------
 # The model
@@ -264,9 +264,7 @@ class MagicFixup(nn.Module):
         sampler = samplers.make_sampler("ddim", self.schedule, steps, eta=eta)
         device = self.synthesizer.conv_in.weight.device
         seeds, shape, B = list(seeds), coarse.shape[1:], len(coarse)
-        g = [torch.Generator().manual_seed(seed) for seed in seeds]
-        x_T = torch.cat([torch.randn(1, *shape, generator=one) for one in g])
-        x_T = x_T.repeat(B, 1, 1, 1).to(device)
+        x_T = draw_noise(shape, seeds).repeat(B, 1, 1, 1).to(device)
         if latent_init:
             # Equation 4, its square root restored; T is the sampler's first step, 981 of 1000.
             each = coarse.to(device).float().repeat_interleave(len(seeds), dim=0)

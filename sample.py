@@ -52,6 +52,7 @@ from common.pictures import (
     save_pictures,
     tensor_to_picture,
 )
+from diffusion import draw_noise
 from editing import cascade, inputs, options, paste
 from editing.few_steps import blend_overrides
 from kernels.memory import hold_memory
@@ -144,9 +145,7 @@ def fixup(model, reference, coarse, mask, change_map=None, *, sampler="ddim", st
 
 def generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, blend, watch):
     """What both end in: noise (N, *shape) of the seeds, the sampler under the map, the decoder."""
-    device = model.vae.quant_conv.weight.device
-    draws = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    noise = torch.cat(draws).to(device)
+    noise = draw_noise(shape, seeds).to(model.vae.quant_conv.weight.device)
     guess = None
 
     def watched(z, t):

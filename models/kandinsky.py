@@ -18,7 +18,7 @@ import samplers
 from checkpoints.configs import read_number, refuse_other_options, schedule_from_json, show
 from checkpoints.parts import load_part, read_latent_side, read_schedule, require_folders
 from checkpoints.words import load_tokenizer
-from diffusion import Schedule, T
+from diffusion import Schedule, T, draw_noise
 from models import adm, movq, prior
 from models.image_encoder import ImageEncoder
 from models.prompts import list_texts, warn_of_weights
@@ -74,8 +74,7 @@ class Kandinsky:
 
         sampler = samplers.make_sampler("ddpm", self.prior_schedule, steps)
         shape = (self.prior.config.embedding,)
-        draws = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        z = torch.cat(draws).to(told[0].device)
+        z = draw_noise(shape, seeds).to(told[0].device)
         z = samplers.run_sampler(denoise, z, sampler, step_noise=samplers.make_step_noise(shape, seeds))
         return z * self.prior.clip_std.float() + self.prior.clip_mean.float()
 

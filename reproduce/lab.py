@@ -34,6 +34,7 @@ import samplers
 import sd
 from checkpoints import published
 from common import pictures
+from diffusion import draw_noise
 from kernels.winograd import quicken
 from reproduce import metrics
 from toy import world
@@ -212,8 +213,7 @@ class Lab:
 
     def noise(self, z, first):
         """Like z (B, C, h, w), of the seeds first, first + 1, .."""
-        draws = [torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(first + i)) for i in range(len(z))]
-        return torch.stack(draws).to(z)
+        return draw_noise(z.shape[1:], range(first, first + len(z))).to(z)
 
     @torch.inference_mode()
     def edit(self, image, change_map, prompt=None, *, steps, sampler="ddim", guidance=7.5, how=None, **options):
