@@ -201,13 +201,13 @@ def load_folder(path, dtype, device, prediction):
     if not is_xl:
         schedule.offset = 1  # whatever the file says, as in diffusers' pipelines
     side = read_latent_side(path / "unet", xl.SIDE if is_xl else 64)
-    sd = StableDiffusion(unet, vae, texts[-1], schedule, tokenizers[-1], side * vae.config.factor,
-                         tokenizer_help)
+    beside = None
     if is_xl:
         zeros = index.get("force_zeros_for_empty_prompt", len(texts) == 2)
         upcast = read_json(path / "vae/config.json", default={}).get("force_upcast", True)
-        xl.complete(sd, texts, tokenizers, zeros, upcast)
-    return sd
+        beside = xl.make_xl(texts, tokenizers, vae, zeros, upcast)
+    return StableDiffusion(unet, vae, texts[-1], schedule, tokenizers[-1],
+                           side * vae.config.factor, tokenizer_help, beside)
 
 
 def load_file(path, dtype, device, prediction):
@@ -239,11 +239,9 @@ def load_file(path, dtype, device, prediction):
     prediction = prediction or find_prediction(path, tensors, openclip)
     side = xl.SIDE if is_xl else 96 if openclip and prediction == "v_prediction" else 64
     schedule = Schedule("zero_snr" if "ztsnr" in tensors else "scaled_linear", prediction)
-    sd = StableDiffusion(unet, vae, texts[-1], schedule, tokenizers[-1], side * vae.config.factor,
-                         tokenizer_help)
-    if is_xl:
-        xl.complete(sd, texts, tokenizers, zeros=len(texts) == 2, upcast=True)
-    return sd
+    beside = xl.make_xl(texts, tokenizers, vae, zeros=len(texts) == 2) if is_xl else None
+    return StableDiffusion(unet, vae, texts[-1], schedule, tokenizers[-1],
+                           side * vae.config.factor, tokenizer_help, beside)
 
 
 PARAMETERIZATION = re.compile(rb"""^\s*parameterization\s*:\s*["']?(v|eps)\b""", re.MULTILINE)

@@ -133,19 +133,18 @@ def list_encoders(folder, index):
     return ["text_encoder", "text_encoder_2"] if first else ["text_encoder_2"]
 
 
-def complete(model, texts, tokenizers, zeros, upcast):
-    """Make an XL, in place, of a StableDiffusion that has its other parts.
+def make_xl(texts, tokenizers, vae, zeros, upcast=True):
+    """-> XL, of two text encoders or one and their tokenizers, which it changes as no file says it
 
-    texts   its encoders, two or one; tokenizers likewise; zeros as in `XL`
+    zeros   as in `XL`
     upcast  what is said of the autoencoder: it overflows in fp16. Then it computes in fp32; made not to, it may try
     """
-    first, tokenizer = (texts[0], tokenizers[0]) if len(texts) == 2 else (None, None)
-    model.xl = XL(first, tokenizer, bool(zeros))
-    # The UNet reads the states before each encoder's last layer, without a norm. No file says it.
-    for encoder, _ in model.readers():
+    for encoder in texts:  # the UNet reads the states before the last layer, without a norm
         encoder.config = replace(encoder.config, skip_last=1, final_norm=False)
-    if upcast and model.vae.quant_conv.weight.dtype == torch.float16:
-        model.vae.float()
+    if upcast and vae.quant_conv.weight.dtype == torch.float16:
+        vae.float()
+    first, tokenizer = (texts[0], tokenizers[0]) if len(texts) == 2 else (None, None)
+    return XL(first, tokenizer, bool(zeros))
 
 
 def check_fit(path, model):
