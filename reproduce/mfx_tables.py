@@ -178,7 +178,8 @@ FULL, ALONE, FLOW, AFFINE = "both", "alone", "flow", "affine"
 TRAINED = {  # by these options of train.py, into folders of these names; the rest of their training is the same
     AFFINE: ("--motion", "affine"), FLOW: ("--motion", "flow"), ALONE: ("--no-cross-reference",), FULL: (),
 }
-TRAINING = ("--steps", "1500")  # less than a third of weights/toy-mfx's, so that four models are soon done
+# A fraction of weights/toy-mfx's, so that four models are soon done. bf16: as those that docs/results.md is about
+TRAINING = ("--steps", "1000", "--precision", "bf16")
 
 
 def is_trained(folder, name):
