@@ -137,6 +137,8 @@ def write_random(network, folder):
     tensors = {}
     for i, (name, tensor) in enumerate(model.state_dict().items()):
         scale = tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.1
+        if network.part == "t5" and name.endswith(".q.weight"):
+            scale *= network.config["d_kv"] ** -0.5  # a T5 divides by it here, not in its attention
         centre = 1.0 if tensor.ndim == 1 and name.endswith("weight") else 0.0  # of a norm
         g = torch.Generator().manual_seed(i)
         tensors[name] = torch.randn(tensor.shape, generator=g).mul_(scale).add_(centre).half()
