@@ -103,6 +103,7 @@ class FixupRecipe(Recipe):
     data: str = "toy"  # or a folder of shards that data.py wrote
     pairs: int = 0  # encoded once, and seen often under new noise; 0 = encoded as they come
     exact: float = 0.0  # share of the toy world's exact pairs among those encoded from shards
+    edits: float = 0.0  # share of a user's edits, with their truth, among the exact pairs
     motion: str = "both"  # what makes the coarse edits: 'flow', 'affine', or half of each
     cross_reference: bool = True  # False = the ablation: CLIP's embedding of the reference instead
     prediction: str | None = None  # 'epsilon' or 'v_prediction'; None = as the initial weights
@@ -274,10 +275,8 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
     parts = slice_batch(recipe.batch, recipe.micro_batch)
     pending = []  # losses and gradient norms that are still on the device
     first = len(losses)
-    bar = tqdm(
-        range(first, recipe.steps), stage, recipe.steps, initial=first, mininterval=1,
-        smoothing=0.02, disable=process_rank() > 0,
-    )
+    bar = tqdm(range(first, recipe.steps), stage, recipe.steps, initial=first, mininterval=1,
+               smoothing=0.02, disable=process_rank() > 0)
     for step in bar:
         # Forward and backward. Gradients of micro-batches add up, and processes average theirs
         # with the last one.
@@ -367,6 +366,7 @@ def main(argv=None):
     p.add_argument("--data", type=file_name, help="toy (default), or a folder that data.py wrote")
     p.add_argument("--pairs", type=number(int, 0, 10**9), help="to encode once; 0 = as they come")
     p.add_argument("--exact", type=number(float, 0, 1), help="share of the toy's pairs in them")
+    p.add_argument("--edits", type=number(float, 0, 1), help="share of a user's edits in those")
     p.add_argument("--motion", choices=MODELS, help="what makes the coarse edits (default: both)")
     p.add_argument("--prediction", choices=["epsilon", "v_prediction"], help="what to learn")
     p.add_argument("--held-out", type=number(int, 0, 4096), help="pairs to validate on; 0 = none")

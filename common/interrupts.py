@@ -90,12 +90,16 @@ def came():
 
 @contextlib.contextmanager
 def kept_from_children():
-    """Processes that start in here never see Ctrl-C or a closed terminal, which reach all: the parent ends them."""
+    """Processes that start in here never see Ctrl-C or a closed terminal, which reach all: the parent ends them.
+
+    It hears them itself afterwards. The mask is this thread's alone: where another takes the signal, an exception
+    would leave a process half started, which then complains."""
     mask = getattr(signal, "pthread_sigmask", None)  # not on Windows
     if mask:
         before = mask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
-        yield
+        with finish_steps():
+            yield
     finally:
         if mask:
             mask(signal.SIG_SETMASK, before)

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-import collage
 import data
 import train
 from common.run_state import list_states
@@ -19,7 +18,7 @@ from reproduce import charts
 from reproduce.lab import HELD_OUT, MFX, NotHere, Outcome, item, judge, percent, plus_minus, progress
 from reproduce.metrics import changed_shadows, drawn_error, mean_error, resample
 from toy import clips, world
-from toy.edits import VERBS, random_edits, to_collage
+from toy.edits import VERBS, edit_pictures
 from video.batches import ShardPairs
 
 STEPS = 25  # of DDIM for a toy, half of the paper's
@@ -48,18 +47,12 @@ def edit_scenes(scenes, seed, size=128):
     (1, S, S); changed (S, S) bool: where the truth's shadows and reflections differ from the reference's; object (S, S)
     bool: the edited object, where it truly is afterwards; source (S, S) bool: where it was. And lists: verb, matrix (as
     of toy.edits.Edit); scene and after, the Scenes; slot (n,), the object's number in the latter."""
-    edited, edits = random_edits(scenes, torch.Generator().manual_seed(HELD_OUT + seed), size)
-    before, after = world.render(scenes, size), world.render(edited, size)
-    coarse, mask = [], []
-    for i, image in enumerate((before.image * 255).round().byte().permute(0, 2, 3, 1).numpy()):
-        edit = collage.composite(image, to_collage(edited[i : i + 1], edits[i], before.segments[i]))
-        holes = edit[..., 3] == 0
-        coarse.append(torch.from_numpy(collage.fill_holes(edit[..., :3], holes)).permute(2, 0, 1) / 255)
-        mask.append(torch.from_numpy(~holes)[None].float())
+    generator = torch.Generator().manual_seed(HELD_OUT + seed)
+    edited, edits, before, after, coarse, mask = edit_pictures(scenes, generator, size)
     changed = changed_shadows(before.image, after.image, (before.segments > 0) | (after.segments > 0))
     source = before.segments == torch.tensor([e.k + 1 for e in edits])[:, None, None]
     which = torch.tensor([scenes.kind.shape[1] if e.verb == "duplicate" else e.k for e in edits])  # a copy comes last
-    return dict(reference=before.image, coarse=torch.stack(coarse), truth=after.image, mask=torch.stack(mask),
+    return dict(reference=before.image, coarse=coarse, truth=after.image, mask=mask,
                 changed=changed, object=after.segments == which[:, None, None] + 1, source=source,
                 verb=[e.verb for e in edits], matrix=[e.matrix for e in edits], scene=scenes, after=edited,
                 slot=which)

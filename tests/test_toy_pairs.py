@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 import warp
 from tests.toy import seeded
 from toy.motion import flow_between
-from toy.pairs import ToyPairs, toy_motion, toy_pairs
+from toy.pairs import ToyPairs, toy_motion, toy_pairs, user_pairs
 from toy.world import GROUNDS, render
 from video.motion import flow_edit
 
@@ -43,6 +43,19 @@ def test_toy_items():
     assert torch.equal(items[4]["coarse"], ToyPairs(5, seed=3, size=64)[4]["coarse"])
     assert not torch.equal(items[4]["target"], items[3]["target"])
     assert next(iter(DataLoader(items, batch_size=5)))["mask"].shape == (5, 1, 64, 64)
+
+
+def test_user_pairs_hold_what_no_video_shows():
+    """Also a thing in two places: there the coarse edit has no hole, and only the copy's shadow is missing."""
+    pairs, again = user_pairs(24, seeded(6), 64), user_pairs(24, seeded(6), 64)
+    for name, batch in toy_pairs(1, seeded(0), size=64).items():
+        assert pairs[name].shape[1:] == batch.shape[1:] and pairs[name].dtype == batch.dtype
+        assert pairs[name].min() >= -1 and pairs[name].max() <= 1 and torch.equal(pairs[name], again[name])
+    whole = (pairs["mask"] == 1).all((1, 2, 3))
+    changed, missing = (((pairs[name] - pairs["target"]).abs().amax(1) > 0.1).float().mean((1, 2))
+                        for name in ("reference", "coarse"))
+    assert 0.1 < whole.float().mean() < 0.5
+    assert (missing[whole] < changed[whole]).all() and missing[whole].max() > 0.005
 
 
 def test_toy_motion_is_what_users_do():

@@ -3,6 +3,7 @@
     edited, edits = random_edits(scenes, generator)
     render(edited)                                       the truth, shadows and reflections included
     to_collage(edited[i : i + 1], edits[i], segments)    the same edit of a picture, for collage.composite
+    edit_pictures(scenes, generator)                     pictures before, coarse edits with their masks, the truth
     edited, told = random_instructions(scenes, generator)    edits told in words, for InstructPix2Pix
 """
 
@@ -10,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from toy.world import COLOURS, GROUNDS, KINDS, POSE, TIMES, project
+import collage
+from toy.world import COLOURS, GROUNDS, KINDS, POSE, TIMES, project, render
 
 VERBS = ("move", "scale", "duplicate", "delete")
 
@@ -115,6 +117,23 @@ def to_collage(edited, edit, segments):
             k = slot if slot < K else edit.k  # a copy has the original's pixels
             pieces.append((segments == k + 1, edit.matrix if slot == changed else stays))
     return [*pieces, (segments == edit.k + 1, None)]
+
+
+def edit_pictures(scenes, generator=None, size=128):
+    """One random edit of each scene, in pictures, as `collage.composite` makes it of the picture before.
+
+      ->  edited, edits, as of `random_edits`; before, after, the Frames of both; coarse (B, 3, size, size) in [0, 1],
+          its holes painted in; mask (B, 1, size, size), 1 = kept
+    """
+    edited, edits = random_edits(scenes, generator, size)
+    before, after = render(scenes, size), render(edited, size)
+    coarse, mask = [], []
+    for i, image in enumerate((before.image * 255).round().byte().permute(0, 2, 3, 1).numpy()):
+        edit = collage.composite(image, to_collage(edited[i : i + 1], edits[i], before.segments[i]))
+        holes = edit[..., 3] == 0
+        coarse.append(torch.from_numpy(collage.fill_holes(edit[..., :3], holes)).permute(2, 0, 1) / 255)
+        mask.append(torch.from_numpy(~holes)[None].float())
+    return edited, edits, before, after, torch.stack(coarse), torch.stack(mask)
 
 
 def random_instructions(scenes, generator=None):

@@ -1,6 +1,7 @@
 """Training pairs of Magic Fixup out of the toy world, where flow, segments and depth are exact.
 
-    toy_pairs(n, generator)      a batch of pairs
+    toy_pairs(n, generator)      a batch of pairs, of two moments of a scene
+    user_pairs(n, generator)     a batch of a user's edits and what they truly look like: what no video shows
     ToyPairs(length, seed)       a data set, item by item
 
 data.py says what a pair is, and makes them of videos.
@@ -10,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 import collage
+from toy.edits import edit_pictures
 from toy.motion import flow_between, move
 from toy.world import random_scenes, render
 from video.motion import MODELS, affine_edit, check_model, flow_edit
@@ -74,6 +76,12 @@ def toy_pairs(n, generator, model="both", size=128):
     painted = [collage.fill_holes(*one) for one in zip(pictures, holes[:, 0].numpy())]
     coarse = torch.stack([torch.from_numpy(p).permute(2, 0, 1) / 127.5 - 1 for p in painted])
     return dict(reference=frames.image * 2 - 1, target=target * 2 - 1, coarse=coarse, mask=(~holes).float())
+
+
+def user_pairs(n, generator, size=128):
+    """n pairs of random scenes, each with one object moved, scaled, duplicated or deleted -> as `toy_pairs`"""
+    _, _, before, after, coarse, mask = edit_pictures(random_scenes(n, generator), generator, size)
+    return dict(reference=before.image * 2 - 1, target=after.image * 2 - 1, coarse=coarse * 2 - 1, mask=mask)
 
 
 class ToyPairs(Dataset):

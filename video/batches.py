@@ -15,7 +15,7 @@ from tqdm import tqdm
 from common.processes import process_count, process_rank, slice_batch
 from common.run_state import cache_tensors, digest, generator_at
 from kernels.blocks import to_channels_last
-from toy.pairs import ToyPairs, toy_pairs
+from toy.pairs import ToyPairs, toy_pairs, user_pairs
 from video import shards
 from video.motion import MODELS, check_model
 
@@ -157,10 +157,13 @@ def cache_latents(recipe, path, model, device):
     size = model.size
     wanted = math.ceil(min(recipe.pairs, recipe.steps * recipe.batch) / 32)  # batches
     exact = wanted if recipe.data == "toy" else round(recipe.exact * wanted)
-    toys = (
-        toy_pairs(32, generator_at(recipe.seed + 4, 32 * i), recipe.motion, size)
-        for i in range(exact)
-    )
+    edits = round(recipe.edits * exact)
+
+    def make_exact(i):
+        g = generator_at(recipe.seed + 4, 32 * i)
+        return user_pairs(32, g, size) if i < edits else toy_pairs(32, g, recipe.motion, size)
+
+    toys = map(make_exact, range(exact))
     batches, source = toys, ()
     if recipe.data != "toy":
         pairs = read_shards(recipe, batch=32)
@@ -178,6 +181,7 @@ def cache_latents(recipe, path, model, device):
 
     encoder = model.image_encoder and digest(model.image_encoder)
     source = (*source, encoder) if encoder else source
+    source = (*source, "edits", edits) if edits else source
     made_from = digest(model.vae, wanted, recipe.seed, recipe.motion, model.as_paper, *source)
     return cache_tensors(path, made_from, make)
 

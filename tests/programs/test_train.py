@@ -78,7 +78,9 @@ def test_the_toys_exact_pairs_are_mixed_in(tmp_path):
     recipe = replace(recipe, data=str(write_shards(tmp_path / "pairs")), exact=0.5)
     both = cache_latents(recipe, tmp_path / "both.safetensors", model, device)
     none = cache_latents(replace(recipe, exact=0.0), tmp_path / "none.safetensors", model, device)
+    users = cache_latents(replace(recipe, edits=1.0), tmp_path / "users.safetensors", model, device)
     for name in toys:
+        assert torch.equal(users[name][32:], both[name][32:]) and not torch.equal(users[name], both[name])
         assert len(both[name]) == 64 and len(none[name]) == 32  # eight pairs by two motion models are not 64
         assert torch.equal(both[name][:32], toys[name][:32])
         assert torch.equal(both[name][32:], none[name][:32])
