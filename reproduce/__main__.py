@@ -125,7 +125,8 @@ def run(args):
         found = {}
         for out, quick in ((base / "quick", True), (base, True), (base, False)):
             found |= read(out, quick)[0]
-        return results.write_results(*list_items(found), args.results, settings)
+        names = [name for name, item in ITEMS.items() if item.chapter]
+        return results.write_results(found, names, args.results, settings)
 
     (args.out / "cache").mkdir(parents=True, exist_ok=True)
     kept, keys = read(args.out, args.quick)

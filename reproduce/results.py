@@ -5,6 +5,7 @@ import shutil
 import textwrap
 from pathlib import Path
 
+from reproduce.lab import OPEN
 from reproduce.papers import ABSENT, DONE, ROWS, STAND_IN, count_states
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -36,9 +37,10 @@ say so below where they were not there.
 """
 
 
-def write_results(entries, missing, page, settings):
-    """Write the Markdown page. entries [report.Entry], and the names of items that were not run."""
-    text = PREFACE + write_status() + write_numbers(entries, page, settings, missing)
+def write_results(found, names, page, settings):
+    """Write the Markdown page. found {name: report.Entry}; names of all items that belong there, in its order. What an
+    item that was not run here has on the page that is there stays."""
+    text = PREFACE + write_status() + write_numbers(found, names, page, settings)
     Path(page).write_text(text, encoding="utf-8")
 
 
@@ -54,20 +56,43 @@ def write_status():
     return "".join(parts)
 
 
-def write_numbers(entries, page, settings, missing):
+def write_numbers(found, names, page, settings):
     what = ", ".join(f"{name}: {value}" for name, value in settings.items())
     parts = [f"\n## Numbers\n\n± are standard errors. {what[0].upper()}{what[1:]}. Few: with `--quick`.\n"]
-    if old := [e for e in entries if not e.current]:
-        parts.append(f"\n{len(old)} of {len(entries)} items were measured before the code changed last.\n")
-    if missing:
+    if old := [e for e in found.values() if not e.current]:
+        parts.append(f"\n{len(old)} of {len(found)} items were measured before the code changed last.\n")
+    before = read_numbers(page)
+    shown = before | {name: (e.item.chapter, write_verdict(e), write_section(e, page)) for name, e in found.items()
+                      if name not in before or e.outcome.verdict[0] != OPEN}
+    if kept := [name for name in names if name in shown and shown[name] is before.get(name)]:
+        parts.append(f"\nNot run again, as they stood here before: {', '.join(f'`{name}`' for name in kept)}.\n")
+    if missing := [name for name in names if name not in shown]:
         parts.append(f"\nNot run here: {', '.join(f'`{name}`' for name in missing)}.\n")
-    for chapter in dict.fromkeys(e.item.chapter for e in entries):
-        mine = [e for e in entries if e.item.chapter == chapter]
-        table = [["", "claim", "here", "samples", "`--only`"]]
-        table += [[e.item.where, e.claim, e.outcome.verdict[0], e.samples, f"`{e.item.name}`"] for e in mine]
-        parts.append(f"\n## {chapter}: verdicts\n\n{write_table(table)}")
-        parts += [write_section(e, page) for e in mine]
+    shown = {name: shown[name] for name in names if name in shown}
+    for chapter in dict.fromkeys(of for of, _, _ in shown.values()):
+        rows, sections = zip(*(rest for of, *rest in shown.values() if of == chapter))
+        table = write_table([["", "claim", "here", "samples", "`--only`"], *rows])
+        parts += [f"\n## {chapter}: verdicts\n\n{table}", *sections]
     return "".join(parts)
+
+
+def read_numbers(page):
+    """A page that was written before, if there is one -> {name: (chapter, row of its verdict, section)}"""
+    text = Path(page).read_text(encoding="utf-8") if Path(page).exists() else ""
+    shown = {}
+    for part in text.partition("\n## Numbers\n")[2].split("\n## ")[1:]:
+        head, *sections = part.split("\n### ")
+        rows = [line[2:-2].replace(r"\|", "|").split(" | ") for line in head.splitlines() if line.endswith("` |")]
+        rows = {row[-1].strip("`"): row for row in rows}
+        for section in sections:
+            name = section.rpartition("`python -m reproduce --only ")[2].strip("`\n").removesuffix(" --quick")
+            if name in rows:
+                shown[name] = head.partition(": verdicts")[0], rows[name], "\n### " + section
+    return shown
+
+
+def write_verdict(entry):
+    return [entry.item.where, entry.claim, entry.outcome.verdict[0], entry.samples, f"`{entry.item.name}`"]
 
 
 def write_section(entry, page):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -246,15 +247,24 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_shows(tmp_path):
 def test_the_page_of_results_says_which_samples_and_what_was_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "EXAMPLES", tmp_path)
     outcome = Outcome({"n": 6, "value": 2}, (PART, "A|b."), [["head", "x"], ["0.5 ± 0.1"]])
-    entries = [report.Entry(make_item(), outcome, 1.0, tmp_path, quick=True),
-               report.Entry(make_item(chapter="Magic Fixup"), outcome, 1.0, tmp_path, current=False)]
-    page = tmp_path / "page.md"
-    results.write_results(entries, ["figure9"], page, {"weights": "toy"})
+    other = replace(make_item(chapter="Magic Fixup"), name="other")
+    found = {"probe": report.Entry(make_item(), outcome, 1.0, tmp_path, quick=True),
+             "other": report.Entry(other, outcome, 1.0, tmp_path, current=False)}
+    page, names = tmp_path / "page.md", ["probe", "figure9", "other"]
+    results.write_results(found, names, page, {"weights": "toy"})
     text = page.read_text(encoding="utf-8")
     assert text.startswith(results.PREFACE + results.write_status()) and "Not run here: `figure9`" in text
     first, second = re.findall(r"Done 2 times\.\n\n\*\*Came true in part, n = 6(.*?):\*\* A\|b\.", text)
     assert (first, second) == (", few", "") and "1 of 2 items were measured before the code changed last." in text
     assert "| 0.5 ± 0.1 |  |" in text and "`python -m reproduce --only probe --quick`" in text
+
+    # What is not run again, or cannot be, stays as it was measured.
+    absent = report.Entry(other, Outcome({}, (OPEN, "no weights")), 0, tmp_path)
+    for again in ({"other": absent}, {}):
+        results.write_results(again, names, page, {"weights": "toy"})
+        after = page.read_text(encoding="utf-8")
+        assert after.partition("## Magic Fixup: verdicts")[2] == text.partition("## Magic Fixup: verdicts")[2]
+        assert "as they stood here before: `probe`, `other`." in after and "--only probe --quick`" in after
 
 
 def test_every_table_and_figure_has_a_row_and_its_item_names_it():
