@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import pytest
 
-from common.interrupts import SIGNALS
+from common.interrupts import SIGNALS, interruptible, kept_from_children
 from common.run_state import list_states
 from tests.robust.kill import list_children
 from tests.runs import ROOT, film
@@ -104,6 +105,23 @@ def test_data(workers, moment, number, tmp_path):
     assert status == 128 + number
     assert lines == ["data.py: interrupted: what is done is kept; the same command goes on"]
     assert not list(out.glob(".*"))
+
+
+def test_a_signal_that_another_thread_takes_waits_until_a_process_has_started():
+    taken, started = threading.Event(), False
+
+    def take():
+        taken.wait()
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    other = threading.Thread(target=take)  # it does not inherit the mask
+    other.start()
+    with pytest.raises(KeyboardInterrupt), interruptible(), kept_from_children():
+        taken.set()
+        other.join()
+        time.sleep(0.1)
+        started = True
+    assert started
 
 
 @pytest.mark.parametrize("argv, number, begun, what", [
