@@ -372,9 +372,7 @@ class Tokenizer:
 
     def __call__(self, texts: str | list[str]) -> torch.Tensor:
         """One text or a list of B -> ids (B, 77) of int64: start, at most 75 tokens, end, padding.
-
-        A longer text is cut, with a warning that says what is lost.
-        """
+        A longer text is cut, with a warning that says what is lost."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         room = self.length - 2
         out = torch.full((len(texts), self.length), self.vocab[self.pad])
@@ -389,12 +387,13 @@ class Tokenizer:
 
 
 # --------------------------------------------------------------------------------------------------
-# Configurations. SDXL's first encoder is CONFIGS["clip-vit-l"] with skip_last=1, final_norm=False.
+# Configurations. SD 2 reads 23 of 24 layers. XL's clip-vit-l has skip_last=1, final_norm=False.
 
 CONFIGS = {
     "clip-vit-l": TextConfig(),  # SD 1.x
-    "openclip-vit-h": TextConfig(49408, 1024, 23, 16, 77, 4096, "gelu"),  # SD 2.x: 23 of its 24
-    "openclip-bigg": TextConfig(49408, 1280, 32, 20, 77, 5120, "gelu", skip_last=1,
-                                final_norm=False, projection=1280),  # SDXL's second
+    "openclip-vit-h": TextConfig(width=1024, layers=23, heads=16, mlp_width=4096,
+                                 activation="gelu"),
+    "openclip-bigg": TextConfig(width=1280, layers=32, heads=20, mlp_width=5120, activation="gelu",
+                                skip_last=1, final_norm=False, projection=1280),  # SDXL's second
     "toy": TextConfig(vocab_size=1024, width=128, layers=2, heads=4, mlp_width=512, eos=1023),
 }

@@ -58,8 +58,8 @@ def composite(image, pieces):
             layer, where = found
             canvas[where] = layer + canvas[where] * (1 - layer[..., 3:] / 255)
 
-    # Divide by coverage again. Less than half a pixel is a hole. In strips, for
-    # the memory that a large photo takes.
+    # Divide by coverage again. Less than half a pixel is a hole. In strips, because a large photo
+    # takes much memory.
     coarse = np.empty((H, W, 4), np.uint8)
     for y in range(0, H, 512):
         strip = canvas[y : y + 512]
@@ -88,7 +88,8 @@ def lay(opaque, mask, matrix):
     scale = math.sqrt(abs(np.linalg.det(matrix[:, :2])))
     block = min(max(1, round(1 / max(scale, 1e-9))), *mask.shape)
     if block > 1:
-        h, w = -(-piece.shape[0] // block), -(-piece.shape[1] // block)
+        h = math.ceil(piece.shape[0] / block)
+        w = math.ceil(piece.shape[1] / block)
         more = (0, h * block - piece.shape[0]), (0, w * block - piece.shape[1]), (0, 0)
         piece = np.pad(piece, more).reshape(h, block, w, block, 4)
         piece = np.ascontiguousarray(piece.mean((1, 3)))

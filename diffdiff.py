@@ -107,7 +107,7 @@ def differential_diffusion(
     # What the caller left out.
     sampler = sampler or samplers.make_sampler("ddim", diffusion.Schedule(), 100)
     if noise is None:
-        noise = torch.randn(z_init.shape, generator=torch.Generator().manual_seed(0)).to(z_init)
+        noise = diffusion.draw_noise(z_init.shape[1:], [0] * len(z_init)).to(z_init)
 
     # The map in latents, and how many steps there are to run.
     k = sampler.k
@@ -117,13 +117,13 @@ def differential_diffusion(
     L = steps_to_run(mu_s, k)  # Algorithm 2, line 4
     if not skip:
         L = torch.full_like(L, k)
-    start = k - L  # of each picture: one that starts later than another waits, all of it replaced
+    skipped = k - L  # steps of each picture: while another's run, all of it is replaced
     for strength in (1 - mu_s.amin((1, 2, 3))[L.flatten() == 0]).tolist():
         warn_of_no_step(strength, k)
-    first = start.min().item()
-    last = last_override(mu_s, k).maximum(start).to(z_init.device)  # (B or 1, 1, h, w)
-    start = start.to(z_init.device)
-    starts = set(last.unique().tolist())  # the steps at which the own chain of some pixel starts
+    first = skipped.min().item()
+    last = last_override(mu_s, k).maximum(skipped).to(z_init.device)  # (B or 1, 1, h, w)
+    skipped = skipped.to(z_init.device)
+    chain_starts = set(last.unique().tolist())  # the steps at which the own chain of a pixel starts
 
     # Section 6 makes all z'_t ahead. At 64x64 they hold 6.5 MB, twice the paper's limit for the
     # whole method (section 5.4). To make one when it is needed costs one pass over a latent.
@@ -135,11 +135,11 @@ def differential_diffusion(
     restarted = None  # (B or 1, 1, h, w) bool: the pixels whose past it must forget
     for i in range(first, k):  # t = k - i
         if i > first:
-            mask = last < i if nested else (last != i) & (start < i)  # line 8: mu_s < (k - t) / k
+            mask = last < i if nested else (last != i) & (skipped < i)  # line 8: mu_s < (k - t) / k
             z = torch.where(mask, z, z_prime(i))  # line 9: z_mix
             # A pixel whose own chain starts here has no past to extrapolate from. Where no chain
             # starts, what was replaced will be replaced again, and its past does not matter.
-            restarted = ~mask if i in starts else None
+            restarted = ~mask if i in chain_starts else None
         draw = step_noise(i) if step_noise and sampler.stochastic else None
         z, state = sampler.step(denoise, z, i, state, draw, restarted)  # lines 5, 10: denoise
         if callback:

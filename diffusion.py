@@ -8,8 +8,6 @@ A latent at level abar, in Stable Diffusion's own (variance preserving) space, i
     z = sqrt(abar) x0 + sqrt(1 - abar) eps                                             DDPM eq. 4
 
 and alpha = sqrt(abar), sigma = sqrt(1 - abar) throughout. samplers.py walks back from noise.
-
-RectifiedFlow, at the end, is that of Stable Diffusion 3 and Flux: a straight line to the noise.
 """
 
 import math
@@ -44,15 +42,18 @@ def cosine_betas() -> Tensor:
     return (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
 
 
-# beta_t, t = 0 .. T-1 (the papers' t = 1 .. T): Stable Diffusion's, DDPM's and the text of Magic
-# Fixup's, Kandinsky's, those of DeepFloyd IF and of Kandinsky's prior, and what Magic Fixup's
-# release trains and samples with.
+# beta_t, t = 0 .. T-1 (the papers' t = 1 .. T)
 BETAS = {
+    # Stable Diffusion
     "scaled_linear": torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2,
+    # DDPM, and the text of Magic Fixup
     "linear": torch.linspace(1e-4, 0.02, T, dtype=torch.float64),
+    # Kandinsky 2.2
     "kandinsky": torch.linspace(0.00085, 0.012, T, dtype=torch.float64),
+    # DeepFloyd IF, and Kandinsky's prior
     "squaredcos_cap_v2": cosine_betas(),
 }
+# Magic Fixup's release trains and samples with it; so do some models that predict v.
 BETAS["zero_snr"] = zero_terminal_snr(BETAS["scaled_linear"])
 
 
@@ -165,52 +166,3 @@ def draw_timesteps(batch: int, generator: torch.Generator) -> Tensor:
     than free draws."""
     parts = torch.arange(batch) + torch.rand(batch, generator=generator)
     return (parts / batch * T).long()
-
-
-# --------------------------------------------------------------------------------------------------
-# Rectified flow: Stable Diffusion 3, Flux
-
-
-class RectifiedFlow:
-    """A straight line from the picture to the noise, z = (1 - sigma) x0 + sigma noise: 2403.03206,
-    eq. 13. The network says its direction, the velocity noise - x0, at the time t = T sigma.
-
-    shift  how long a run stays where there is much noise: 1 spaces its levels evenly. A large
-           picture needs more (eq. 23). Stable Diffusion 3 has 3, Flux `dynamic_shift`
-    last   sigma of the last step, before the shift. None: 1 / k, as Flux has it
-
-    ValueError for a shift of 0 or less, or a last sigma that is no level between.
-    """
-
-    def __init__(self, shift: float = 1.0, last: float | None = None):
-        if not shift > 0:
-            raise ValueError(f"the shift of a rectified flow is more than 0, not {shift}")
-        if last is not None and not 0 < last < 1:
-            raise ValueError(f"the last sigma of a rectified flow lies between 0 and 1, not {last}")
-        self.shift = shift
-        self.last = last
-
-    def sigmas(self, k: int) -> list[float]:
-        """The k + 1 noise levels that k steps visit: 1, .., 0. ValueError for less than a step."""
-        if k < 1:
-            raise ValueError(f"the number of steps must be 1 or more, not {k}")
-        last = 1 / k if self.last is None else self.last
-        levels = []
-        for i in range(k):
-            even = 1 - (1 - last) * i / max(k - 1, 1)
-            levels.append(self.shift * even / (1 + (self.shift - 1) * even))
-        return levels + [0.0]
-
-    def add_noise(self, x0: Tensor, noise: Tensor, t: float) -> Tensor:
-        """x0, noise (B, C, h, w); t in 0 .. T, not whole -> z_t (B, C, h, w)"""
-        sigma = t / T
-        return (1 - sigma) * x0 + sigma * noise.to(x0)
-
-
-def dynamic_shift(tokens: int, low=(256, 0.5), high=(4096, 1.15)) -> float:
-    """Flux's shift for a picture of so many tokens, each 2 x 2 latents: its logarithm is a line.
-
-    low, high  (tokens, log shift) at two points of the line. These are Flux's
-    """
-    slope = (high[1] - low[1]) / (high[0] - low[0])
-    return math.exp(low[1] + slope * (tokens - low[0]))

@@ -50,9 +50,10 @@ class MagicFixup(nn.Module):
     image_encoder  of the ablation, in the extractor's place: the synthesizer attends to a single
                  vector, what CLIP's network makes of the reference (context=its width)
     size         pixels along a side of the square pictures that it is for
-    as_paper     what the paper's text has otherwise than its release, which is what runs here: 11
-                 features in place of 16, a mask's nearest pixels in place of their mean, coarse
-                 edits never dropped. Its noise schedule is Schedule("linear")
+    as_paper     True: as the paper's text says, where its release differs. The synthesizer reads 11
+                 features, not 16; a latent of the mask is its nearest pixel, not the mean of its
+                 pixels (the release's is bilinear); training never hides the coarse edit. The
+                 text's noise schedule is Schedule("linear")
     ValueError if the parts do not fit together.
     """
 
@@ -66,7 +67,6 @@ class MagicFixup(nn.Module):
         self.schedule = schedule
         self.size = size
         self.as_paper = as_paper
-        self.drop = 0.0 if as_paper else 0.2  # the share of coarse edits that training hides
         config = synthesizer.config
         C, channels = vae.config.latent_channels, (config.in_channels, config.out_channels)
         if channels != (2 * C + 1, C):
@@ -79,6 +79,11 @@ class MagicFixup(nn.Module):
             raise ValueError("there is an extractor, or else an image encoder")
         if extractor and extractor.config != replace(config, context=0):
             raise ValueError("the extractor is not built as the synthesizer is")
+
+    @property
+    def drop(self):
+        """The share of coarse edits that training hides"""
+        return 0.0 if self.as_paper else 0.2
 
     def encode_image(self, x):
         """x (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), float32"""
@@ -186,8 +191,8 @@ class MagicFixup(nn.Module):
         if self.schedule.prediction == "v_prediction":
             alpha, sigma = self.schedule.alpha_sigma(t, x_0)
             target = alpha * noise - sigma * x_0
-            # Without the coarse edit nobody can know the picture, which is most of v's error: there
-            # it is weighted as the noise's, which is alpha times as large.
+            # Without the coarse edit nobody can know the picture, and most of v's error is the
+            # picture. The noise's error is alpha times v's: so alpha^2 weighs as it would.
             weight = torch.where(dropped, alpha.flatten() ** 2, 1)
         return (weight * (output - target).square().mean((1, 2, 3))).mean()
 
@@ -203,13 +208,17 @@ class MagicFixup(nn.Module):
                                  timestep, the same in each call
         """
         like = self.synthesizer.conv_in.weight
-        edit = (x.to(like.device, torch.float32) for x in (reference, coarse, mask))
-        reference, coarse, mask = edit
+        reference = reference.to(like.device, torch.float32)
+        coarse = coarse.to(like.device, torch.float32)
+        mask = mask.to(like.device, torch.float32)
         timesteps, B = list(timesteps), len(reference)
         if noise is None:
             # Steps beyond the sampler's own: its noise at a step must not be the reference's.
             draw = samplers.make_step_noise(coarse.shape[1:], [0] * B)
-            noise = lambda t: draw(T + t)  # noqa: E731
+
+            def noise(t):
+                return draw(T + t)
+
         details = self.extract_ahead(reference, mask, timesteps, noise)
         times = self.synthesizer.times_of(timesteps)
 
@@ -297,7 +306,9 @@ def modules_after_last_feature(unet, below_full=False):
     """What a UNet computes after its last feature, the input of its last self-attention: of all, or
     `below_full` resolution."""
     levels = list(unet.up_blocks)
-    after = [unet.conv_norm_out, unet.conv_out, *(levels.pop() for _ in range(below_full))]
+    after = [unet.conv_norm_out, unet.conv_out]
+    if below_full:
+        after.append(levels.pop())
     while not len(levels[-1].attentions):
         after.append(levels.pop())
     after.append(levels[-1].upsamplers)
@@ -336,11 +347,13 @@ def from_stable_diffusion(sd, schedule=None, as_paper=False, image_encoder=None)
         tensors["conv_in.weight"] = F.pad(tensors["conv_in.weight"][:, :C], (0, 0, 0, 0, 0, C + 1))
         # The attention to the reference begins as a copy of self-attention, as in the release: it
         # looks for what looks alike. Its bias is zero: where nothing is found it adds nothing.
-        for name in list(tensors) if context is None else ():
-            if match := FIRST.fullmatch(name):
-                block, kind, rest = match.groups()
-                w = tensors[name].clone()
-                tensors[f"{block}.{kind}2{rest}"] = w.zero_() if rest == ".to_out.0.bias" else w
+        own = [name for name in tensors if FIRST.fullmatch(name)] if context is None else []
+        for name in own:
+            block, kind, rest = FIRST.fullmatch(name).groups()
+            w = tensors[name].clone()
+            if rest == ".to_out.0.bias":
+                w.zero_()
+            tensors[f"{block}.{kind}2{rest}"] = w
         config = replace(sd.unet.config, in_channels=2 * C + 1, context=context)
         return build_part("unet", tensors, "this Stable Diffusion", config)
 
@@ -365,4 +378,6 @@ def load(path, dtype=None, device="cpu"):
     try:
         return MagicFixup(**read_magic_fixup(Path(path), dtype, device))
     except ValueError as e:
-        raise e if str(path) in str(e) else ValueError(f"{path}: {e}") from None
+        if str(path) in str(e):
+            raise
+        raise ValueError(f"{path}: {e}") from None

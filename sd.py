@@ -229,15 +229,23 @@ def load_file(path, dtype, device, prediction):
     texts, tokenizers = [], []
     for part in ("text_encoder", "text_encoder_2"):
         if part in parts:
-            theirs = openclip or part == "text_encoder_2"
-            activation, pad = ("gelu", "!") if theirs else ("quick_gelu", clip.END)
+            is_openclip = openclip or part == "text_encoder_2"
+            activation, pad = ("gelu", "!") if is_openclip else ("quick_gelu", clip.END)
             texts.append(build_part("text_encoder", parts[part], path, None, stored, device,
                                     activation=activation))
             tokenizers.append(find_tokenizer(folders, pad))
 
+    if any(name.startswith("edm_") for name in tensors):
+        raise ValueError(f"{path} was trained on EDM's noise levels, as CosXL and Playground 2.5 "
+                         "are: that is not implemented")
+
     # SD 2 with velocity prediction was trained at 768 pixels, XL at 1024, all others at 512.
     prediction = prediction or find_prediction(path, tensors, openclip)
-    side = xl.SIDE if is_xl else 96 if openclip and prediction == "v_prediction" else 64
+    side = 64
+    if is_xl:
+        side = xl.SIDE
+    elif openclip and prediction == "v_prediction":
+        side = 96
     schedule = Schedule("zero_snr" if "ztsnr" in tensors else "scaled_linear", prediction)
     beside = xl.make_xl(texts, tokenizers, vae, zeros=len(texts) == 2) if is_xl else None
     return StableDiffusion(unet, vae, texts[-1], schedule, tokenizers[-1],

@@ -200,7 +200,7 @@ def project(layer, x):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, with transformers behind them, `depths` says how deep.
+    """Residual blocks at one resolution. `depths`: of the transformer behind each, 0 for none.
 
     At the lowest resolution, which is the middle, there are two, and a transformer between them.
     """
@@ -393,6 +393,7 @@ CONFIGS = {
         added=2560,
     ),
     "toy": UNetConfig(
-        8, 8, (48, 96, 128), layers=1, depth=(0, 1, 1), heads=4, context=128, groups=8
+        in_channels=8, out_channels=8, channels=(48, 96, 128), layers=1, depth=(0, 1, 1), heads=4,
+        context=128, groups=8,
     ),
 }

@@ -226,19 +226,20 @@ class VAE(nn.Module):
         z = z / self.config.scaling_factor
         return self.run_finite(self.decode, z, 1, self.config.factor).float()
 
-    def run_finite(self, f, x, a, b):
-        """f(x) in the weights' precision; a, b as for `run_in_tiles`.
+    def run_finite(self, f, x, factor_in, factor_out):
+        """f(x) in the weights' precision; the factors as for `run_in_tiles`.
 
         Some published autoencoders overflow in half precision. Then all of it goes over to single
         precision for good, with a warning.
         """
         weight = self.quant_conv.weight
-        y = self.run_in_parts(f, x.to(weight.device, weight.dtype), a, b)
+        x = x.to(weight.device, weight.dtype)
+        y = self.run_in_parts(f, x, factor_in, factor_out)
         if weight.dtype == torch.float32 or y.isfinite().all() or not x.isfinite().all():
             return y
         warnings.warn(f"the autoencoder overflows in {weight.dtype}: it goes on in single "
                       "precision", stacklevel=3)
-        return self.float().run_finite(f, x, a, b)
+        return self.float().run_finite(f, x, factor_in, factor_out)
 
     def estimate_bytes(self):
         """The bytes per pixel of all tensors that `encode`, and `decode`, have at one time.
@@ -247,24 +248,27 @@ class VAE(nn.Module):
         h, norm and silu of h; in the decoder the level's input has the next level's width. Weights
         and workspaces are not counted, nor attention's where PyTorch has no fused kernel for it.
         """
-        width, wider = (*self.config.channels, self.config.channels[-1])[:2]
+        channels = self.config.channels
+        width, wider = channels[0], channels[min(1, len(channels) - 1)]
         size = self.quant_conv.weight.element_size()
         return 5 * width * size, (4 * width + wider) * size
 
-    def run_in_parts(self, f, x, a, b):
+    def run_in_parts(self, f, x, factor_in, factor_out):
         """f(x), of as many pictures at a time as `memory` allows; or of one, in tiles.
 
-        a, b as for `run_in_tiles`
+        The factors are as for `run_in_tiles`.
         """
         factor = self.config.factor
-        bytes_per_pixel = self.estimate_bytes()[0 if a > b else 1]
+        encode, decode = self.estimate_bytes()
+        bytes_per_pixel = encode if factor_in > factor_out else decode
         most = self.memory / (bytes_per_pixel * factor**2)  # latent pixels at one time
-        area = math.ceil(x[:1, :1].numel() / a**2)  # of a picture, in latent pixels
+        area = math.ceil(x[:1, :1].numel() / factor_in**2)  # of a picture, in latent pixels
         if area <= most:
             return torch.cat([f(part) for part in x.split(int(most / area))])
         # A tile no smaller than the training pictures has statistics that the network is used to.
         side = max(1, self.config.size // factor, math.isqrt(int(most)))
-        return torch.cat([run_in_tiles(f, one, side, side // 4, a, b) for one in x.split(1)])
+        tiles = side, side // 4, factor_in, factor_out
+        return torch.cat([run_in_tiles(f, one, *tiles) for one in x.split(1)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -322,5 +326,7 @@ def cut_tiles(pixels, side, overlap, a, b):
 CONFIGS = {
     "sd": VAEConfig(),  # Stable Diffusion 1.x and 2.x
     "sdxl": VAEConfig(scaling_factor=0.13025),
-    "toy": VAEConfig((16, 48, 128), 1, 8, groups=8, scaling_factor=1.0, size=128),
+    "toy": VAEConfig(
+        channels=(16, 48, 128), layers=1, latent_channels=8, groups=8, scaling_factor=1.0, size=128
+    ),
 }

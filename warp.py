@@ -248,9 +248,13 @@ def forward_backward_consistency(f01, f10):
     The usual test, Sundaram et al. 2010, equation 5: |f + b|^2 < 0.01 (|f|^2 + |b|^2) + 0.5, with
     b read where f leads.
     """
+
+    def square(v):
+        return v.square().sum(1, keepdim=True)
+
     residual = compose_flow(f01, f10)  # f + b; NaN, which compares False, out of frame
-    f, b, residual = (v.square().sum(1, keepdim=True) for v in (f01, residual - f01, residual))
-    return residual < 0.01 * (f + b) + 0.5
+    b = residual - f01
+    return square(residual) < 0.01 * (square(f01) + square(b)) + 0.5
 
 
 def flow_to_colour(flow):
@@ -305,11 +309,11 @@ def piecewise_affine_warp(image, flow, segments, depth, metric=None):
             rest &= ~inside
 
     # The rest is splatted, coordinates (x, y) along with colours: they say where a pixel came from.
-    weights, mode = None, "avg"
+    Z, mode = None, "avg"
     if metric is not None:
-        weights, mode = metric.detach().cpu().float()[None, None], "soft"
+        Z, mode = metric.detach().cpu().float()[None, None], "soft"
     layer, holes = softsplat(
-        torch.cat([image, here])[None], flow.where(rest, torch.nan)[None], weights, mode, holes=True
+        torch.cat([image, here])[None], flow.where(rest, torch.nan)[None], Z, mode, holes=True
     )
     out, source, holes = layer[0, :C], layer[0, C:], holes[0, 0]
     source[:, holes] = torch.nan
@@ -325,10 +329,11 @@ def piecewise_affine_warp(image, flow, segments, depth, metric=None):
 
         # Each pixel there is read from where it came from, X, Y. It is covered if half of it is.
         back = torch.from_numpy(cv2.invertAffineTransform(A)).double()
-        there = here[:, v, u].double()
-        X, Y = torch.einsum("ij,jhw->ihw", back[:, :2], there) + back[:, 2, None, None]
-        piece = torch.from_numpy(piece).permute(2, 0, 1).contiguous()[None]
+        there = here[:, v, u].double()  # (2, h, w)
+        X, Y = torch.einsum("ij,jhw->ihw", back[:, :2], there) + back[:, 2, None, None]  # (h, w)
+        piece = torch.from_numpy(piece).permute(2, 0, 1).contiguous()[None]  # (1, C + 1, ., .)
         piece = sample(piece, (X - x0).float()[None], (Y - y0).float()[None], "zeros")[0]
+        # From here on it is (C + 1, h, w).
         cover = piece[C] > 0.5
         colours = piece[:C] / piece[C].clamp(min=0.5)
         out[:, v, u] = torch.where(cover, colours, out[:, v, u])
@@ -370,7 +375,8 @@ def lift(image, mask, matrix):
     y0, y1, x0, x1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     corners = matrix @ np.array([[x0, x1, x0, x1], [y0, y0, y1, y1], [1, 1, 1, 1]])
     (u0, v0), (u1, v1) = np.floor(corners.min(1)) - 1, np.ceil(corners.max(1)) + 1
-    u0, u1, v0, v1 = (int(np.clip(v, 0, n)) for v, n in ((u0, W), (u1, W), (v0, H), (v1, H)))
+    u0, u1 = np.clip([u0, u1], 0, W).astype(int).tolist()
+    v0, v1 = np.clip([v0, v1], 0, H).astype(int).tolist()
     if u0 >= u1 or v0 >= v1:
         return None
     piece = image[y0:y1, x0:x1] * mask[y0:y1, x0:x1, None]

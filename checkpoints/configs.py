@@ -367,8 +367,11 @@ def schedule_from_json(c, prediction=None):
             if not (isinstance(said, float) and abs(said - beta) <= 1e-6):
                 raise ValueError(f"a {name!r} noise schedule with {key} = {show(said)} is not "
                                  "implemented")
-    own = c.get("trained_betas") or c.get("rescale_betas_zero_snr")
-    if c.get("num_train_timesteps", T) != T or own:
+    if c.get("rescale_betas_zero_snr") and name != "zero_snr":
+        if name != "scaled_linear":
+            raise ValueError(f"a {name!r} noise schedule rescaled to no signal at all is not implemented")
+        name = "zero_snr"
+    if c.get("num_train_timesteps", T) != T or c.get("trained_betas"):
         raise ValueError("a noise schedule of other than 1000 steps, or with betas of its own, is "
                          "not implemented")
     prediction = prediction or c.get("prediction_type", "epsilon")
@@ -394,11 +397,14 @@ def schedule_to_json(schedule):
 
     It ends at the first noise level. Of a schedule for LCM the class has to be LCMScheduler.
     """
-    betas = BETAS[schedule.name]
+    rescaled = schedule.name == "zero_snr"  # diffusers has no name for it
+    name = "scaled_linear" if rescaled else schedule.name
+    betas = BETAS[name]
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": T,
-        "beta_schedule": schedule.name,
+        "beta_schedule": name,
+        **({"rescale_betas_zero_snr": True} if rescaled else {}),
         "beta_start": round(float(betas[0]), 8),
         "beta_end": round(float(betas[-1]), 8),
         "prediction_type": schedule.prediction,

@@ -19,10 +19,11 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import samplers
 from checkpoints.configs import schedule_from_json
-from diffusion import RectifiedFlow, T, dynamic_shift
+from diffusion import T
 
 KINDS = {  # what a class of pipelines runs. Any other tells its network other things
     "StableDiffusionXLPipeline": "xl",
@@ -135,7 +136,52 @@ def number_tokens(rows, columns):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The schedule
+# The schedule: rectified flow
+
+
+class RectifiedFlow:
+    """A straight line from the picture to the noise, z = (1 - sigma) x0 + sigma noise: 2403.03206,
+    eq. 13. The network says its direction, the velocity noise - x0, at the time t = T sigma.
+
+    shift  how long a run stays where there is much noise: 1 spaces its levels evenly. A large
+           picture needs more (eq. 23). Stable Diffusion 3 has 3, Flux `dynamic_shift`
+    last   sigma of the last step, before the shift. None: 1 / k, as Flux has it
+
+    ValueError for a shift of 0 or less, or a last sigma that is no level between.
+    """
+
+    def __init__(self, shift: float = 1.0, last: float | None = None):
+        if not shift > 0:
+            raise ValueError(f"the shift of a rectified flow is more than 0, not {shift}")
+        if last is not None and not 0 < last < 1:
+            raise ValueError(f"the last sigma of a rectified flow lies between 0 and 1, not {last}")
+        self.shift = shift
+        self.last = last
+
+    def sigmas(self, k: int) -> list[float]:
+        """The k + 1 noise levels that k steps visit: 1, .., 0. ValueError for less than a step."""
+        if k < 1:
+            raise ValueError(f"the number of steps must be 1 or more, not {k}")
+        last = 1 / k if self.last is None else self.last
+        levels = []
+        for i in range(k):
+            even = 1 - (1 - last) * i / max(k - 1, 1)
+            levels.append(self.shift * even / (1 + (self.shift - 1) * even))
+        return levels + [0.0]
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: float) -> Tensor:
+        """x0, noise (B, C, h, w); t in 0 .. T, not whole -> z_t (B, C, h, w)"""
+        sigma = t / T
+        return (1 - sigma) * x0 + sigma * noise.to(x0)
+
+
+def dynamic_shift(tokens: int, low=(256, 0.5), high=(4096, 1.15)) -> float:
+    """Flux's shift for a picture of so many tokens, each 2 x 2 latents: its logarithm is a line.
+
+    low, high  (tokens, log shift) at two points of the line. These are Flux's
+    """
+    slope = (high[1] - low[1]) / (high[0] - low[0])
+    return math.exp(low[1] + slope * (tokens - low[0]))
 
 
 def flow_euler(schedule: RectifiedFlow, k: int) -> samplers.Sampler:

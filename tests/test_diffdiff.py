@@ -32,7 +32,7 @@ def watch(seen):
 
 def make(name="ddim", k=K):
     if name == "rectified flow":
-        return pipelines.flow_euler(diffusion.RectifiedFlow(shift=3), k)
+        return pipelines.flow_euler(pipelines.RectifiedFlow(shift=3), k)
     return samplers.make_sampler(name, diffusion.Schedule(), k)
 
 
@@ -101,6 +101,11 @@ def test_each_of_several_pictures_is_as_if_alone(name, skip, nested):
         want = diffdiff.differential_diffusion(alone, z[one], maps[j], make(name), noise[one], skip=skip, nested=nested,
                                                step_noise=lambda i, one=one: step_noise(i)[one])
         assert torch.equal(together[one], want)
+
+
+def test_noise_that_is_left_out_is_the_same_for_each_picture():
+    z = diffdiff.differential_diffusion(denoise, Z_INIT[:1].repeat(2, 1, 1, 1), MU[:1], make())
+    torch.testing.assert_close(z[0], z[1], rtol=1e-5, atol=1e-6)
 
 
 def test_maps_of_any_shape_that_says_what_is_meant():

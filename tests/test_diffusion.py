@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from diffusion import RectifiedFlow, Schedule, T
-from models.pipelines import flow_euler
+from diffusion import Schedule, T
+from models.pipelines import RectifiedFlow, flow_euler
 from samplers import SAMPLERS, invert_ddim, make_sampler, make_step_noise, run_sampler
 from tests.small import EVERY_SAMPLER, SHAPE, mixture, randn, trajectory
 

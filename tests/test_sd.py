@@ -64,6 +64,9 @@ def test_a_file_says_what_it_predicts(tmp_path):
     save_file(tensors | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, file)
     got = sd.load(file)
     assert (got.schedule.name, got.schedule.prediction, got.size) == ("zero_snr", "v_prediction", 96 * 2)
+    save_file(tensors | {"edm_vpred.sigma_max": torch.tensor(120.0)}, file)
+    with pytest.raises(ValueError, match="EDM's noise levels"):
+        sd.load(file)
     save_file(tensors, file, metadata={"modelspec.prediction_type": "v"})
     assert sd.load(file).schedule.prediction == "v_prediction"
     save_file(tensors, tmp_path / "my 768.safetensors", metadata={"modelspec.prediction_type": "epsilon"})

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import unet
+from checkpoints.configs import schedule_from_json, schedule_to_json
 from diffdiff import differential_diffusion
-from diffusion import RectifiedFlow, Schedule, T, dynamic_shift
-from models.pipelines import flow_euler
+from diffusion import Schedule, T
+from models.pipelines import RectifiedFlow, dynamic_shift, flow_euler
 from samplers import make_sampler
 from tests.small import EVERY_SAMPLER, SHAPE, UNETS, mixture, randn, randomise, relative_error, trajectory
 
@@ -22,6 +23,17 @@ def test_schedule_is_diffusers(name, ends):
     t = torch.tensor([0, 999])
     z = Schedule(name).add_noise(randn(*SHAPE), randn(*SHAPE, seed=1), t)
     torch.testing.assert_close(z, peer.add_noise(randn(*SHAPE), randn(*SHAPE, seed=1), t), rtol=1e-4, atol=1e-5)
+
+
+def test_a_schedule_without_signal_at_its_end_is_written_as_diffusers_says_it():
+    config = schedule_to_json(Schedule("zero_snr", "v_prediction"))
+    peer = pytest.importorskip("diffusers").DDIMScheduler.from_config(config)
+    torch.testing.assert_close(Schedule("zero_snr").alphas_cumprod, peer.alphas_cumprod, rtol=1e-4, atol=1e-6)
+    again = schedule_from_json(config)
+    assert (again.name, again.prediction) == ("zero_snr", "v_prediction")
+    assert schedule_from_json({"beta_schedule": "zero_snr", "beta_end": 1.0}).name == "zero_snr"  # as once written
+    with pytest.raises(ValueError, match="'linear' noise schedule rescaled to no signal"):
+        schedule_from_json({"beta_schedule": "linear", "beta_end": 0.02, "rescale_betas_zero_snr": True})
 
 
 def peer_trajectory(name, options, schedule, k, timesteps, model, z, generator):

@@ -102,5 +102,7 @@ def test_a_magic_fixup_is_trained_further(stable, tmp_path, capsys):
     a, b = (mfx.load(tmp_path / name / "model") for name in "ab")
     assert equal(a.state_dict(), b.state_dict()) and (a.as_paper, b.as_paper) == (False, True)
     assert a.schedule.name != "linear" and b.schedule.name == "linear" and b.drop == 0 < a.drop
+    recipe = replace(train.RECIPES["toy"], init=str(tmp_path / "a/model"), as_paper=True)
+    assert train.start_model(recipe).drop == 0  # not only once it is saved
     line = fails(train.main, arguments(tmp_path / "a/model", tmp_path / "c", "--no-cross-reference"), capsys)
     assert "has a detail extractor: leave out --no-cross-reference" in line and not (tmp_path / "c").exists()

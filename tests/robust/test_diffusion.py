@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from diffusion import LCM_TIMESTEPS, RectifiedFlow, Schedule, T
-from models.pipelines import flow_euler
+from diffusion import LCM_TIMESTEPS, Schedule, T
+from models.pipelines import RectifiedFlow, flow_euler
 from samplers import make_sampler, make_step_noise, run_sampler
 from tests.small import EVERY_SAMPLER, SHAPE, mixture, randn
 
