@@ -161,7 +161,7 @@ class Schedule:
         return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
 
 
-def draw_timesteps(batch: int, generator: torch.Generator) -> Tensor:
+def draw_timesteps(batch: int, generator: torch.Generator | None = None) -> Tensor:
     """(B,) timesteps, one from each of `batch` equal parts of 0 .. T-1: uniform, with less variance
     than free draws."""
     parts = torch.arange(batch) + torch.rand(batch, generator=generator)

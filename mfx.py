@@ -31,7 +31,7 @@ import samplers
 from checkpoints.magicfixup import read_magic_fixup
 from checkpoints.magicfixup import save as save
 from checkpoints.parts import build_part
-from diffusion import T, draw_noise
+from diffusion import T, draw_noise, draw_timesteps
 
 # --------------------------------------------------------------------------------------------------
 # The model
@@ -295,7 +295,7 @@ def draws(shape, generator=None, drop=0.2):
         edit and mask are hidden. (The release drops for a whole batch at a time.)
     """
     return {
-        "t": torch.randint(0, T, shape[:1], generator=generator),
+        "t": draw_timesteps(shape[0], generator),
         "noise": torch.randn(shape, generator=generator),
         "reference_noise": torch.randn(shape, generator=generator),
         "dropped": torch.rand(shape[:1], generator=generator) < drop,

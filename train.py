@@ -63,7 +63,7 @@ from common.run_state import (
 from kernels.blocks import checkpoint_blocks, compile_blocks, to_channels_last
 from kernels.memory import hold_memory
 from kernels.muon import make_optimizers
-from video.batches import cache_latents, encode_pairs, make_held_out, stream_pairs
+from video.batches import cache_latents, check_mixture, encode_pairs, make_held_out, stream_pairs
 from video.motion import MODELS
 
 # --------------------------------------------------------------------------------------------------
@@ -174,7 +174,9 @@ def start_model(recipe):
 
 def train_mfx(recipe, out, resume, device):
     """Both UNets together, from a Stable Diffusion, on pairs of frames -> OUT/model, in fp16"""
-    slice_batch(recipe.batch, recipe.micro_batch)  # an error before the weights are read
+    # Errors before the weights are read.
+    slice_batch(recipe.batch, recipe.micro_batch)
+    check_mixture(recipe)
     model = start_model(recipe)
     model = model.float().to(device, memory_format=torch.channels_last)
     model.unfreeze()
@@ -195,7 +197,6 @@ def train_mfx(recipe, out, resume, device):
             batch = encode_pairs(next(stream), model, device)
         # Noise and times are drawn for the whole batch, of which each micro-batch takes its part.
         random = mfx.draws((recipe.batch, *batch["target"].shape[1:]), g, model.drop)
-        random["t"] = diffusion.draw_timesteps(recipe.batch, g)
         batch |= {name: tensor[part] for name, tensor in random.items()}
         return model.loss({name: to_channels_last(x.to(device)) for name, x in batch.items()})
 
@@ -216,7 +217,6 @@ def make_validation(recipe, model, device):
     n = len(batch["mask"])
     g = generator_at(recipe.seed + 2, 1)
     batch |= mfx.draws(batch["target"].shape, g, drop=0.0)
-    batch["t"] = diffusion.draw_timesteps(n, g)
     few = recipe.micro_batch or recipe.batch
 
     def validate(average):

@@ -150,6 +150,14 @@ def stream_pairs(recipe, size, step, device):
                            pin_memory=gpu))
 
 
+def check_mixture(recipe):
+    """ValueError for a share of pairs that there will not be."""
+    if not recipe.pairs and (recipe.exact or recipe.edits):
+        raise ValueError("--exact and --edits are shares of the pairs that are encoded once: say how many, --pairs")
+    if recipe.edits and recipe.data != "toy" and not recipe.exact:
+        raise ValueError("--edits is a share of the toy's exact pairs, of which --data has none: say how many, --exact")
+
+
 def cache_latents(recipe, path, model, device):
     """recipe.pairs pairs, encoded once and kept in a file -> a dict of (N, ...) in fp16. To encode
     them again at every step would cost as much as the training. A short run gets fewer, and so do
@@ -167,6 +175,10 @@ def cache_latents(recipe, path, model, device):
     batches, source = toys, ()
     if recipe.data != "toy":
         pairs = read_shards(recipe, batch=32)
+        side = shards.read_pictures(pairs.first, 0, ["ref.jpg"])[0].shape[-1]
+        if exact and side != size:
+            raise ValueError(f"the toy's exact pairs are of {size} pixels, and those in {recipe.data} of {side}: "
+                             f"make them by data.py --size {size}, or leave out --exact")
         there = pairs.pairs * (2 if recipe.motion == "both" else 1)
         wanted = min(wanted, exact + math.ceil(there / 32))
         batches = itertools.chain(toys, itertools.islice(DataLoader(pairs, 32), wanted - exact))
