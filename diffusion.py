@@ -81,7 +81,7 @@ class Schedule:
         if prediction not in ("epsilon", "v_prediction", "sample"):
             raise ValueError("the prediction is epsilon, v_prediction or sample, not "
                              f"{prediction!r}")
-        if spacing not in SPACINGS or offset not in (0, 1):
+        if spacing not in SPACINGS or type(offset) is not int or offset not in (0, 1):
             raise ValueError(f"timesteps are spaced as one of {', '.join(SPACINGS)}, with an "
                              f"offset of 0 or 1, not {spacing!r:.60} with {offset!r:.60}")
         self.name = name

@@ -122,7 +122,7 @@ def translate(part, tensors, per_level=None):
     Names that are Hugging Face's already stay as they are. per_level is how many blocks make a
     level of the UNet on the way down, its residual blocks and the step; None: see in the names.
     """
-    steps_down = find_numbers(r"input_blocks\.(\d+)\.0\.op\.", tensors)
+    steps_down = find_numbers(r"input_blocks\.([1-9]\d*)\.0\.op\.", tensors)
     per_level = per_level or min(steps_down, default=3)
     finest = max(find_numbers(r"decoder\.up\.(\d+)\.", tensors), default=0)
 
@@ -144,7 +144,7 @@ def translate(part, tensors, per_level=None):
             tensor = tensor.flatten(1)  # (c, c, 1, 1), a convolution, -> (c, c)
         if name == "text_projection.weight" and "model.text_projection" in tensors:
             tensor = tensor.T
-        if ".in_proj_" in name:  # OpenCLIP's q, k and v in one: (3 D, D) or (3 D,)
+        if ".in_proj_" in name and tensor.ndim:  # OpenCLIP's q, k and v in one: (3 D, D) or (3 D,)
             for letter, third in zip("qkv", tensor.chunk(3)):
                 out[name.replace("in_proj_", f"{letter}_proj.")] = third
         else:

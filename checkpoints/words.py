@@ -145,7 +145,8 @@ def read_word(path):
         found = {name: value for name, value in content.items() if torch.is_tensor(value)}
         words = [stem if name in ("*", "emb_params") else name for name in found]
     rows = next(iter(found.values()), None)
-    if len(found) != 1 or not torch.is_tensor(rows) or rows.dtype not in FLOATS or rows.ndim not in (1, 2):
+    one = len(found) == 1 and torch.is_tensor(rows) and rows.dtype in FLOATS
+    if not one or rows.ndim not in (1, 2) or not rows.shape[-1]:
         raise ValueError(f"{path} is not a learned word: expected one (D) or (n, D) tensor, of textual inversion")
     rows = rows.reshape(-1, rows.shape[-1])
     if not 1 <= len(rows) <= clip.Tokenizer.length - 2:

@@ -150,7 +150,10 @@ def load(first, second, dtype=None, device="cpu"):
         if stage.unet.config.states != text.config.width:
             raise ValueError(f"{name} reads text of width {stage.unet.config.states}, and the T5 in {first} gives "
                              f"{text.config.width}")
-    return DeepFloyd(stages, text, t5.Tokenizer.load(Path(first) / "tokenizer"))
+    tokenizer = t5.Tokenizer.load(Path(first) / "tokenizer")
+    if tokenizer.size > text.config.vocab_size:
+        raise ValueError(f"{first}: its tokenizer is not the T5's, which knows {text.config.vocab_size} symbols only")
+    return DeepFloyd(stages, text, tokenizer)
 
 
 def load_stage(path, number, dtype, device):

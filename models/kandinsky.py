@@ -17,7 +17,7 @@ import clip
 import samplers
 from checkpoints.configs import read_number, refuse_other_options, schedule_from_json, show
 from checkpoints.parts import load_part, read_latent_side, read_schedule, require_folders
-from checkpoints.words import load_tokenizer
+from checkpoints.words import check_tokenizer, load_tokenizer
 from diffusion import Schedule, T, draw_noise
 from models import adm, movq, prior
 from models.image_encoder import ImageEncoder
@@ -196,5 +196,4 @@ def check_fit(prior_path, path, model):
     if set(widths) != {D} or t.length < 77 or model.prior.config.length != 77:
         raise ValueError(f"{prior_path}: its parts do not fit: the prior reads 77 tokens of width {D}, and the others "
                          f"give {t.length} of {', '.join(map(str, widths))}")
-    if max(model.tokenizer.vocab.values()) >= t.vocab_size:
-        raise ValueError(f"{prior_path}: its tokenizer is not the text encoder's, which knows {t.vocab_size} symbols")
+    model.tokenizer = check_tokenizer(prior_path, model.tokenizer, model.text)

@@ -160,6 +160,8 @@ def read_int(message, i):
     """A protobuf's int at byte i, seven bits a byte, the lowest first -> it, and where it ends"""
     value = shift = 0
     while message[i] > 127:
+        if shift > 63:
+            raise ValueError("a number without an end")
         value |= (message[i] & 127) << shift
         shift += 7
         i += 1
@@ -267,6 +269,7 @@ class Tokenizer:
         self.normalize = CharMap(charmap) if charmap else str
         kinds = [kind for _, _, kind in pieces]
         self.unknown = kinds.index(UNKNOWN)
+        self.size = len(pieces)
         self.pieces = {}
         for i, (text, score, kind) in enumerate(pieces):
             if kind == NORMAL:
@@ -290,9 +293,13 @@ class Tokenizer:
         raise FileNotFoundError(f"no tokenizer in {folder}: put spiece.model, or tokenizer.json, there")
 
     def encode(self, text):
-        """Text -> ids, without end, padding or a limit."""
+        """Text -> ids, without end, padding or a limit. ValueError if the table of characters is damaged."""
+        try:
+            text = self.normalize(text)
+        except (IndexError, ValueError):  # a trie leads to where nothing is
+            raise ValueError("T5's tokenizer is damaged: copy its spiece.model, or tokenizer.json, again") from None
         ids = []
-        for word in self.normalize(text).split(" "):
+        for word in text.split(" "):
             if word:
                 ids += self.cut("▁" + word)
         return ids

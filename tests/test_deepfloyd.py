@@ -102,6 +102,10 @@ def change(file, **entries):
     file.write_text(json.dumps(read_json(file) | entries))
 
 
+def add_piece(file):
+    file.write_bytes(file.read_bytes() + small_if.encode_field(1, small_if.encode_field(1, b"more")))
+
+
 WRONG = {  # what is done to the two folders, and what is said
     "no T5": (lambda a, b: shutil.rmtree(a / "text_encoder"), "IF reads its prompts with T5. Put the folders text_enc"),
     "no tokenizer": (lambda a, b: shutil.rmtree(a / "tokenizer"), r"no tokenizer in .*/tokenizer: put spiece\.model"),
@@ -113,6 +117,7 @@ WRONG = {  # what is done to the two folders, and what is said
     "a scheduler": (lambda a, b: change(b / "scheduler/scheduler_config.json", sample_max_value="1"),
                     "IF-II/scheduler/scheduler_config.json: dynamic thresholding .* up to '1'"),
     "a T5": (lambda a, b: change(a / "text_encoder/config.json", d_ff=3.5), "text_encoder.*mlp_width should be a"),
+    "a tokenizer": (lambda a, b: add_piece(a / "tokenizer/spiece.model"), "not the T5's, which knows .* symbols only"),
     "a UNet": (lambda a, b: change(a / "unet/config.json", resnet_out_scale_factor="1", mid_block_scale_factor="1"),
                r"unet.*\(its scale should be a number about 1"),
     "a shard": (lambda a, b: (a / "text_encoder/model-00002-of-00002.safetensors").unlink(), "there is no file .*0000"),

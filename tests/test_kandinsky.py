@@ -98,6 +98,14 @@ def test_a_folder_that_is_not_whole(folders, tmp_path, change, words):
     assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
 
 
+def test_an_added_word_that_the_text_encoder_does_not_know(folders, tmp_path):
+    shutil.copytree(folders[0], tmp_path / "prior")
+    (tmp_path / "prior/tokenizer/added_tokens.json").write_text(json.dumps({"<cat>": 49408}))
+    with pytest.warns(UserWarning, match="does not know the added words <cat>, which are spelled out"):
+        model = kandinsky.load(tmp_path / "prior", folders[1])
+    assert model.embed("a <cat>").shape == (2, 32)
+
+
 def test_without_an_image_encoder_there_must_be_a_negative_prompt(folders, tmp_path):
     shutil.copytree(folders[0], tmp_path / "prior")
     shutil.rmtree(tmp_path / "prior/image_encoder")

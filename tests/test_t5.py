@@ -41,6 +41,13 @@ def test_files_that_are_not_whole(tmp_path):
             t5.Tokenizer.load(tmp_path)
 
 
+def test_a_damaged_table_of_characters():
+    """It is seen where a text needs it."""
+    cut = t5.Tokenizer(small_if.PIECES, bytes([4, 0, 0, 0]) + small_if.CHARMAP[4:8])
+    with pytest.raises(ValueError, match=r"T5's tokenizer is damaged: copy its spiece\.model"):
+        cut.encode("a")
+
+
 def test_a_word_is_cut_in_the_likeliest_way():
     pieces = [("<unk>", 0.0, t5.UNKNOWN), ("</s>", 0.0, 3)]
     pieces += [(text, score, t5.NORMAL) for text, score in

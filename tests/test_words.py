@@ -98,6 +98,8 @@ def test_files_that_are_no_learned_word(tmp_path):
     refused({"<x>": torch.ones(64, dtype=torch.int64)}, "not a learned word")
     refused({"<x>": torch.ones(76, 64)}, "no prompt holds 76")
     refused({"<x>": torch.ones(0, 64)}, "no prompt holds 0")
+    refused({"<x>": torch.ones(0)}, "not a learned word")
+    refused({"<x>": torch.ones(2, 0)}, "not a learned word")
     refused({" ": torch.ones(64)}, "no name")
     refused({"lora_up.weight": torch.ones(4, 4, 3, 3)}, "not a learned word")
     torch.save({"string_to_param": {"*": [1, 2]}}, tmp_path / "word.pt")

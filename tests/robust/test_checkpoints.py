@@ -73,6 +73,8 @@ def test_tensors_that_do_not_fit(tmp_path):
         return file
 
     assert_refused(write({name: None}), "1 missing tensors", "mid_block.resnets.0.conv1.weight", "unet")
+    for more, x in (("input_blocks.0.0.op.weight", torch.ones(3)), ("a.in_proj_weight", torch.tensor(1.0))):
+        assert_refused(write({f"model.diffusion_model.{more}": x}), "1 unexpected", "unet")
     assert_refused(write({name: torch.ones(2, 3)}), "1 misshapen tensors", "(2, 3) instead of (64, 64, 3, 3)")
     assert_refused(write({f"model.diffusion_model.control_{i}.weight": torch.ones(1) for i in range(9)}),
             "9 unexpected", "control_0")
@@ -135,7 +137,8 @@ def test_folder_errors(tmp_path):
     good = json.loads(scheduler.read_text())
     for change, says in (({"beta_schedule": "cosine"}, "cosine"), ({"beta_end": 0.02}, "beta_end"),
                          ({"num_train_timesteps": 4000}, "1000 steps"), ({"prediction_type": "sample"}, "sample"),
-                         ({"beta_start": "0.00085"}, "scheduler_config.json")):
+                         ({"beta_start": "0.00085"}, "scheduler_config.json"),
+                         ({"steps_offset": 1.0}, "offset of 0 or 1")):
         scheduler.write_text(json.dumps(good | change))
         assert_refused(tmp_path, "scheduler_config.json", says)
     scheduler.write_text(json.dumps(good))

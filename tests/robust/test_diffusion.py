@@ -27,6 +27,8 @@ def test_any_number_of_steps_stays_finite(name, options, k):
         (lambda: Schedule("cosine"), "cosine"),
         (lambda: Schedule(prediction="x0"), "x0"),
         (lambda: Schedule(spacing=["trailing"]), "leading, trailing, linspace, lcm, .* not \\['trailing'\\] with 1"),
+        (lambda: Schedule(offset=1.0), "offset of 0 or 1, not .* with 1.0"),
+        (lambda: Schedule(offset=-0.0), "with -0.0"),
         (lambda: make_sampler("lcm", Schedule(), 51), "at most as many steps, not 51"),
         (lambda: make_sampler("plms", Schedule(), 10), "plms.*ddpm, ddim, pndm"),
         (lambda: make_sampler("ddim", Schedule(), 0), "1 .. 1000, not 0"),
