@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
     interrupts.watch("app.py")
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -32,10 +33,9 @@ from urllib.parse import parse_qs, urlsplit
 from PIL import Image
 
 import sample
-from common.cli import Parser, file_name, folder_name, number, report_errors, tell
+from common.cli import Parser, explain, file_name, folder_name, number, report_errors, tell
 from common.files import check_writable, lock_folder
 from editing import options, uploads
-from editing.edits_json import check_keys
 from editing.studio import Studio
 from kernels.memory import hold_memory
 
@@ -89,11 +89,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send({"error": why}, 403) if why else respond()
         except (ConnectionError, TimeoutError):
             self.close_connection = True  # the page is gone
-        except ValueError as e:
-            self.send({"error": str(e).splitlines()[-1]}, 400)
         except Exception as e:
-            traceback.print_exc()
-            self.send({"error": f"app.py failed, its terminal says why: {e!r}"}, 500)
+            line = explain(e, "a smaller picture may fit")
+            if line is None:
+                traceback.print_exc()
+            why = line or f"app.py failed, its terminal says why: {e!r}"
+            self.send({"error": why}, 500 if line is None else 400)
 
     def refuse(self):
         """-> why this sender gets nothing; None: it is our page, or a person who opens it"""
@@ -142,7 +143,8 @@ class Handler(BaseHTTPRequestHandler):
             said = json.loads(body)
         except (ValueError, RecursionError):
             raise ValueError("this is not JSON") from None
-        check_keys(said, "a request", set(said) if isinstance(said, dict) else set())
+        if not isinstance(said, dict):
+            raise ValueError("a request is an object {...}")
 
         def picture():
             return studio.path_of(said.get("picture"))
@@ -158,7 +160,8 @@ class Handler(BaseHTTPRequestHandler):
         }
         if path not in actions:
             return self.send({"error": "there is nothing here"}, 404)
-        with studio.busy:
+        # Who cancels waits for nobody: the jobs have a lock of their own
+        with contextlib.nullcontext() if path == "/cancel" else studio.busy:
             made = actions[path]()
         self.send(made)
 

@@ -22,6 +22,7 @@ from common import interrupts
 from common.pictures import KINDS
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
+NAME = 230  # bytes of a file's name: a temporary one is longer, and most systems take 255
 TOY, TOY_MFX = WEIGHTS / "toy", WEIGHTS / "toy-mfx"  # the shipped models
 
 
@@ -50,14 +51,25 @@ def report_errors(parser, memory, kept="start again"):
         number = e.args[0] if e.args else signal.SIGINT
         said = f"{parser.prog}: interrupted: {kept if isinstance(kept, str) else kept()}\n"
         parser.exit(128 + number, said if os.environ.get("RANK", "0") == "0" else None)  # torchrun starts many
-    except (ValueError, OSError, FloatingPointError) as e:
-        lines = str(e).strip().splitlines() or [type(e).__name__]
-        parser.error(lines[-1])  # the error of a worker process begins with its traceback
-    except (RuntimeError, MemoryError) as e:
-        # PyTorch has an error of its own for a GPU's memory, and none for others
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
+    except Exception as e:
+        line = explain(e, memory)
+        if line is None:
             raise
-        parser.error(f"out of memory: {memory}")
+        parser.error(line)
+
+
+def explain(error, memory):
+    """An exception -> a line for a person, who can put it right; None: nobody expected it
+
+    memory  what to do where there is too little of it
+    """
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return lines[-1]  # the error of a worker process begins with its traceback
+    # PyTorch has an error of its own for a GPU's memory, and none for others
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in str(error):
+        return f"out of memory: {memory}"
+    return None
 
 
 def tell(line):
@@ -136,6 +148,8 @@ def check_outputs(outputs, inputs):
     """ValueError for a picture that cannot be written, or would replace an input or another."""
     taken = [Path(path).resolve() for path in inputs if path]
     for path in [Path(path) for path in outputs if path]:
+        if len(os.fsencode(path.name)) > NAME:
+            raise ValueError(f"{path.name:.40}...: a name is at most {NAME} bytes long")
         if path.suffix.lower() not in KINDS:
             raise ValueError(f"{path}: pictures are saved as {', '.join(KINDS)}")
         if path.is_dir() or not os.access(path.parent, os.W_OK):

@@ -12,7 +12,7 @@ import traceback
 import warnings
 from dataclasses import dataclass, field
 
-from common.cli import tell
+from common.cli import explain, tell
 from common.files import read_json, write_json
 from common.pictures import tensor_to_picture
 from editing import options, uploads
@@ -73,6 +73,7 @@ class Jobs:
             names = [str(name) for name in job.pictures]
             if job.kind not in uploads.FIELDS or not all(re.fullmatch(FILE, name) for name in names):
                 raise ValueError("it is not of this program")
+            job.describe()  # raises for a command of anything but words
             self.change(job)
         except (ValueError, TypeError) as e:
             tell(f"{path} is left out: {e}")
@@ -108,7 +109,7 @@ class Jobs:
         with self.changes:
             job = self.all.get(name) if isinstance(name, str) else None
             if job and job.state == "waiting":
-                shutil.rmtree(self.folder / job.id)
+                shutil.rmtree(self.folder / job.id, ignore_errors=True)
             if job and job.state in ("waiting", "running"):
                 self.change(job, state="cancelled", pictures=[])
 
@@ -125,13 +126,12 @@ class Jobs:
             try:
                 self.finish(job)
             except Cancelled:
-                shutil.rmtree(self.folder / job.id)
+                shutil.rmtree(self.folder / job.id, ignore_errors=True)
             except Exception as e:
-                lines = str(e).strip().splitlines() or [type(e).__name__]
-                why = lines[-1]
-                if not isinstance(e, (ValueError, OSError, FloatingPointError)):
+                why = explain(e, "fewer samples may fit")
+                if why is None:
                     traceback.print_exc()
-                    why = "out of memory: fewer samples may fit" if "memory" in why else f"it failed: {why}"
+                    why = f"it failed, the terminal of app.py says why: {e!r}"
                 shutil.rmtree(self.folder / job.id, ignore_errors=True)
                 self.change(job, state="failed", pictures=[], notes=[why])
             self.idle.set()

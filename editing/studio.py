@@ -133,6 +133,8 @@ class Studio:
                 raise ValueError("the map is not of the picture's size")
         if kind == "fan":
             given["strength-fan"] = uploads.check_strengths(said.get("strengths"))
+        if parameters.get("prompt") == options.AUTO:
+            given["networks"] = self.args.networks
         given |= parameters | {"out": folder / "out.png"}
         given |= {"device": self.args.device, "precision": self.args.precision}
         argv = [f"--{name}={value}" for name, value in given.items() if value not in (None, "")]

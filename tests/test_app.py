@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from PIL import Image
 
 import app
 import sample
+from common.files import write_json
+from editing import jobs
 from editing.edits_json import fill_polygon
 from editing.segments import find_segments, outline, outlines
 from tests.runs import GRADIENT, MEADOW, ROOT
@@ -165,6 +168,14 @@ def test_wrong_jobs(client, meadow, change, why):
     assert [path.name for path in client.folder.iterdir() if "-" in path.name] == []
 
 
+@pytest.mark.parametrize("error, said", [(OSError(28, "full"), "[Errno 28] full"), (ValueError(), "ValueError"),
+                                         (MemoryError(), "out of memory: a smaller picture may fit")])
+def test_trouble_of_the_machine_is_one_line(client, monkeypatch, capsys, error, said):
+    monkeypatch.setattr(client.server.RequestHandlerClass.studio, "draw_scene", mock.Mock(side_effect=error))
+    assert client.ask("POST", "/scene", {"seed": 1})[::2] == (400, {"error": said})
+    assert "Traceback" not in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_picture_of_100_megapixels_and_a_body_too_large(client, monkeypatch):
     assert "megapixels" in client.post("/pictures", png((10000, 10000), "1"))["error"]
@@ -264,6 +275,54 @@ def test_a_job_that_is_cancelled_ends_and_the_next_one_runs(client, meadow):
     assert not (client.folder / first).exists() and not (client.folder / second).exists()
     said["parameters"] = form(steps=10)
     assert client.wait(client.post("/jobs", said)["id"], "done", "failed")["state"] == "done"
+
+
+def test_jobs_whose_folders_are_deleted(tmp_path):
+    """While one waits, and while one runs: both are cancelled, and the next one runs."""
+    begun, gone = threading.Event(), threading.Event()
+
+    def run(job, watch):
+        if job.id == "next":
+            raise TypeError("a bug")
+        begun.set()
+        gone.wait(10)
+        watch(1, 2, list)
+
+    made = jobs.Jobs(tmp_path, run)
+    for name in ("runs", "waits", "next"):
+        made.add(jobs.Job(name, "map", {}, []))
+    begun.wait(10)
+    for name in ("waits", "runs"):
+        made.cancel(name)
+    gone.set()
+    seen = lambda: [job.state for job in made.all.values()]  # noqa: E731
+    with made.changes:
+        assert made.changes.wait_for(lambda: seen()[2] == "failed", 10)
+    assert seen() == ["cancelled", "cancelled", "failed"] and "a bug" in made.all["next"].notes[0]
+
+
+@pytest.mark.parametrize("argv", [[1], None, 3])
+def test_a_result_with_a_senseless_command_is_left_out(tmp_path, capsys, argv):
+    folder = tmp_path / "20200101-000000-00000000"
+    write_json(folder / "job.json", {"kind": "map", "parameters": {}, "argv": argv})
+    assert not jobs.Jobs(tmp_path, None).all and f"{folder} is left out" in capsys.readouterr().out
+
+
+def test_who_cancels_waits_for_nobody(client):
+    with client.server.RequestHandlerClass.studio.busy:
+        assert client.ask("POST", "/cancel", {"id": "none"})[0] == 200
+
+
+def test_the_folder_of_networks_is_told_to_a_job(tmp_path):
+    made = Client(tmp_path, "--networks", str(tmp_path), "--weights", str(tmp_path / "sd"))
+    try:
+        picture = made.post("/pictures", open(MEADOW, "rb").read())["picture"]
+        said = {"kind": "fan", "picture": picture, "strengths": [0.5, 1.0], "parameters": form(prompt="auto")}
+        job = made.wait(made.post("/jobs", said)["id"], "failed")
+        assert f"--networks={tmp_path}" in job["argv"] and f"none is in {tmp_path}" in job["notes"][0]
+    finally:
+        made.server.shutdown()
+        made.server.server_close()
 
 
 @pytest.mark.slow
