@@ -50,7 +50,7 @@ from tqdm import tqdm
 import collage
 import warp
 from checkpoints import published
-from common.cli import Parser, file_name, folder_name, number, report_errors, shorten_warnings
+from common.cli import Parser, file_name, folder_name, number, report_errors, shorten_warnings, tell
 from common.devices import choose_device
 from common.files import write_json
 from video import estimators, shards
@@ -309,14 +309,14 @@ def make_shards(args):
     if numbers:
         seconds = time.perf_counter() - start
         rate = len(numbers) / recipe.pairs / seconds
-        print(f"{args.out}: {shards.summarize(counts)} in {seconds:.0f} s, {rate:.2f} clips/s")
+        tell(f"{args.out}: {shards.summarize(counts)} in {seconds:.0f} s, {rate:.2f} clips/s")
     done, counts = shards.add_up(args.out, len(work))
     if done == len(work):
         write_json(args.out / "manifest.json", {"totals": dict(sorted(counts.items()))} | manifest)
         if not counts["kept"]:
             found = shards.summarize(counts)
             raise ValueError(f"{args.out}: {found}: there is nothing to train on")
-    print(f"{args.out}: {done} of {len(work)} shards are there: {shards.summarize(counts)}")
+    tell(f"{args.out}: {done} of {len(work)} shards are there: {shards.summarize(counts)}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -252,7 +252,9 @@ def choose_steps(args, model):
     usual = "lcm" if schedule.spacing == "lcm" else "euler" if is_xl else "ddim"
     args.sampler = args.sampler or ("ddpm" if args.prior else usual)
     # Models of few steps are distilled from one that was guided.
-    few = args.sampler == "lcm" or schedule.spacing in ("trailing", "lcm")
+    # Zero terminal SNR is trailing too, and not distilled.
+    distilled = schedule.spacing in ("trailing", "lcm") and schedule.name != "zero_snr"
+    few = args.sampler == "lcm" or distilled
     coarse = args.edit or args.collage
     args.steps = args.steps or (4 if few else 50 if coarse else 100)
     if args.guidance is None and not coarse:
@@ -294,7 +296,7 @@ def draw_predictions(model, predictions):
     last = len(predictions) - 1
     picked = np.linspace(0, last, min(8, last + 1)).round().astype(int)
     with torch.inference_mode():
-        decoded = [model.decode(predictions[i][1][:1])[0] / 2 + 0.5 for i in picked]
+        decoded = [model.decode(predictions[i][1])[0] / 2 + 0.5 for i in picked]
     labels = [f"t = {predictions[i][0]}" for i in picked]
     return labelled([tensor_to_picture(x) for x in decoded], labels)
 
@@ -356,10 +358,10 @@ def run(args, load=load_model, watch=None):
         if refiner:
             compile_unets(refiner, lambda: None)
         seconds = compile_unets(model, lambda: make(black, sampler=args.sampler, steps=short))
-        print(f"compiled in {seconds:.0f} s, with an edit of {short} steps")
+        tell(f"compiled in {seconds:.0f} s, with an edit of {short} steps")
     predictions = []
     if args.steps_strip:
-        watch = lambda done, total, *prediction: predictions.append(prediction)  # noqa: E731
+        watch = lambda done, total, t, x0: predictions.append((t, x0[:1].cpu()))  # noqa: E731
     x = make(change_map, sampler=args.sampler, steps=args.steps, skip=not args.no_skip,
              blend=args.blend, watch=watch)
 

@@ -48,8 +48,8 @@ class Ladder:
         self.timesteps = schedule.space_timesteps(k, spacing)
         self.abar = [schedule.abar[t] for t in self.timesteps] + [end]
         if not self.abar[0]:
-            raise ValueError(f"{k} steps start at t = {self.timesteps[0]}, where this noise "
-                             "schedule leaves nothing of the picture: take other steps or spacing")
+            raise ValueError(f"{k} steps start at t = {self.timesteps[0]}, where this schedule "
+                             "leaves nothing of the picture: take --spacing leading, or others")
         self.alpha = [math.sqrt(a) for a in self.abar]
         self.sigma = [math.sqrt(1 - a) for a in self.abar]
         # EDM's sigma, DEIS's rho, DPM-Solver's exp(-lambda)

@@ -15,6 +15,7 @@ from checkpoints import published
 from checkpoints.parts import TOY_CAPTIONER, load_part
 from common.cli import tell
 from common.colours import to_srgb
+from common.files import read_json
 from common.pictures import (
     KINDS,
     STRIP,
@@ -30,7 +31,7 @@ from common.pictures import (
 )
 from editing import change_maps
 from editing.edits_json import read_edits
-from editing.options import AUTO
+from editing.options import AUTO, check_files
 from networks import blip, sam
 from toy import captions
 
@@ -49,11 +50,10 @@ def read(args, dtype, device):
     if args.segments == "sam":
         kinds.append("sam")
     auto = args.prompt == AUTO
-    if auto and not Path(args.weights).resolve().name.startswith("toy"):
+    if auto and not is_toy(args.weights):
         kinds.append("blip")
-    if args.networks and not kinds:
-        raise ValueError("--networks needs --change-map depth or sam:..., or --segments sam, or "
-                         "--prompt auto with other weights than the toy's")
+    if args.networks and not (kinds or auto):
+        raise ValueError("--networks needs --change-map depth or sam:..., or --segments sam, or --prompt auto")
     folder = args.networks or published.FOLDER
     files = {kind: published.find(kind, folder) for kind in kinds}
     networks = {kind: published.load(kind, files[kind], dtype, device) for kind in files}
@@ -73,6 +73,7 @@ def read(args, dtype, device):
             warnings.warn(f"{no_holes}: all of it counts as kept", stacklevel=2)
     elif args.collage:
         made = read_edits(args.collage, segment_at if args.segments == "sam" else None)
+        check_files(args, made.files)
         if not original:
             original = Image.fromarray(made.image)
             original.info = made.info
@@ -103,6 +104,13 @@ def read(args, dtype, device):
     return original, coarse, mu
 
 
+def is_toy(weights):
+    """Is this a toy's folder? Its text encoder is narrower than any that was published, which have 768 and more."""
+    config = read_json(Path(weights) / "text_encoder/config.json", default={})
+    width = config.get("hidden_size", config.get("d_model"))
+    return type(width) is int and width < 768
+
+
 def describe(original, network, file, device):
     """What is in a picture, RGB, in words: by BLIP, its file given; without it by the toy's own."""
     x = picture_to_tensor(original, fitted_size(original, 512, 8))
@@ -124,7 +132,7 @@ def alpha_of(photo, name):
 def warn_of_greys(picture, grey, name, mask, white_is_change):
     """A word where the greys, L, of a map or mask, as it was opened, hardly mean what they do."""
     low, high = grey.getextrema()
-    deep = picture.mode[0] in "IF" and picture.getextrema()[1] > 0  # its 1 of 65535 is 0 of 255
+    deep = picture.mode[0] in "IF" and np.asarray(picture).max() > 0  # its 1 of 65535 is 0 of 255
     steps = np.asarray(grey)
     steps = cv2.erode(cv2.inRange(steps, 26, 229), np.ones((3, 3)))  # not at the rim of a shape
     if high < 26 and (high or deep):

@@ -74,7 +74,8 @@ def parse(argv, description):
     add("--lora", action="append", type=read_lora_option, metavar="FILE[:WEIGHT]",
         help="a LoRA, LoCon or DoRA, merged into the weights; several times for several (default: weight 1)")
     add("--switch", type=number(float, 0, 1), help="the share of the steps before it (default: 0.8)")
-    add("--prediction", choices=["epsilon", "v_prediction"], help="of a single-file checkpoint")
+    add("--prediction", choices=["epsilon", "v_prediction"], help="in place of what the weights say "
+        "that they predict")
 
     add("--sampler", choices=list(samplers.SAMPLERS),
         help="(default: ddim; an XL: euler; a latent consistency model: lcm)")
@@ -135,8 +136,13 @@ def check(args):
     if args.prompt == AUTO and not args.image:
         raise ValueError("--prompt auto says what is in --image: say which")
     check_guidance(args)
+    check_files(args)
+
+
+def check_files(args, named=()):
+    """ValueError if an output cannot be written, or would replace an input, or one that a collage has named."""
     check_outputs([*result_paths(args), args.sheet, args.steps_strip],
-                  [args.image, args.edit, args.collage, args.change_map, args.mask])
+                  [args.image, args.edit, args.collage, args.change_map, args.mask, *named])
 
 
 def check_guidance(args):

@@ -69,6 +69,13 @@ def test_imports_go_one_way(path):
         assert not {name for _, name in list_imports(path)} & set(HEIGHT), "a network imports nothing of ours"
 
 
+def test_programs_tell():
+    """print fails with a full log."""
+    for path in [p for p in list_files() if owner(p) not in ("common", "reproduce", "bench", "course")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.Name) and node.id == "print"), f"{path}, line {node.lineno}: use tell"
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
 def test_a_file_in_front_fits_on_a_projector(path):
     lines = path.read_text(encoding="utf-8").splitlines()

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.cli import tell
 from common.files import atomic_write, check_writable, write_json
 from common.interrupts import kept_from_children
 from common.pictures import labelled
@@ -155,7 +156,7 @@ def begin(out, clips, recipe, networks):
                 out.rmdir()
             raise
         if old:
-            print(f"{out}: {added} clips are added to the {len(known)} that are there")
+            tell(f"{out}: {added} clips are added to the {len(known)} that are there")
     return manifest, clips, work
 
 

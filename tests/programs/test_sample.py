@@ -18,7 +18,7 @@ import sd
 from common.files import read_json, write_json
 from common.pictures import picture_to_tensor, tensor_to_picture
 from diffusion import Schedule
-from editing import options
+from editing import inputs, options
 from kernels import winograd
 from reproduce.train_toys import widened
 from tests import small
@@ -185,6 +185,12 @@ def test_words_for_a_picture(tmp_path, capsys):
     assert "say which" in fails(capsys, "--prompt", "auto")
 
 
+@pytest.mark.parametrize("name, width, toy", [("model", 128, True), ("toyota", 768, False), ("toy", None, False)])
+def test_a_toy_is_known_by_its_width(tmp_path, name, width, toy):
+    write_json(tmp_path / name / "text_encoder/config.json", {"hidden_size": width})
+    assert inputs.is_toy(tmp_path / name) == toy and not inputs.is_toy(tmp_path / "toy.safetensors")
+
+
 # --- Models of few steps: recognised by their folder, or named by an option --------------------------
 
 LCM, TURBO = ("lcm", 4, 1.0), ("ddim", 4, 1.0)
@@ -212,6 +218,12 @@ def test_what_is_left_out(tmp_path, folder, said, wanted):
                  "--precision", "fp32", "--out", str(out), *said])
     found = json.loads(Image.open(out).text["parameters"])
     assert (found["sampler"], found["steps"], found["guidance"]) == wanted
+
+
+def test_a_trailing_model_of_zero_terminal_snr_is_not_distilled(tmp_path, capsys):
+    save_stable(tmp_path, timestep_spacing="trailing", rescale_betas_zero_snr=True)
+    edit = "--weights", tmp_path, "--prompt", "a circle", "--out", tmp_path / "out.png"
+    assert "100 steps start at t = 999, where" in (said := last_line(capsys, *edit)) and "--spacing leading" in said
 
 
 def test_a_negative_prompt_without_guidance(tmp_path, capsys):
