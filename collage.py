@@ -174,7 +174,7 @@ class Segment:
         """'horizontal': left becomes right; 'vertical': top becomes bottom."""
         if direction not in ("horizontal", "vertical"):
             what = "mirror is 'horizontal' (left becomes right) or 'vertical'"
-            raise ValueError(f"{what}, not {direction!r}")
+            raise ValueError(f"{what}, not {direction!r:.60}")
         signs = [-1.0, 1.0] if direction == "horizontal" else [1.0, -1.0]
         return self.transform(np.diag(signs), about)
 

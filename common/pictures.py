@@ -55,6 +55,8 @@ def open_picture(path):
             ImageOps.exif_transpose(file, in_place=True)
             if file.mode in ("P", "PA") and file.palette is None:
                 raise ValueError("its palette is missing")
+            if not isinstance(file.info.get("icc_profile"), bytes):  # a damaged TIFF's is a number
+                file.info.pop("icc_profile", None)
             return file
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None
@@ -89,7 +91,9 @@ def in_strips(convert, picture, mode):
     whole = Image.new(mode, picture.size)
     for top in range(0, picture.height, STRIP):
         box = (0, top, picture.width, min(top + STRIP, picture.height))
-        whole.paste(convert(picture.crop(box)), box)
+        strip = picture.crop(box)
+        strip.filename = getattr(picture, "filename", "")  # for an error
+        whole.paste(convert(strip), box)
     profile = picture.info.get("icc_profile") or b""
     if profile[16:20] == b"RGB " and picture.mode != "CMYK":
         whole.info["icc_profile"] = profile
@@ -129,8 +133,9 @@ def deep_to_8_bit(picture):
     low, high = x.min(), x.max()
     full = 65535 if mode.startswith("I") else 1
     if not (np.isfinite(x).all() and 0 <= low and high <= full):
+        which = f"{getattr(picture, 'filename', '') or 'a picture'}, of mode {mode},"
         values = f"values in 0 .. {full}, not {low:g} .. {high:g}"
-        raise ValueError(f"a picture of mode {mode} has {values}")
+        raise ValueError(f"{which} should have {values}: save it with 8 bits per channel")
     return Image.fromarray((x / full * 255).round().astype(np.uint8))
 
 
@@ -216,7 +221,7 @@ def labelled(pictures, labels, gap=2):
     draw, x = ImageDraw.Draw(sheet), 0
     for picture, label in zip(pictures, labels):
         sheet.paste(picture, (x, bar))
-        label = " ".join(label.split())  # in one line
+        label = " ".join(label.split())[:300]  # in one line
         font = find_font(label, bar * 0.7)
         if font is None:
             warnings.warn(f"no font here has all letters of {label!r}: that label is left out",

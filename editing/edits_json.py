@@ -55,6 +55,7 @@ def make_collage(edits, folder, segmenter=None):
         picture = read_picture(folder, edits["image"])
         collage = Collage(np.array(picture))
         collage.info = picture.info  # its colour profile
+        collage.files = [folder / edits["image"]]  # all that are read
         seen = np.array(to_srgb(picture))
         if not isinstance(edits["segments"], list) or not edits["segments"]:
             raise ValueError('"segments" is a list of one segment or more')
@@ -68,6 +69,8 @@ def make_collage(edits, folder, segmenter=None):
             check_keys(spec, "a segment", CUTS | {"edits", "z"})
             cut = only_one_of(CUTS, spec, "a segment")
             mask = read_mask(seen, folder, cut, spec[cut], segmenter or segment_at)
+            if cut == "mask":
+                collage.files.append(folder / spec[cut])
             segment = collage.segment(mask, check_number(spec.get("z", 0), "z"))
             if not isinstance(spec.get("edits", []), list):
                 raise ValueError('"edits" is a list')

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageFont, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, ImageFont, PngImagePlugin, TiffImagePlugin, TiffTags
 
 from common import colours, pictures
 from tests.pictures import grey_profile, noise, swapped_profile
@@ -76,7 +76,7 @@ def test_tensors_and_pictures_go_both_ways():
 
 
 def test_labels_stand_over_their_columns(tmp_path):
-    sheet = pictures.labelled([Image.new("RGB", (50, 40), "red"), Image.new("RGB", (30, 40))], ["a\nb", 40 * "long"])
+    sheet = pictures.labelled([Image.new("RGB", (50, 40), "red"), Image.new("RGB", (30, 40))], ["a\nb", 10**5 * "long"])
     assert sheet.size == (82, 54) and sheet.getpixel((0, 53)) == (255, 0, 0)
     columns = pictures.labelled_columns(Image.open(MEADOW).convert("RGB"), ["0.5", "1"])
     assert columns.size == (128, 142)
@@ -191,6 +191,15 @@ def test_a_picture_with_damaged_exif_is_told(tmp_path, capsys):
     assert "not a picture that can be read" in said
 
 
+def test_a_profile_that_is_none_is_dropped(tmp_path):
+    """A TIFF may say it as a number."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[34675], tags.tagtype[34675] = 5, TiffTags.LONG
+    Image.fromarray(noise()).save(tmp_path / "in.tif", tiffinfo=tags)
+    assert Image.open(tmp_path / "in.tif").info["icc_profile"] == 5
+    assert np.array_equal(np.asarray(pictures.to_rgb(pictures.open_picture(tmp_path / "in.tif"))), noise())
+
+
 def test_indexed_colours_without_their_palette_are_told(tmp_path):
     """As Pillow reads them from an icon."""
     Image.open(MEADOW).convert("P").save(tmp_path / "in.icns")
@@ -218,6 +227,13 @@ def test_a_picture_for_which_no_memory_suffices(tmp_path):
 def test_grey_out_of_its_range(value):
     with pytest.raises(ValueError, match="values in 0 .. 1, not"):
         pictures.to_rgb(Image.fromarray(np.full((4, 4), value, np.float32)))
+
+
+def test_grey_out_of_its_range_is_told_with_the_name_of_the_file(tmp_path):
+    Image.fromarray(np.full((4, 4), 255, np.float32)).save(tmp_path / "map.tif")
+    for read in (pictures.to_rgb, pictures.map_to_grey):
+        with pytest.raises(ValueError, match=r"map\.tif, of mode F, .* not 255 .. 255: save it with 8 bits"):
+            read(pictures.open_picture(tmp_path / "map.tif"))
 
 
 def test_what_is_drawn_over_another_picture():

@@ -162,6 +162,7 @@ def test_ten_thousand_pieces_and_no_more(folder):
     (EDIT % '{"scale": 1e999}', "finite number, not inf"),
     (EDIT % ('{"scale": 1%s}' % ("0" * 400)), "finite number, not 1000"),
     (EDIT % '{"scale": 1e300}, {"scale": 1e300}', "edit 2: the numbers are too large"),
+    (EDIT % f'{{"mirror": "{"x" * 10**6}"}}', r"mirror is .* not 'x{59}$"),
     (EDIT % '{"mirror": "left"}', "mirror is 'horizontal' .* not 'left'"),
     (EDIT % '{"delete": false}', '"delete" is true or left out'),
     (EDIT % '{"delete": true}, {"rotate": 3}', "edit 2: the segment is deleted"),

@@ -51,6 +51,7 @@ def test_wrong_options_and_files(tmp_path, capsys):
     assert "what to draw" in fails(capsys)
     assert ".png" in fails(capsys, *edit, "--strength", 0.5, "--out", tmp_path / "out.gif")
     assert "folder" in fails(capsys, *edit, "--strength", 0.5, "--out", tmp_path / "none" / "out.png")
+    assert "at most 230 bytes" in fails(capsys, *edit, "--strength", 0.5, "--out", tmp_path / f"{'é' * 115}.png")
     for device in ("abacus", "meta"):
         assert "--device" in fails(capsys, *edit, "--strength", 0.5, "--device", device)
     assert "a name of its own" in fails(capsys, *edit, "--strength", 0.5, "--sheet", tmp_path / "out.png")
@@ -93,9 +94,18 @@ def test_a_deep_mask_that_is_nearly_black(tmp_path, white, kind):
     hear(tmp_path, np.array([0, white], kind), "--mask", "lighter than 1 of 255")
 
 
+def test_a_deep_mask_of_the_other_byte_order(tmp_path):
+    Image.frombytes("I;16B", (128, 128), np.full((128, 128), 200, ">u2").tobytes()).save(tmp_path / "map.tif")
+    hear_of(tmp_path / "map.tif", "--mask", "lighter than 1 of 255")
+
+
 def hear(tmp_path, values, option, said):
     """Columns of these values as a map or a mask: what is said of it, once, or nothing"""
-    path = save(tmp_path / "map.tif", np.tile(np.repeat(values, 128 // len(values) + 1)[:128], (128, 1)))
+    row = np.repeat(values, 128 // len(values) + 1)[:128]
+    hear_of(save(tmp_path / "map.tif", np.tile(row, (128, 1))), option, said)
+
+
+def hear_of(path, option, said):
     softness = ["--softness", "0"] if option == "--mask" else []
     _, args = options.parse(["--image", MEADOW, option, str(path), "--prompt", "snow", *softness], "")
     with warnings.catch_warnings(record=True) as found:
@@ -175,6 +185,17 @@ def test_a_collage_that_does_not_work(tmp_path, capsys, segments, said):
     (tmp_path / "edits.json").write_text(f'{{"image": "{MEADOW}",\n "segments": {segments}}}')
     assert said in fails(capsys, "--collage", tmp_path / "edits.json", "--out", tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()
+
+
+def test_what_a_collage_names_is_not_written_over(tmp_path, capsys):
+    Image.open(MEADOW).save(tmp_path / "photo.png")
+    Image.open(ROOT / "examples/ball.png").save(tmp_path / "ball.png")
+    (tmp_path / "edits.json").write_text('{"image": "photo.png", "segments": [{"mask": "ball.png"}]}')
+    before = (tmp_path / "photo.png").read_bytes()
+    for out, sheet in (("photo.png", "sheet.png"), ("out.png", "ball.png")):
+        argv = "--collage", tmp_path / "edits.json", "--out", tmp_path / out, "--sheet", tmp_path / sheet
+        assert "would be written over" in fails(capsys, *argv)
+    assert (tmp_path / "photo.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 3
 
 
 def test_weights_of_the_wrong_kind(tmp_path, capsys, folder, edit):
