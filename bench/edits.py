@@ -7,6 +7,7 @@ Ours and the peer's run in processes of their own, each as it is run elsewhere: 
 sample.py does (kernels/memory.py); the peer does what PyTorch does.
 """
 
+import statistics
 import tempfile
 import time
 from functools import partial
@@ -118,7 +119,7 @@ def compare_edits(o, what, kind, precision, dtypes, peer, same=True):
                              dtype=str(dtype).removeprefix("torch."), **common) for one, dtype in zip(who, dtypes)}
         done = call_in_turn(runs, o, warm=0)  # each warms itself up
         results = [load_file(Path(folder) / one)["x"] for one in who]
-    ours, theirs = ([s for made in done.get(one, ()) for s in made["seconds"]] for one in ("ours", "peer"))
+    ours, theirs = ([statistics.median(made["seconds"]) for made in done.get(one, ())] for one in ("ours", "peer"))
     apart = compute_difference(*results) if theirs and same else None
     return Row(f"{what}, {NAMES[kind]}, {SIDES[kind]}x{SIDES[kind]}, {steps} steps, {precision}", ours, theirs, peer,
                difference=apart)

@@ -3,7 +3,6 @@
 What is asked for is in prompts.json: of every edit a map, words of the toy world, and words for photographs (--images).
 """
 
-import functools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -87,17 +86,20 @@ def figure9(lab):
 
     {n} scenes of one object, to be of another colour on snow at night, {steps} steps: mean {distance} from the input on
     the object and off it, under three maps of the object's outline; by DiffEdit, which is told what the scene shows;
-    and by InstructPix2Pix, where there are weights (--instruct-weights).
+    and by InstructPix2Pix, where there are weights (--instruct-weights). How much of DiffEdit's mask is off the thing
+    is measured where the toy is asked for another colour alone.
     """
     n, size, steps, asked = lab.count(6, 2), lab.model.size, lab.steps, ASKED["figure9"][0]
     if lab.options.images:
         image = lab.images(n)
         thing = depth_maps(lab, image, n) > 0.6
         wanted, shown, told = [asked["photo"]] * n, [asked["shown"]] * n, [asked["told"]] * n
+        recoloured = wanted
     else:
         scenes = lab.scenes(n, 90, objects=1)
         scenes.time[:], scenes.ground[:] = world.TIMES.index("noon"), world.GROUNDS.index("grass")
         other = replace(scenes, colour=(scenes.colour + 1) % len(world.COLOURS))
+        recoloured = prompts_of(other)
         other.time, other.ground = (torch.full_like(scenes.time, 2) for _ in range(2))  # night, snow
         frames = world.render(scenes, size)
         image, thing = frames.image * 2 - 1, frames.segments[:, None] > 0
@@ -113,6 +115,8 @@ def figure9(lab):
         on, off = ((change * t[:, 0]).sum((1, 2)) / t.sum((1, 2, 3)) for t in (thing.float(), 1 - thing.float()))
         inside[name] = on / (on + off)
         found[name] = [mean_error(on), mean_error(off), mean_error(inside[name])]
+    if recoloured != wanted:
+        _, mask = run_diffedit(lab, image, recoloured, shown, steps)
     around = mean_error((mask * ~thing).sum((1, 2, 3)) / mask.sum((1, 2, 3)))
     covered = mean_error((mask * thing).sum((1, 2, 3)) / thing.sum((1, 2, 3)))
     shown_mask = list(1 - mask[:4, 0])
@@ -143,11 +147,11 @@ KINDS = ("near", "left", "far")
 PAPER_ADHERENCE, PAPER_QUALITY = {OURS: 58, INPAINT: 32, BLD: 10}, {OURS: 55, INPAINT: 35, BLD: 10}
 
 
-@functools.lru_cache(maxsize=1)
-def edit_by_all(lab):
-    """Three pictures, each to a prompt under a map, with several seeds -> image (N, 3, S, S), depth (N, 1, S, S), maps
-    (N, 1, S, S), prompts, {method: edits (N, 3, S, S)}; seed by seed. The others' masks are the maps, cut at a half."""
-    seeds, edits, steps = lab.count(SEEDS, 2), ASKED["figure10"], lab.steps
+def edit_by_all(lab, pictures, seeds=1):
+    """Three prompts, each under its map, on so many pictures each, with several seeds -> image (N, 3, S, S), depth (N,
+    1, S, S), maps (N, 1, S, S), prompts, {method: edits (N, 3, S, S)}; seed by seed. The others' masks are the maps,
+    cut at a half."""
+    edits, steps = ASKED["figure10"] * pictures, lab.steps
     image = lab.images(len(edits), seed=14)
     depth = depth_maps(lab, image, len(image), seed=14)
     mu = make_maps([e["map"] for e in edits], depth).repeat(seeds, 1, 1, 1)
@@ -176,13 +180,14 @@ def figure10(lab):
     """Blended latent diffusion and an inpainting model know two strengths: they blend nothing gradually, and lose what
     a map keeps in part. That is no matter of the seed.
 
-    Three pictures under maps from depth and a gradient, {seeds} seeds each, and differences between methods pair by
-    pair. The seam: how much the change jumps where the others' masks end, of 255. CAM of each edit by itself, of
-    {distance}. Blended latent diffusion as published: masks that shrink, and in the
-    sheet a decoder that has learned each picture's background, whose squared error (thousandths) is given.
+    {n} pictures under maps from depth and a gradient, each a mean over {seeds} seeds, and differences between methods
+    picture by picture. The seam: how much the change jumps where the others' masks end, of 255. CAM of each edit by
+    itself, of {distance}. Blended latent diffusion as published: masks that shrink, and in the sheet a decoder that has
+    learned each picture's background, whose squared error (thousandths) is given.
     """
-    image, _, mu, _, made = edit_by_all(lab)
-    seeds, asked = len(image) // 3, words(lab, ASKED["figure10"])
+    seeds = lab.count(SEEDS, 2)
+    image, _, mu, _, made = edit_by_all(lab, lab.count(3, 1), seeds)
+    n, asked = len(image) // seeds, words(lab, ASKED["figure10"])
     cams = {m: adhere(lab.distance(image, x), mu) for m, x in made.items()}
     keep, background = (mu > 0.5).float(), {}
     seams = {m: measure_seam(x - image, keep) for m, x in made.items()}
@@ -194,19 +199,20 @@ def figure10(lab):
         background[name] = mean_error(1000 * error)
     rows, labels = [], []
     for i in range(3):
-        rows += [[image[i], mu[i, 0], *x] for x in zip(*(made[m][i::3] for m in made))][:2]
+        rows += [[image[i], mu[i, 0], *x] for x in zip(*(made[m][i::n] for m in made))][:2]
         labels += [asked[i], ""]
         rows[-2][list(made).index(BLD) + 2] = fitted[i]
     lab.save(charts.sheet(rows, ["input", "map", *made], labels), "figure10.png")
     parts = []
     for m in [m for m in made if m != OURS]:
         for what, of, sign in (("CAM", cams, 1), ("the seam", seams, -1)):
-            less, each = mean_error(of[OURS] - of[m]), (of[OURS] - of[m]).view(seeds, 3).mean(1)
+            difference = (of[OURS] - of[m]).view(seeds, n)
+            less, each = mean_error(difference.mean(0)), difference.mean(1)
             parts.append((sign * less[0] > 2 * less[1] and (sign * each > 0).all(), f"ours less {m} in {what} is "
                           f"{plus_minus(less)}, by seed {write_range(each.tolist(), '{:+.2f}')}"))
-    found, seams = ({m: mean_error(x) for m, x in of.items()} for of in (cams, seams))
+    found, seams = ({m: mean_error(x.view(seeds, n).mean(0)) for m, x in of.items()} for of in (cams, seams))
     return Outcome(
-        {"n": len(image), "seeds": seeds, "distance": lab.perceptual[0], "cam": found, "seam": seams,
+        {"n": n, "seeds": seeds, "distance": lab.perceptual[0], "cam": found, "seam": seams,
          "background": background},
         judge(*parts),
         [["", *made], ["CAM, edit by edit", *(plus_minus(v, 3) for v in found.values())],
@@ -226,13 +232,13 @@ def study(lab):
     """People tell which of three maps was applied (80 %), tell an edit with words from one without (92 %), and prefer
     ours to an inpainting model and blended latent diffusion for adherence (58 %) and quality (55 %).
 
-    A stand-in: nobody was asked. The {n} edits of Figure 10; the map is guessed by CAM; whether words were there by the
-    colours of sky and ground, nearest to true renders of what they say; adherence is the highest CAM, and quality the
-    least surprise of the base model at the picture. P-values of the binomial, against chance.
+    A stand-in: nobody was asked. Figure 10's edits, on {n} pictures; the map is guessed by CAM; whether words were
+    there by the colours of sky and ground, nearest to true renders of what they say; adherence is the highest CAM, and
+    quality the least surprise of the base model at the picture. P-values of the binomial, against chance.
     """
     if lab.options.images:
         raise NotHere("The study of words is judged by the toy world's colours, which photographs do not have")
-    image, depth, mu, prompts, made = edit_by_all(lab)
+    image, depth, mu, prompts, made = edit_by_all(lab, lab.count(8, 2))
     n, ours = len(image), made[OURS]
     change = lab.distance(image, ours)
     options = {kind: adhere(change, make_maps([kind] * n, depth)) for kind in KINDS}

@@ -20,13 +20,13 @@ def few_steps(lab):
     """With k steps a map has k + 1 strengths. Dithering it over neighbouring latents, blending at each pixel's last
     override, or a noise level of its own for each pixel to start at, gives more, and costs nothing.
 
-    A staircase of 16 strengths, once to the right and once to the left, on {n} edits of 8 pictures, in trailing steps
-    of DDIM. Told apart: stairs that change more than the next one by two standard errors. The seam: how much the change
-    differs between neighbouring latents, root of the mean square, of 255, for as much change as a black map's.
+    A staircase of 16 strengths, once to the right and once to the left, on {n} pictures, in trailing steps of DDIM.
+    Told apart: stairs that change more than the next one by two standard errors. The seam: how much the change differs
+    between neighbouring latents, root of the mean square, of 255, for as much change as a black map's.
     """
     n, size = lab.count(24, 2), lab.model.size
     prompts = lab.prompts(n, seed=12)
-    image = lab.images(8, seed=11, meadow=False).repeat(3, 1, 1, 1)[:n]
+    image = lab.images(n, seed=11, meadow=False)
     schedule = lab.model.schedule
     spacing, schedule.spacing = schedule.spacing, "trailing"
     found, sheet, parts = {}, [], []

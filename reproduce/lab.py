@@ -39,7 +39,7 @@ from kernels.winograd import quicken
 from reproduce import metrics
 from toy import world
 
-HELD_OUT = 10**9  # train.generator_at() stays below it
+HELD_OUT = 10**9  # common.run_state.generator_at stays below it
 TRUE, PART, FALSE, OPEN = "came true", "came true in part", "did not come true", "not measured"  # a verdict is one
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 DD, MFX, TOY = "Differential Diffusion", "Magic Fixup", "The toy weights"  # chapters of the page, in this order
@@ -104,7 +104,7 @@ def plus_minus(value, digits=2):
 def percent(share, digits=0):
     """share of 1, or [share, standard error] -> text"""
     if isinstance(share, list):
-        return f"{100 * share[0]:.0f} ± {100 * share[1]:.0f} %"
+        return f"{100 * share[0]:.{digits}f} ± {100 * share[1]:.{digits}f} %"
     return f"{100 * share:.{digits}f} %"
 
 

@@ -64,7 +64,7 @@ def figure2(lab):
     InstructPix2Pix only where there are weights (--instruct-weights). Squared error against the true re-render, as a
     ratio to Magic Fixup's.
     """
-    model, n = lab.fixup(), lab.count(6, 4)
+    model, n = lab.fixup(), lab.count(12, 4)
     edits = make_user_edits(n, model.size)
     told = caption_scenes(edits["after"])
     shown = {COLLAGE: edits["coarse"], "MasaCtrl": run_masactrl(lab, edits["reference"], told),
@@ -101,7 +101,7 @@ def figure7(lab):
     place, told what else is in the scene, and then paints the thing at its new place, told what it is. {n} held-out
     edits that move something: squared error against the true re-render, as a ratio to Magic Fixup's.
     """
-    model, n = lab.fixup(), lab.count(6, 3)
+    model, n = lab.fixup(), lab.count(12, 3)
     edits = choose_verbs(make_user_edits(8 * n, model.size), ("move",), n)
     after, slot = edits["after"], edits["slot"]
     there, gone = widen(edits["object"], 3), after.kind.clone()
@@ -116,7 +116,8 @@ def figure7(lab):
     shown = {COLLAGE: edits["coarse"], "cut": cut / 2 + 0.5, "inserted again": again,
              FIXED: fix_up(model, edits)}
     error = compare_to_truth(shown, edits, FIXED)
-    draw_columns(lab, {"reference": edits["reference"], **shown, "truth": edits["truth"]}, range(n), "mfx_figure7.png")
+    draw_columns(lab, {"reference": edits["reference"], **shown, "truth": edits["truth"]}, range(min(n, 6)),
+                 "mfx_figure7.png")
     return Outcome(
         {"n": n, "error": error},
         judge(*say_worse({where: error[where] for where in (OBJECTS, SHADOWS, EVERYWHERE)}, ["inserted again"])),
@@ -245,6 +246,7 @@ def figure11(lab):
               (unanimous > 0, f"{unanimous} of {n} edits are unanimous"),
               (min(shares) >= 100 * 13 / 27, f"the least preferred edit has {shares[0]:.0f} %")),
         [["", "paper", "here"], ["votes for Magic Fixup", "89 %", percent(all_votes)],
-         ["unanimous edits", "8 of 30", f"{unanimous} of {n}"], ["least preferred", "13 of 27", f"{shares[0]:.0f} %"]],
+         ["unanimous edits", "8 of 30", f"{unanimous} of {n}"],
+         ["least preferred", "13 of 27", f"{round(27 * votes[order[0]])} of 27"]],
         [("mfx_figure11-chart.png", "Figure 11: votes, edit by edit."),
          ("mfx_figure12.png", "Figure 12: the two edits with most votes, and the one with least.")])

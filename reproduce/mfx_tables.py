@@ -115,13 +115,16 @@ def compare_to_coarse(shown, edits, base):
     return compare(shown | {"truth": edits["truth"]}, edits["coarse"], {SHADOWS: edits["changed"]}, base)
 
 
-def surely_above(ratio, one=1.0):
-    """Is a ratio, [value, standard error], above one by more than two standard errors?"""
-    return ratio[0] - 2 * ratio[1] > one
+def surely_above(ratio):
+    """Is a ratio, [value, standard error], above 1 by more than two standard errors? In logarithms, where 3 is as far
+    from 1 as a third: of few pictures a ratio's own errors are far larger upwards."""
+    value, error = ratio
+    return value > 0 and math.log(value) > 2 * error / value
 
 
-def surely_below(ratio, one=1.0):
-    return ratio[0] + 2 * ratio[1] < one
+def surely_below(ratio):
+    value, error = ratio
+    return value == 0 or -math.log(value) > 2 * error / value
 
 
 def draw_columns(lab, columns, which, name, labels=None):
@@ -209,20 +212,21 @@ PAPER = {  # LPIPS, each with a standard error of 0.007 (0.008 for the one witho
 }
 
 
-def make_shards(folder, count, size, seed):
-    """`count` clips of the moving toy world, and their pairs by data.py's rules -> the shards' folder. Made once."""
+def make_shards(folder, count, size, seed, pairs=2):
+    """`count` clips of the moving toy world, and so many pairs of each by data.py's rules -> the shards' folder. Made
+    once."""
     clips.write_clips(folder / "clips", count, size, seed)
     data.main([str(folder / "clips"), "--out", str(folder / "pairs"), "--size", str(size), "--fps", f"{20 / 3:.4f}",
-               "--pairs", "2"])
+               "--pairs", str(pairs)])
     return folder / "pairs"
 
 
 def make_held_out_pairs(n, size):
-    """At most n pairs of frames of clips that no model has seen, warped by either motion model -> {test: dict as of
-    `edit_scenes`, in [0, 1]}. What is in them, and what moves, is the same for both."""
+    """At most n pairs of frames, each of a clip of its own that no model has seen, warped by either motion model ->
+    {test: dict as of `edit_scenes`, in [0, 1]}. What is in them, and what moves, is the same for both."""
     edits = {}
     with tempfile.TemporaryDirectory() as folder:
-        pairs = make_shards(Path(folder), math.ceil(0.6 * n), size, CLIPS_HELD_OUT)
+        pairs = make_shards(Path(folder), math.ceil(1.2 * n), size, CLIPS_HELD_OUT, pairs=1)
         for test in TESTS:
             whole = next(iter(DataLoader(ShardPairs(pairs, test, shuffle=0, epochs=1), n)))
             edits[test] = {"reference": whole["reference"] / 2 + 0.5, "coarse": whole["coarse"] / 2 + 0.5,
@@ -251,7 +255,7 @@ def ablation(lab):
         distance = lab.distance(x * 2 - 1, truth * 2 - 1).mean((1, 2))
         return torch.stack([distance, 1000 * (x - truth).square().mean((1, 2, 3))], 1)
 
-    def run(model, edits):  # batch by batch, each with noise of its own, the same for all models -> (n, 2)
+    def run(model, edits):  # batch by batch, each of a seed of its own, the same for all models -> (n, 2)
         batches = [(i, take(edits, i, 8)) for i in range(0, len(edits["truth"]), 8)]
         return torch.cat([score(fix_up(model, e, seeds=[i]), e["truth"]) for i, e in batches])
 
@@ -327,8 +331,8 @@ def cross_reference(lab):
 def cross_reference_verdict(error, moved):
     share = {who: percent(moved["error"][who] / moved["error"]["truth"]) for who in ("with", "without")}
     return judge(
-        *[(surely_above(f["ratio"]["without"]), f"{where}, {plus_minus(f['ratio']['without'])} times the error without "
-           "it") for where, f in error.items()],
+        *[(surely_above(f["ratio"]["without"]), f"{where}, without it the error is {plus_minus(f['ratio']['without'])} "
+           "times that with it") for where, f in error.items()],
         (surely_below(moved["ratio"]["without"]), f"where {SHADOWS} have to change the output is {share['without']} of "
          f"the truth's squared distance from the coarse edit without it, {share['with']} with it"),
     )

@@ -27,8 +27,8 @@ reported like the rest. Everything is in the table of what is there and what is 
 RULE = """
 **Done**: an item makes what the paper's table or figure shows, by the paper's construction. The world, the models and
 the number of samples are the toy's, and the perceptual distance is LPIPS's construction on toy features (`--only
-distance` says why it can be trusted). **Stand-in**: an item tests the same claim, but replaces a method, the people or
-the kind of picture; or it shows only a part. **Absent**: nothing makes it. "Done" does not say that the claim came
+distance` says how far it can be trusted). **Stand-in**: an item tests the same claim, but replaces a method, the people
+or the kind of picture; or it shows only a part. **Absent**: nothing makes it. "Done" does not say that the claim came
 true. A table counts by its worst row, diagrams as absent. Algorithms are not counted, nor the pages of examples without
 a number in Differential Diffusion's section 12.1. In every stand-in for a study nobody was asked: measures vote.
 

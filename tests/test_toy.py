@@ -190,7 +190,7 @@ def test_flow_composed_of_ten_steps_is_the_exact_one():
         flow = warp.compose_flow(flow, motion.flow_between(at[i], at[i + 1], frames[i]))
     exact = motion.flow_between(at[0], at[10], frames[0])
     error = (flow - exact).norm(dim=1)
-    assert error[error.isfinite()].median() < 0.5
+    assert error[error.isfinite()].quantile(0.9) < 0.01
 
 
 # --- Clips ----------------------------------------------------------------------------------------

@@ -92,13 +92,6 @@ def test_figures_are_those_of_the_page(tmp_path, lesson):
     assert all((figures.FOLDER / name).exists() for name in shown)
 
 
-def test_light_and_dark_are_drawn_alike():
-    """A lesson hands `dark` on to the canvas and never looks at it."""
-    for lesson in LESSONS:
-        source = (COURSE / f"draw/lesson{lesson}.py").read_text("utf-8")
-        assert len(re.findall(r"\bdark\b", source)) == len(re.findall(r", dark[,)]", source)) > 0
-
-
 @pytest.mark.slow
 def test_as_processes(tmp_path):
     for argv, status in ((["course", "5"], 1), (["course.figures", "5", "--out", tmp_path], 0)):

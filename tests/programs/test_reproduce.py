@@ -34,6 +34,9 @@ def test_every_item_runs_to_its_place_on_the_page(lab, few_steps, name):
     outcome = run_on_page(name, lab)
     assert outcome.verdict[0] != OPEN
     ITEMS[name].done.format_map(outcome.results)
+    if name == "mfx_figure5":
+        warps = outcome.results["warps"]
+        assert warps["reference"]["holes"] == "0.0 %" and warps["reference"]["squared"] > warps["flow"]["squared"]
 
 
 @pytest.mark.slow
@@ -46,15 +49,6 @@ def test_an_item_that_edits_gives_the_same_twice(tmp_path):
         (folder / "cache").mkdir(parents=True)
         found.append((run_on_page("figure3", lab).results, (folder / "figure3.png").read_bytes()))
     assert found[0] == found[1] and found[0][0]["n"] == 2
-
-
-@pytest.mark.slow
-def test_motion_models_from_pairs_to_page(lab):
-    outcome = run_on_page("mfx_figure5", lab)
-    warps = outcome.results["warps"]
-    assert warps["reference"]["holes"] == "0.0 %" and warps["reference"]["squared"] > warps["flow"]["squared"]
-    assert (lab.out / "mfx_figure5.png").stat().st_size > 10_000
-    assert "squared error" in outcome.verdict[1] and len(outcome.table) == 4
 
 
 def test_without_its_models_an_item_is_not_measured_and_says_how_they_are_trained(tmp_path, capsys):
