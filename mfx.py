@@ -192,7 +192,7 @@ class MagicFixup(nn.Module):
             alpha, sigma = self.schedule.alpha_sigma(t, x_0)
             target = alpha * noise - sigma * x_0
             # Without the coarse edit nobody can know the picture, and most of v's error is the
-            # picture. The noise's error is alpha times v's: so alpha^2 weighs as it would.
+            # picture. The noise's error is alpha times v's, so alpha^2 weighs v's error like it.
             weight = torch.where(dropped, alpha.flatten() ** 2, 1)
         return (weight * (output - target).square().mean((1, 2, 3))).mean()
 

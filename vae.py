@@ -227,7 +227,7 @@ class VAE(nn.Module):
         return self.run_finite(self.decode, z, 1, self.config.factor).float()
 
     def run_finite(self, f, x, factor_in, factor_out):
-        """f(x) in the weights' precision; the factors as for `run_in_tiles`.
+        """f(x) in the weights' precision; the factors are a and b of `run_in_tiles`.
 
         Some published autoencoders overflow in half precision. Then all of it goes over to single
         precision for good, with a warning.
@@ -256,7 +256,7 @@ class VAE(nn.Module):
     def run_in_parts(self, f, x, factor_in, factor_out):
         """f(x), of as many pictures at a time as `memory` allows; or of one, in tiles.
 
-        The factors are as for `run_in_tiles`.
+        The factors are a and b of `run_in_tiles`.
         """
         factor = self.config.factor
         encode, decode = self.estimate_bytes()
