@@ -13,7 +13,15 @@ import torch
 
 from checkpoints.configs import schedule_to_json
 from checkpoints.names import IGNORED, split_parts, translate
-from checkpoints.parts import build_part, load_image_encoder, load_part, read_latent_side, read_schedule, save_part
+from checkpoints.parts import (
+    build_part,
+    load_image_encoder,
+    load_part,
+    read_latent_side,
+    read_schedule,
+    require_folders,
+    save_part,
+)
 from checkpoints.read import read_tensors
 from common.files import read_json, write_json
 from diffusion import BETAS, Schedule, T
@@ -49,9 +57,7 @@ def read_magic_fixup(path, dtype=None, device="cpu"):
 
 
 def read_parts(path, dtype, device):
-    for part in ("synthesizer", "scheduler"):
-        if not (path / part).is_dir():
-            raise FileNotFoundError(f"{path} is not a Magic Fixup: there is no {part}/ in it")
+    require_folders(path, "a Magic Fixup", ("synthesizer", "scheduler"))
     index = read_json(path / INDEX, default={})
     vae = (path / str(index.get("vae", "vae"))).resolve()
     if not vae.is_dir():

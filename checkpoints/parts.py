@@ -21,6 +21,7 @@ from checkpoints import configs
 from checkpoints.names import IGNORED, IGNORED_BESIDE_IMAGES, PREFIX, translate
 from checkpoints.read import copy_tensors, describe_misfits, read_folder, read_tensors
 from clip import TextEncoder
+from common.cli import WEIGHTS
 from common.devices import choose_stored
 from common.files import atomic_write, read_json, write_json
 from models import adm, image_encoder, movq, prior, t5
@@ -47,7 +48,6 @@ PARTS = {  # folder: (network, configuration from shapes, from config.json, to c
 }
 
 
-WEIGHTS = Path(__file__).parent.parent / "weights"
 TOY_CAPTIONER = WEIGHTS / "toy-captioner"
 CLIP_IMAGES = WEIGHTS / "clip-vit-large-patch14"  # where a user puts it
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 from checkpoints.read import copy_tensors, describe_misfits, read_tensors
+from common.cli import WEIGHTS as FOLDER
+from common.cli import join_names
 from common.devices import choose_stored
 from networks import blip, lpips, midas, raft, sam
 
-FOLDER = Path(__file__).parent.parent / "weights"
 PUBLISHED = {  # kind: what it is, its files from the first choice to the last, and where they come from
     "raft": ("RAFT-Large", ("raft_large_C_T_SKHT_V2-ff5fadd5.pth", "raft-things.pth"),
              "torchvision's Raft_Large_Weights.C_T_SKHT_V2, or the models of github.com/princeton-vl/RAFT"),
@@ -158,8 +159,3 @@ def recognise(stored, kind):
 
 def read_shapes(tensors):
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def join_names(names):
-    *most, last = names
-    return f"{', '.join(most)} or {last}" if most else last

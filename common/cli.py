@@ -139,9 +139,14 @@ def check_needs(args, needs):
     """ValueError for an option without any of those that it needs beside it: {option: others}."""
     for option, others in needs.items():
         if given(args, [option]) and not given(args, others):
-            *most, last = ["--" + name.replace("_", "-") for name in others]
-            either = f"{', '.join(most)} or {last}" if most else last
+            either = join_names(["--" + name.replace("_", "-") for name in others])
             raise ValueError(f"{given(args, [option])[0]} needs {either} beside it")
+
+
+def join_names(names):
+    """-> 'a, b or c'"""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def check_outputs(outputs, inputs):

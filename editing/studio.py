@@ -150,6 +150,6 @@ class Studio:
             options.check(options.parse(argv, "")[1])
             self.jobs.add(jobs.Job(folder.name, kind, parameters, argv))
         except BaseException:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             raise
         return folder.name
