@@ -31,7 +31,7 @@ def read_json(path, default=None):
     if default is not None and not path.is_file():
         return default
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}") from None
     except (OSError, ValueError, RecursionError) as e:

@@ -141,7 +141,8 @@ def test_folder_errors(tmp_path):
                          ({"steps_offset": 1.0}, "offset of 0 or 1")):
         scheduler.write_text(json.dumps(good | change))
         assert_refused(tmp_path, "scheduler_config.json", says)
-    scheduler.write_text(json.dumps(good))
+    scheduler.write_text("\ufeff" + json.dumps(good), encoding="utf-8")  # as some editors begin a file
+    sd.load(tmp_path)
     index = tmp_path / "model_index.json"
     index.write_text(json.dumps({"text_encoder_2": ["transformers", "CLIPTextModel"]}))
     assert_refused(tmp_path, "text_encoder_2/", error=FileNotFoundError)
