@@ -83,12 +83,12 @@ def test_change_follows_a_gradient(lab):
 
 @pytest.mark.slow
 def test_shadows_and_reflections_follow_an_edit(lab):
-    """Of 96 edits 0.34 of the squared error is left in shadows, 0.44 of all; the absolute one is 1.31 times as much"""
+    """Of 96 edits 0.31 of the squared error is left in shadows, 0.38 of all; the absolute one is 1.15 times as much"""
     with torch.inference_mode():
         result = mfx_tables.magic_fixup(lab).results
-    assert result["squared"]["shadows and reflections"]["ratio"]["output"][0] <= 0.4
-    assert result["squared"]["everywhere"]["ratio"]["output"][0] <= 0.5
-    assert result["absolute"]["everywhere"]["ratio"]["output"][0] <= 1.4
+    assert result["squared"]["shadows and reflections"]["ratio"]["output"][0] <= 0.35
+    assert result["squared"]["everywhere"]["ratio"]["output"][0] <= 0.45
+    assert result["absolute"]["everywhere"]["ratio"]["output"][0] <= 1.25
 
 
 @pytest.mark.slow
