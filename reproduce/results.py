@@ -65,7 +65,8 @@ def write_numbers(found, names, page, settings):
     shown = before | {name: (e.item.chapter, write_verdict(e), write_section(e, page)) for name, e in found.items()
                       if name not in before or e.outcome.verdict[0] != OPEN}
     if kept := [name for name in names if name in shown and shown[name] is before.get(name)]:
-        parts.append(f"\nNot run again, as they stood here before: {', '.join(f'`{name}`' for name in kept)}.\n")
+        said = f"Not run again, as they stood here before: {', '.join(f'`{name}`' for name in kept)}."
+        parts.append(f"\n{textwrap.fill(said, 120)}\n")
     if missing := [name for name in names if name not in shown]:
         parts.append(f"\nNot run here: {', '.join(f'`{name}`' for name in missing)}.\n")
     shown = {name: shown[name] for name in names if name in shown}
