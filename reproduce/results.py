@@ -59,8 +59,6 @@ def write_status():
 def write_numbers(found, names, page, settings):
     what = ", ".join(f"{name}: {value}" for name, value in settings.items())
     parts = [f"\n## Numbers\n\n± are standard errors. {what[0].upper()}{what[1:]}. Few: with `--quick`.\n"]
-    if old := [e for e in found.values() if not e.current]:
-        parts.append(f"\n{len(old)} of {len(found)} items were measured before the code changed last.\n")
     before = read_numbers(page)
     shown = before | {name: (e.item.chapter, write_verdict(e), write_section(e, page)) for name, e in found.items()
                       if name not in before or e.outcome.verdict[0] != OPEN}
