@@ -107,7 +107,15 @@ def test_data(workers, moment, number, tmp_path):
     assert not list(out.glob(".*"))
 
 
-def test_a_signal_that_another_thread_takes_waits_until_a_process_has_started():
+@pytest.fixture
+def heard():
+    """This process hears Ctrl-C, though a shell may have made it ignore that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_that_another_thread_takes_waits_until_a_process_has_started(heard):
     taken, started = threading.Event(), False
 
     def take():
