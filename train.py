@@ -63,7 +63,7 @@ from common.run_state import (
 from kernels.blocks import checkpoint_blocks, compile_blocks, to_channels_last
 from kernels.memory import hold_memory
 from kernels.muon import make_optimizers
-from video.batches import cache_latents, check_mixture, encode_pairs, make_held_out, stream_pairs
+from video import batches
 from video.motion import MODELS
 
 # --------------------------------------------------------------------------------------------------
@@ -176,14 +176,15 @@ def train_mfx(recipe, out, resume, device):
     """Both UNets together, from a Stable Diffusion, on pairs of frames -> OUT/model, in fp16"""
     # Errors before the weights are read.
     slice_batch(recipe.batch, recipe.micro_batch)
-    check_mixture(recipe)
+    batches.check_mixture(recipe)
     model = start_model(recipe)
+    if recipe.data != "toy":
+        model.size = batches.find_picture_side(recipe)  # what it learns, it is for
     model = model.float().to(device, memory_format=torch.channels_last)
     model.unfreeze()
     latents = stream = None
     if recipe.pairs:
-        path = out / "pairs.safetensors"
-        latents = cache_latents(recipe, path, model, device)
+        latents = batches.cache_latents(recipe, out / "pairs.safetensors", model, device)
 
     def loss(step, part):
         nonlocal stream
@@ -193,8 +194,8 @@ def train_mfx(recipe, out, resume, device):
             batch = {name: tensor[index].float() for name, tensor in latents.items()}
         else:
             if stream is None:
-                stream = stream_pairs(recipe, model.size, step, device)
-            batch = encode_pairs(next(stream), model, device)
+                stream = batches.stream_pairs(recipe, model.size, step, device)
+            batch = batches.encode_pairs(next(stream), model, device)
         # Noise and times are drawn for the whole batch, of which each micro-batch takes its part.
         random = mfx.draws((recipe.batch, *batch["target"].shape[1:]), g, model.drop)
         batch |= {name: tensor[part] for name, tensor in random.items()}
@@ -211,12 +212,11 @@ def train_mfx(recipe, out, resume, device):
 def make_validation(recipe, model, device):
     """-> validate(model), the loss on held-out pairs; sheet(model), (4, 8, 3, H, W) in [0, 1]:
     references, coarse edits, results and targets of eight of them"""
-    pairs = make_held_out(recipe, model.size)
-    batch = encode_pairs(pairs, model, device)
+    pairs = batches.make_held_out(recipe, model.size)
+    batch = batches.encode_pairs(pairs, model, device)
     pairs = {name: x[:8].clone() for name, x in pairs.items()}  # the others' memory is freed
     n = len(batch["mask"])
-    g = generator_at(recipe.seed + 2, 1)
-    batch |= mfx.draws(batch["target"].shape, g, drop=0.0)
+    batch |= mfx.draws(batch["target"].shape, generator_at(recipe.seed + 2, 1), drop=0.0)
     few = recipe.micro_batch or recipe.batch
 
     def validate(average):

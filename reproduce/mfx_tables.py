@@ -63,7 +63,7 @@ def encode_edit(model, edits):
 
 
 def count_steps(model):
-    return STEPS if model.size == 128 else 50
+    return STEPS if model.size <= 128 else 50
 
 
 def fix_up(model, edits, steps=None, seeds=(0,)):

@@ -64,6 +64,10 @@ class ShardPairs(IterableDataset):
             self.shards = self.shards[-1:] if held_out else self.shards[:-1]
         self.pairs = sum(kept for _, kept in self.shards)  # in an epoch
 
+    def picture_size(self):
+        """-> height, width of its first pair's pictures"""
+        return shards.read_pictures(self.first, 0, ["ref.jpg"])[0].shape[1:]
+
     def order(self, epoch):
         """-> which shard (pairs,), which pair in it (pairs,), whether model 2 (pairs,) bool"""
         rng = np.random.default_rng([self.seed, epoch])
@@ -83,7 +87,7 @@ class ShardPairs(IterableDataset):
         turn += self.start
         end = math.inf if self.epochs is None else self.epochs * self.pairs
         current = None  # the epoch that shard, pair, affine are of
-        size = shards.read_pictures(self.first, 0, ["ref.jpg"])[0].shape[1:]
+        size = self.picture_size()
         while (first := (turn * self.world + self.rank) * self.batch) < end:
             for place in range(first, min(first + self.batch, end)):
                 epoch, i = divmod(place, self.pairs)
@@ -116,6 +120,11 @@ def read_shards(recipe, batch, rank=0, world=1, start=0):
     """The pairs in the folder recipe.data to train on"""
     return ShardPairs(recipe.data, recipe.motion, batch, seed=recipe.seed + 4, rank=rank,
                       world=world, start=start, held_out=False if recipe.held_out else None)
+
+
+def find_picture_side(recipe):
+    """-> pixels along a side of the pictures in the folder recipe.data"""
+    return read_shards(recipe, recipe.batch).picture_size()[-1]
 
 
 def make_held_out(recipe, size):
@@ -175,10 +184,6 @@ def cache_latents(recipe, path, model, device):
     batches, source = toys, ()
     if recipe.data != "toy":
         pairs = read_shards(recipe, batch=32)
-        side = shards.read_pictures(pairs.first, 0, ["ref.jpg"])[0].shape[-1]
-        if exact and side != size:
-            raise ValueError(f"the toy's exact pairs are of {size} pixels, and those in {recipe.data} of {side}: "
-                             f"make them by data.py --size {size}, or leave out --exact")
         there = pairs.pairs * (2 if recipe.motion == "both" else 1)
         wanted = min(wanted, exact + math.ceil(there / 32))
         batches = itertools.chain(toys, itertools.islice(DataLoader(pairs, 32), wanted - exact))

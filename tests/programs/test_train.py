@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import mfx
+import sd
 import train
 from tests import small
 from tests.training import arguments, equal, fails, read_state, run_python, write_shards, write_stable
@@ -85,9 +86,16 @@ def test_the_toys_exact_pairs_are_mixed_in(tmp_path):
         assert torch.equal(both[name][:32], toys[name][:32])
         assert torch.equal(both[name][32:], none[name][:32])
     assert not torch.equal(toys["target"], none["target"])
-    model.size = 32
-    with pytest.raises(ValueError, match="of 32 pixels, and those in .* of 16: make them by data.py --size 32"):
-        cache_latents(recipe, tmp_path / "other.safetensors", model, device)
+
+
+def test_a_model_is_for_the_size_of_its_pairs(tmp_path):
+    larger = write_stable(tmp_path / "larger")
+    config = larger / "unet/config.json"
+    config.write_text(config.read_text().replace('"sample_size": 8', '"sample_size": 16'))
+    assert sd.load(larger).size == 32
+    pairs = write_shards(tmp_path / "pairs")  # of 16 pixels
+    train.main(arguments(larger, tmp_path / "out", "--data", pairs, "--steps", 1, "--pairs", 0))
+    assert mfx.load(tmp_path / "out/model").size == 16
 
 
 def test_shares_of_pairs_that_there_will_not_be(stable, tmp_path, capsys):
