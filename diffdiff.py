@@ -46,7 +46,7 @@ def check_shape(change_map, z_init):
     if z_init.ndim != 4:
         raise ValueError(f"z_init is (B, C, h, w), not {tuple(z_init.shape)}")
     shape, B = tuple(change_map.shape), len(z_init)
-    if len(shape) < 2 or 0 in shape or shape[:-2] not in ((), (1,), (B,), (1, 1), (B, 1)):
+    if len(shape) < 2 or 0 in shape or shape[:-2] not in ((), (1,), (1, 1), (B, 1)):
         raise ValueError(
             f"change_map is {shape}: it is grey, (H, W) or, for the {B} of z_init, ({B}, 1, H, W). "
             "Of an RGB map take the mean over its channels"
@@ -56,7 +56,8 @@ def check_shape(change_map, z_init):
 def steps_to_run(mu_s, k):
     """L of section 3.3.1, for each picture: (B or 1, 1, 1, 1) of whole numbers.
 
-    All results of the steps before are replaced: they have no effect.
+    All results of the steps before are replaced, and have no effect. Where k min(mu_s) is no whole
+    number, the paper's floor leaves out one more step, which would have had a small one.
     """
     return torch.floor((1 - mu_s.double().amin((1, 2, 3), keepdim=True)) * k + 1e-4).long()
 
@@ -96,7 +97,7 @@ def differential_diffusion(
     sampler     of samplers.make_sampler. None: DDIM, 100 steps, Stable Diffusion's schedule
     noise       (B, C, h, w): one draw for all noise levels, as in the release. Or a function
                 i -> (B, C, h, w), for a new draw at each level. None: drawn with seed 0
-    skip        leave out the steps whose results are all replaced (section 3.3.1)
+    skip        leave out the steps before L, whose results are all replaced (section 3.3.1)
     nested      False: Figure 3's ablation, which copies a pixel from the original only once
     step_noise  i -> (B, C, h, w), which a stochastic sampler needs: samplers.make_step_noise
     callback    called as callback(i, z) with the result of step i
@@ -155,11 +156,11 @@ def soft_inpainting_map(mask, softness):
     """Section 4.1: mask (..., H, W), 0 = repaint, 1 = keep -> change map (B or 1, 1, H, W).
 
     softness  the standard deviation of the Gaussian blur, in pixels. 0 leaves the mask hard
-    ValueError for a negative softness.
+    ValueError for a negative softness, or a mask outside 0 .. 1.
     """
     if softness < 0:
         raise ValueError(f"softness is a blur in pixels, 0 or more, not {softness}")
-    x = mask.float().reshape(-1, 1, *mask.shape[-2:])
+    x = down_sample(mask, mask.shape[-2:])
     if softness == 0:
         return x
     # The blur is separable: along rows, then along columns.
@@ -169,7 +170,7 @@ def soft_inpainting_map(mask, softness):
     kernel = (kernel / kernel.sum())[None, None, None]  # (1, 1, 1, 2 radius + 1)
     x = F.conv2d(F.pad(x, (radius, radius, 0, 0), mode="replicate"), kernel)
     x = F.conv2d(F.pad(x, (0, 0, radius, radius), mode="replicate"), kernel.mT)
-    return x.clamp(0, 1)
+    return x.clamp(0, 1)  # of rounding
 
 
 def strength_fan_map(strengths, height, width):

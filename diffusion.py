@@ -125,7 +125,8 @@ class Schedule:
         return [T - 1 - stride * int(i * (LCM_TIMESTEPS / k)) for i in range(k)]
 
     def alpha_sigma(self, t: int | Tensor, like: Tensor):
-        """alpha, sigma at t: floats for an int, (B, 1, 1, 1) as `like` is for a (B,) LongTensor"""
+        """alpha, sigma at t. For an int they are floats; for a (B,) LongTensor they are of the shape
+        (B, 1, .., 1), on the device and of the precision of `like` (B, ...)."""
         if not torch.is_tensor(t):
             return self.alpha[t].item(), self.sigma[t].item()
         shape = (-1,) + (1,) * (like.ndim - 1)
@@ -165,4 +166,4 @@ def draw_timesteps(batch: int, generator: torch.Generator | None = None) -> Tens
     """(B,) timesteps, one from each of `batch` equal parts of 0 .. T-1: uniform, with less variance
     than free draws."""
     parts = torch.arange(batch) + torch.rand(batch, generator=generator)
-    return (parts / batch * T).long()
+    return (parts / batch * T).long().clamp(max=T - 1)  # float32 rounds 31.9999999 to 32

@@ -101,7 +101,7 @@ class MagicFixup(nn.Module):
             reference = self.image_encoder.embed(reference).float()[:, None]
         else:
             reference = self.encode_image(reference)
-        resize = F.interpolate if self.as_paper else diffdiff.down_sample  # section 3.2
+        resize = F.interpolate if self.as_paper else diffdiff.down_sample  # section 3.1
         return reference, coarse, resize(mask, coarse.shape[-2:]).to(coarse)
 
     def blind_blocks(self):
@@ -177,8 +177,9 @@ class MagicFixup(nn.Module):
         trainings: at t = 981 an error of the noise is 13 times as large in the picture.
         """
         x_0 = batch["target"]
-        batch = draws(x_0.shape, generator, self.drop) | batch
         drawn = ("t", "noise", "reference_noise", "dropped")
+        if any(name not in batch for name in drawn):
+            batch = draws(x_0.shape, generator, self.drop) | batch
         t, noise, reference_noise, dropped = (batch[name].to(x_0.device) for name in drawn)
         # With the coarse edit the mask goes, for both UNets, as in the release.
         known = (~dropped).to(x_0.dtype)[:, None, None, None]
@@ -202,7 +203,7 @@ class MagicFixup(nn.Module):
     def denoiser(self, reference, coarse, mask, timesteps=(), noise=None):
         """The function that samplers and Algorithm 1 call: (x_t, t) -> output, both (B N, C, h, w).
 
-        reference, coarse, mask  of B edits, as for `forward`; x_t has N samples of each, in turn
+        reference, coarse, mask  of B edits, as for `forward`; x_t has N samples of each, edit by edit
         timesteps                a sampler's, in its order: the extractor runs ahead for several
         noise                    the reference's: timestep -> (B, C, h, w). None: a draw for every
                                  timestep, the same in each call
@@ -226,8 +227,8 @@ class MagicFixup(nn.Module):
         def denoise(x_t, t):
             N = len(x_t) // B
             z = torch.cat([x_t, repeat_each(coarse, N), repeat_each(mask, N)], dim=1).to(like)
-            F_t = [[repeat_each(x, N) for x in pair] for pair in details(int(t[0]))]
-            return self.synthesizer(z, times(t), F_t)  # equation 5
+            seen = [[repeat_each(x, N) for x in pair] for pair in details(int(t[0]))]
+            return self.synthesizer(z, times(t), seen)  # equation 5
 
         return denoise
 
@@ -325,7 +326,7 @@ FIRST = re.compile(r"(.*transformer_blocks\.\d+)\.(attn|norm)1(\..*)")  # self-a
 
 
 def from_stable_diffusion(sd, schedule=None, as_paper=False, image_encoder=None):
-    """Section 3.4: a Magic Fixup to be trained, in float32, from a `sd.StableDiffusion`, 1 or 2.
+    """Sections 3.2 to 3.4: a Magic Fixup to be trained, in float32, from a `sd.StableDiffusion`, 1 or 2.
 
     schedule=None keeps the noise schedule and the prediction that the weights know. The autoencoder
     is shared with `sd`. With features of zero the synthesizer is exactly Stable Diffusion without

@@ -39,7 +39,8 @@ class Ladder:
 
     spacing  of the timesteps, as for `Schedule.space_timesteps`; None: the schedule's
 
-    ValueError where the first level has no signal at all, as in 'zero_snr' for k = 500, 999, 1000.
+    ValueError where the first level has no signal at all, as in 'zero_snr' wherever t = 999 is
+    visited: `rho` is infinite there.
     """
 
     def __init__(self, schedule: Schedule, k: int, end: float, spacing: str | None = None):
@@ -49,7 +50,7 @@ class Ladder:
         self.abar = [schedule.abar[t] for t in self.timesteps] + [end]
         if not self.abar[0]:
             raise ValueError(f"{k} steps start at t = {self.timesteps[0]}, where this schedule "
-                             "leaves nothing of the picture: take --spacing leading, or fewer")
+                             "leaves nothing of the picture: take leading timesteps, fewer than 500")
         self.alpha = [math.sqrt(a) for a in self.abar]
         self.sigma = [math.sqrt(1 - a) for a in self.abar]
         # EDM's sigma, DEIS's rho, DPM-Solver's exp(-lambda)

@@ -226,6 +226,8 @@ def test_every_epoch_has_every_pair_in_an_order_of_its_own(made, places):
 def test_mixture_and_exact_resume(made):
     reader = ShardPairs(made, batch=3, seed=1)
     n, items = reader.pairs, list(ShardPairs(made, batch=3, seed=1, epochs=2))
+    first, second = ({(s, p): a for s, p, a in zip(*map(list, reader.order(e)))} for e in (0, 1))
+    assert first == {pair: not a for pair, a in second.items()}  # each pair by either model
     affine = np.concatenate([reader.order(e)[2] for e in range(40)])
     assert 0.4 < affine.mean() < 0.6
     for taken in (0, 2, n // 3 + 2):  # also beyond the end of an epoch

@@ -27,7 +27,8 @@ class ShardPairs(IterableDataset):
     """The pairs in a folder of shards, in an order that is a function of the seed.
 
     path          the --out of data.py. A shard counts once its .json lies beside it
-    model         'flow', 'affine', or 'both': either, at random for each pair and epoch
+    model         'flow', 'affine', or 'both': one of them, at random, in an epoch, and the other in
+                  the next
     batch         the batch size of the DataLoader that reads this. Ranks take turns batch by batch,
                   and so do workers: the batches come in the same order with any number of workers
     shuffle       how far a pair may go from its place, in pairs; whole shards are shuffled as well,
@@ -35,7 +36,8 @@ class ShardPairs(IterableDataset):
     epochs        None: without end. Otherwise the last batch may be smaller
     rank, world   this process among how many; None: what torchrun says
     start         batches that this rank has had: to resume, the training step. Costs nothing
-    held_out      True: only the last shard, whose clips no other has; False: all others; None: all
+    held_out      True: only the last shard; False: all others; None: all. No two shards share a
+                  clip, but for one that is cut in two where data.py takes several pairs of each
 
     Yields dictionaries of
 
@@ -72,14 +74,17 @@ class ShardPairs(IterableDataset):
         """-> which shard (pairs,), which pair in it (pairs,), whether model 2 (pairs,) bool"""
         rng = np.random.default_rng([self.seed, epoch])
         counts = np.array([kept for _, kept in self.shards])
+        # Each pair's model: of two epochs that share their draws, the second takes the other one.
+        draws = np.random.default_rng([self.seed, epoch // 2, 1]).random(self.pairs)
+        affine = (draws + epoch % 2 / 2) % 1 < MODELS[self.model]
         order = rng.permutation(len(counts)) if self.shuffle else np.arange(len(counts))
         shard = np.repeat(order, counts[order])
         pair = np.concatenate([np.arange(n) for n in counts[order]])
         # Nobody moves farther than `shuffle`, so that a reader stays in few shards.
         place = np.arange(self.pairs) + self.shuffle * rng.random(self.pairs)
         near = np.argsort(place, kind="stable")
-        affine = rng.random(self.pairs) < MODELS[self.model]
-        return shard[near], pair[near], affine
+        shard, pair = shard[near], pair[near]
+        return shard, pair, affine[(np.cumsum(counts) - counts)[shard] + pair]
 
     def __iter__(self):
         worker = get_worker_info()
@@ -144,7 +149,8 @@ def stream_pairs(recipe, size, step, device):
     # On a CPU the training has all cores. On a GPU they decode pictures ahead, in processes of
     # their own.
     gpu = device.type == "cuda"
-    workers = min(8, (os.cpu_count() or 1) // process_count()) if gpu else 0
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
+    workers = min(8, (os.cpu_count() or 1) // here) if gpu else 0
     if recipe.data != "toy":
         pairs = read_shards(recipe, n, process_rank(), process_count(), start=step * len(parts))
         return iter(DataLoader(pairs, n, num_workers=workers, pin_memory=gpu))
