@@ -15,7 +15,9 @@ A lesson's check of the exercise `ddim_step` is a function of the module that ho
 (shape, sign, scale, off by one step), and takes those of this exercise as {sentence: what the mistake would give}.
 """
 
+import contextlib
 import importlib
+import numbers
 import traceback
 from pathlib import Path
 
@@ -60,6 +62,26 @@ def call(function, *inputs, **options):
     return result
 
 
+@contextlib.contextmanager
+def resting_on(helper, *inputs, called=()):
+    """Around the check of an exercise that calls an earlier one: if that one returns nothing yet, it says so.
+
+    called  not empty once the exercise has called something: then it is written, though it returns None
+    """
+    try:
+        yield
+    except Exception as stopped:
+        if isinstance(stopped, NotWritten) and not called:
+            raise
+        try:
+            missing = helper(*inputs) is None
+        except Exception:
+            missing = False
+        if missing:
+            raise Wrong(f"write {helper.__name__} first: this one calls it") from None
+        raise
+
+
 def compare(got, want, slips=None, tolerance=1e-4):
     """Wrong, with a sentence, unless `got` is `want`: a tensor, a number, a bool, a string, or a list or tuple of these
 
@@ -75,7 +97,7 @@ def compare(got, want, slips=None, tolerance=1e-4):
         compare_several(got, want, tolerance, lambda g, w: compare(g, w, tolerance=tolerance))
     if isinstance(want, str) or is_several(want):
         raise Wrong(f"it is {got!r:.80}, and {want!r:.80} is expected")
-    if not isinstance(got, (torch.Tensor, int, float)):
+    if not isinstance(got, (torch.Tensor, numbers.Real)):
         raise Wrong(f"it is a {type(got).__name__}, where {describe(want)} is expected")
     raise Wrong(diagnose(torch.as_tensor(got), torch.as_tensor(want), tolerance))
 
@@ -107,7 +129,7 @@ def predicted(got, want, slips=None, within=0.0):
                 raise Wrong(sentence)
         compare_several(got, want, 0, predicted)
         return
-    if isinstance(got, bool) or not isinstance(got, (int, float)):
+    if isinstance(got, bool) or not isinstance(got, numbers.Real):
         raise Wrong(f"it is {got!r:.80}, where a number is expected")
     if abs(got - want) <= within + 1e-9:
         return
@@ -132,7 +154,7 @@ def same(got, want, tolerance):
         return is_several(got) and len(got) == len(want) and all(same(g, w, tolerance) for g, w in zip(got, want))
     if isinstance(want, str):
         return got == want
-    if not isinstance(got, (torch.Tensor, int, float)):
+    if not isinstance(got, (torch.Tensor, numbers.Real)):  # NumPy's numbers are Real
         return False
     got, want = torch.as_tensor(got).detach().double().cpu(), torch.as_tensor(want).double().cpu()
     if got.shape != want.shape:

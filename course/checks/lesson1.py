@@ -115,6 +115,19 @@ def no_second_silu(x, time, norm1, conv1, norm2, conv2):
     return x + conv2(norm2(conv1(F.silu(norm1(x))) + time[:, :, None, None]))
 
 
+def silu_first(x, time, norm1, conv1, norm2, conv2):
+    h = conv1(norm1(F.silu(x))) + time[:, :, None, None]
+    return x + conv2(norm2(F.silu(h)))
+
+
+def normalised_skip(x, time, norm1, conv1, norm2, conv2):
+    return right.resnet_block(x, time, norm1, conv1, norm2, conv2) - x + norm1(x)
+
+
+def activated_skip(x, time, norm1, conv1, norm2, conv2):
+    return right.resnet_block(x, time, norm1, conv1, norm2, conv2) - x + F.silu(norm1(x))
+
+
 WRONG_BLOCKS = {
     "each GroupNorm stands after its convolution: here it stands before, so that the skip is never normalised":
         norm_after,
@@ -123,6 +136,9 @@ WRONG_BLOCKS = {
     "the time is added at the end: add it after conv1, where norm2 and conv2 still see it": time_at_the_end,
     "the skip is missing: what the block makes is added to x": no_skip,
     "F.silu is missing after norm2": no_second_silu,
+    "F.silu stands before the norms: it follows each of them": silu_first,
+    "the skip is normalised: x itself is what is added to": normalised_skip,
+    "the skip is normalised and activated: x itself is what is added to": activated_skip,
 }
 
 

@@ -6,7 +6,7 @@ import math
 import torch
 
 import samplers
-from course.grading import Wrong, call, compare, draw, list_mistakes, predicted
+from course.grading import Wrong, call, compare, draw, list_mistakes, predicted, resting_on
 from course.solutions import lesson2 as right
 from diffusion import Schedule
 
@@ -43,6 +43,7 @@ def measure_factor():
 def check_PREDICT_FACTOR(module):
     predicted(module.PREDICT_FACTOR, measure_factor(), {
         "that is a method of second order, such as Heun: DDIM is Euler's, of first order": 4,
+        "that is the ratio upside down: say by what number the error is divided": 0.5,
         "the error does fall with more steps": 1,
     }, within=0.4)
 
@@ -104,8 +105,10 @@ WRONG_LOOPS = {
 
 
 def check_sample(module):
-    compare(run_ladder(module.sample), run_ladder(right.sample),
-            {sentence: run_ladder(loop) for sentence, loop in WRONG_LOOPS.items()})
+    z, = draw(SHAPE)
+    with resting_on(module.ddim_step, z, z, 0.4, 0.6):
+        compare(run_ladder(module.sample), run_ladder(right.sample),
+                {sentence: run_ladder(loop) for sentence, loop in WRONG_LOOPS.items()})
 
 
 def check_ddim_sigma(module):
@@ -119,6 +122,7 @@ def check_ddim_sigma(module):
         "the two factors are upside down: abar is the smaller one, and less noise is at abar_next":
             eta * math.sqrt((1 - a) / (1 - b) * (1 - a / b)),
         "the second factor is missing: 1 - abar / abar_next": eta * math.sqrt((1 - b) / (1 - a)),
+        "the first factor is missing: (1 - abar_next) / (1 - abar)": eta * math.sqrt(1 - a / b),
     })
 
 
@@ -158,7 +162,7 @@ def correct(times):
 
 MISTAKES = {
     "PREDICT_START": [(999, "trailing"), (1000, "no such"), (750, "offset"), (600, "too small")],
-    "PREDICT_FACTOR": [(4, "second order"), (1, "does fall"), (8, "too large")],
+    "PREDICT_FACTOR": [(4, "second order"), (1, "does fall"), (0.5, "upside down"), (8, "too large")],
     "ddim_step": [
         (lambda z, eps, a, b: right.ddim_step(z, eps, a, 1.0), "without any noise"),
         (lambda z, eps, a, b: right.ddim_step(z, eps, b, a), "levels are the wrong way round"),
@@ -173,7 +177,9 @@ MISTAKES = {
     "ddim_sigma": [
         (lambda a, b, eta: right.ddim_sigma(a, b, eta) ** 2 / eta, "square root"),
         (lambda a, b, eta: right.ddim_sigma(a, b, 1) * eta**0.5, "inside"),
-        (lambda a, b, eta: right.ddim_sigma(a, b, 1), "missing"),
+        (lambda a, b, eta: right.ddim_sigma(a, b, 1), "eta is missing"),
+        (lambda a, b, eta: eta * (1 - a / b) ** 0.5, "first factor is missing"),
+        (lambda a, b, eta: eta * ((1 - b) / (1 - a)) ** 0.5, "second factor is missing"),
     ],
     "dpmpp_step": [
         (correct(0), "first order"),

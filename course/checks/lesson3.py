@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import clip
-from course.grading import Wrong, call, compare, compare_function, draw, list_mistakes, predicted
+from course.grading import Wrong, call, compare, compare_function, draw, list_mistakes, predicted, resting_on
 from course.solutions import lesson3 as right
 
 
@@ -119,6 +119,8 @@ def check_attention(module):
             ((scores / 2).softmax(-1) * mask) @ v,
         "the mask is the wrong way round: True is where a query may look":
             (scores / 2).masked_fill(mask, -math.inf).softmax(-1).nan_to_num() @ v,
+        "the mask is added: True counts as 1, which hides nothing. Where it is False the score is minus infinity":
+            (scores / 2 + mask).softmax(-1) @ v,
         "what is masked has a score of 0, which is still a weight: it has to be minus infinity":
             (scores / 2).masked_fill(~mask, 0).softmax(-1) @ v,
     })
@@ -152,7 +154,8 @@ def check_denoise_guided(module):
         scale = context.mean((1, 2)) + t / 1000
         return z * scale[:, None, None, None] + z**2
 
-    got = call(module.denoise_guided, unet, z, t, context, empty, w)
+    with resting_on(module.guide, z, z, w, called=calls):
+        got = call(module.denoise_guided, unet, z, t, context, empty, w)
     if calls != [4]:
         raise Wrong(f"the network is called {len(calls)} times: once is enough, with a batch of twice the size")
     u, c = unet(z, t, empty), unet(z, t, context)
@@ -193,6 +196,7 @@ MISTAKES = {
         (lambda q, k, v, mask: right.attention(q * 2, k, v, mask), "not divided"),
         (lambda q, k, v, mask: right.attention(q / 2, k, v, mask), "by d"),
         (lambda q, k, v, mask: right.attention(q, k, v, torch.ones_like(mask)), "not used"),
+        (lambda q, k, v, mask: (q @ k.mT / 2 + mask).softmax(-1) @ v, "is added"),
         (lambda q, k, v, mask: ((q @ k.mT / 2).softmax(-1) * mask) @ v, "after the softmax"),
         (lambda q, k, v, mask: (q @ k.mT / 2).masked_fill(~mask, -math.inf).softmax(-2) @ v, "dimension"),
     ],

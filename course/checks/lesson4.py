@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import diffdiff
 import samplers
-from course.grading import Wrong, call, compare, compare_function, draw, list_mistakes, predicted
+from course.grading import Wrong, call, compare, compare_function, draw, list_mistakes, predicted, resting_on
 from course.solutions import lesson4 as right
 from diffusion import Schedule
 
@@ -129,6 +129,32 @@ def masked(keep, end=lambda mu, i, k: mu < 1):
     return algorithm
 
 
+def overwrite_at_the_old_level(first):
+    """Line 9 after line 10, from step `first` on"""
+
+    def algorithm(step, noise_to, z_init, mu, k):
+        z = noise_to(0)
+        for i in range(k):
+            z = step(z, i)
+            if i >= first:
+                z = torch.where(mu < i / k, z, noise_to(i))
+        return torch.where(mu < 1, z, z_init)
+
+    return algorithm
+
+
+def weighted(at_the_end):
+    """mu as a weight in line 9, and at t = 0 too?"""
+
+    def algorithm(step, noise_to, z_init, mu, k):
+        z = step(noise_to(0), 0)
+        for i in range(1, k):
+            z = step((1 - mu) * z + mu * noise_to(i), i)
+        return (1 - mu) * z + mu * z_init if at_the_end else torch.where(mu < 1, z, z_init)
+
+    return algorithm
+
+
 def one_level_late(step, noise_to, z_init, mu, k):
     return right.differential_diffusion(step, lambda i: noise_to(max(i - 1, 0)), z_init, mu, k)
 
@@ -136,6 +162,16 @@ def one_level_late(step, noise_to, z_init, mu, k):
 WRONG_ALGORITHMS = {
     "off by one step: what is replaced after step i has the noise of level i + 1 and needs the mask of step i + 1":
         overwrite_after,
+    "it is put back after the step, with the noise of before the step: first line 9, then line 10":
+        overwrite_at_the_old_level(0),
+    "from step 1 on it is put back after the step, with the noise of before the step: first line 9, then line 10":
+        overwrite_at_the_old_level(1),
+    "mu is used as a weight: it is a moment. A pixel is put back whole or not at all, as line 8 says": weighted(False),
+    "mu is used as a weight, at t = 0 too: it is a moment. A pixel is put back whole or not at all, as line 8 says":
+        weighted(True),
+    "nothing is put back: that is one strength for all": masked(lambda mu, i, k: mu < 2, lambda mu, i, k: mu < 1),
+    "nothing is put back, not even white at the end: that is one strength for all":
+        masked(lambda mu, i, k: mu < 2, lambda mu, i, k: mu < 2),
     "a pixel is replaced by the clean z_init: it needs the noise of this level, as its neighbours have":
         overwrite_clean,
     "the mask is the wrong way round: where it is True, z stays":
@@ -153,7 +189,8 @@ WRONG_ALGORITHMS = {
 
 
 def check_differential_diffusion(module):
-    got, steps = run(module.differential_diffusion)
+    with resting_on(module.keep_mask, MU, 1, K):
+        got, steps = run(module.differential_diffusion)
     if steps != list(range(K)):
         raise Wrong(f"the steps that are taken are {steps}, and {list(range(K))} are expected, each once")
     compare(got, run(ours)[0], {sentence: run(wrong)[0] for sentence, wrong in WRONG_ALGORITHMS.items()})

@@ -60,12 +60,20 @@ def fetch_without_border(x, flow):
     return read(x, (2 * X + 1) / W - 1, (2 * Y + 1) / H - 1, padding_mode="zeros")
 
 
+def fetch_scaled_first(x, flow):
+    H, W = x.shape[-2:]
+    X, Y = warp.positions(0 * flow)
+    return read(x, (2 * X + 1) / W - 1 + flow[:, 0], (2 * Y + 1) / H - 1 + flow[:, 1])
+
+
 WRONG_FETCHES = {
     "the sign of the flow is wrong: pixel q reads at q + flow[q]": lambda x, flow: right.fetch(x, -flow),
     "x and y of the flow are swapped: flow[:, 0] goes to the right": lambda x, flow: right.fetch(x, flow.flip(1)),
     "places are counted from centre to centre, by W - 1, but grid_sample counts from edge to edge: (2 X + 1) / W - 1":
         fetch_by_corners,
     "it reads half a pixel too far left and up: a centre is half a pixel from its edge": fetch_half_a_pixel_off,
+    "the flow is added to places that are counted from -1 to 1 already: it is in pixels. Add it first, then scale":
+        fetch_scaled_first,
     "it reads the nearest pixel: bilinear is asked for": fetch_nearest,
     "beyond the edge it reads black: padding_mode='border' reads the edge": fetch_without_border,
     "the grid has y before x: grid_sample reads its last dimension as (x, y)": fetch_y_first,

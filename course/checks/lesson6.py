@@ -50,9 +50,20 @@ def check_compose(module):
         # NaN equals nothing: first the flow where both know it, then where it is known.
         both = known & ~got.isnan()
         compare(got.where(both, 0), want.where(both, 0), {s: w.where(both, 0) for s, w in slips.items()})
-        compare(got.isnan(), ~known, {"where a pixel is out of frame 1 the flow is not NaN": torch.zeros_like(known)})
+        compare(got.isnan(), ~known, {
+            "where a pixel is out of frame 1 the flow is not NaN": torch.zeros_like(known),
+            "the frame ends half a pixel beyond the outermost centres: below -0.5, or above W - 0.5": beyond(f01, 0.0),
+            "the frame ends half a pixel beyond the outermost centres, not a whole one": beyond(f01, 1.0),
+        })
     else:
         compare(got, want)
+
+
+def beyond(flow, rim):
+    """(B, 2, H, W) bool: where a flow leads more than `rim` beyond the outermost centres"""
+    H, W = flow.shape[-2:]
+    X, Y = warp.positions(flow)
+    return ((X < -rim) | (X > W - 1 + rim) | (Y < -rim) | (Y > H - 1 + rim))[:, None].expand_as(flow)
 
 
 WRONG_FLOWS = {
@@ -81,6 +92,10 @@ WRONG_METRICS = {
     "colours are added up: take their mean": lambda x, y, f: 3 * right.importance(x, y, f),
     "differences of either sign cancel: take their absolute values": lambda x, y, f: (
         -20 * (x - warp.backwarp(y, f)).mean(1, keepdim=True)),
+    "differences are squared: take their absolute values": lambda x, y, f: (
+        -20 * (x - warp.backwarp(y, f)).square().mean(1, keepdim=True)),
+    "that is the length of the difference, with a root: take the mean of its absolute values": lambda x, y, f: (
+        -20 * (x - warp.backwarp(y, f)).norm(dim=1, keepdim=True)),
     "the target is thrown, which leaves holes: fetch it": lambda x, y, f: (
         -20 * (x - warp.softsplat(y, f, mode="avg")).abs().mean(1, keepdim=True)),
 }
@@ -176,6 +191,8 @@ MISTAKES = {
     "compose": [
         (lambda f, g: f + g, "pixel by pixel"),
         (lambda f, g: f + warp.backwarp(g, f), "not NaN"),
+        (lambda f, g: torch.where(beyond(f, 0.0), torch.nan, f + warp.backwarp(g, f)), "above W - 0.5"),
+        (lambda f, g: torch.where(beyond(f, 1.0), torch.nan, f + warp.backwarp(g, f, "border")), "not a whole one"),
         (lambda f, g: warp.compose_flow(g, f), "other way round"),
         (lambda f, g: warp.compose_flow(-f, g) + 2 * f, "sign"),
     ],

@@ -1,8 +1,9 @@
 """Lesson 8's checks, and mistakes that they must name: {exercise: [(wrong answer, words of the sentence)]}."""
 
+import numpy as np
 import torch
 
-from course.grading import call, compare, compare_function, draw_uniform, list_mistakes, predicted
+from course.grading import call, compare, compare_function, draw_uniform, list_mistakes, predicted, resting_on
 from course.solutions import lesson8 as right
 from reproduce import metrics
 
@@ -33,6 +34,8 @@ WRONG_CAMS = {
     "E is turned into 1 - E, but the means are not taken away": lambda M, E: cosine(M, 1 - E),
     "that is the covariance: divide by both standard deviations, so that E in other units gives the same":
         lambda M, E: ((M - M.mean()) * (E.mean() - E)).mean().item(),
+    "the covariance is divided by n and std() by n - 1: take norms, or std(correction=0)": lambda M, E: (
+        ((M - M.mean()) * (E.mean() - E)).mean() / (M.std() * E.std())).item(),
     "that is the square of the correlation: the sign is lost": lambda M, E: metrics.cam(M, E) ** 2,
     "it is divided by one of the two standard deviations only": lambda M, E: (
         ((M - M.mean()) * (E.mean() - E)).sum() / (M - M.mean()).square().sum()).item(),
@@ -56,7 +59,8 @@ def check_standard_error(module):
 def check_paired_difference(module):
     noise, how_hard = draw_uniform(12, 12)
     a, b = 3 * how_hard + 0.2 * noise, 3 * how_hard + 0.05  # hard pictures are hard for both
-    compare_function(module.paired_difference, right.paired_difference, WRONG_PAIRS, a, b)
+    with resting_on(module.standard_error, a):
+        compare_function(module.paired_difference, right.paired_difference, WRONG_PAIRS, a, b)
 
 
 def apart(a, b):
@@ -152,6 +156,7 @@ MISTAKES = {
         (lambda x: x.std().item(), "how sure"),
         (lambda x: x.std().item() / len(x), "square root"),
         (lambda x: x.std(correction=0).item() / len(x) ** 0.5, "n - 1"),
+        (lambda x: np.std(x.numpy()) / len(x) ** 0.5, "n - 1"),
     ],
     "paired_difference": [
         *list_mistakes(WRONG_PAIRS),

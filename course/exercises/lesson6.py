@@ -13,7 +13,7 @@ PREDICT_COMPOSED = None
 
 
 def shots(cuts: list[bool]) -> list[tuple[int, int]]:
-    """The shots of a film that has two frames or more: (first, last) frame of each, both included, in their order.
+    """The shots of a film, but only those of two frames or more: (first, last) frame of each, both included, in order.
 
     cuts  n - 1 of them for n frames: cuts[i] is between the frames i and i + 1
     """
@@ -23,7 +23,8 @@ def shots(cuts: list[bool]) -> list[tuple[int, int]]:
 def compose(f01: torch.Tensor, f12: torch.Tensor) -> torch.Tensor:
     """The flow from frame 0 to frame 1, and from there to frame 2 -> the flow from frame 0 to frame 2.
 
-    f01, f12 (B, 2, H, W) -> (B, 2, H, W), NaN where a pixel is out of frame 1, so that nobody knows how it goes on
+    f01, f12 (B, 2, H, W) -> (B, 2, H, W), NaN where a pixel is out of frame 1, so that nobody knows how it goes on.
+    A pixel is a unit square: out of frame is below -0.5 or above W - 0.5, as warp.backwarp(.., mask=True) says
     """
     ...
 
