@@ -36,7 +36,7 @@ def draw_levels(folder, dark):
     output = model.denoiser([""] * len(t))(z, t)
     x0 = torch.cat([model.schedule.convert_output(output[i : i + 1], z[i : i + 1], n)[0]
                     for i, n in enumerate(TIMESTEPS)])
-    canvas = Canvas(728, 292, dark, scale=1)
+    canvas = Canvas(728, 292, dark)
     canvas.text(60, 94, "z_t,\ndecoded", 13, "rm")
     canvas.text(60, 228, "x0, by\none call", 13, "rm")
     for i, n in enumerate(TIMESTEPS):

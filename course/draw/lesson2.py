@@ -51,7 +51,7 @@ def draw_steps(folder, dark):
     model = load_toy()
     denoise = model.denoiser("a red ball on grass at noon", guidance=3)
     noise = draw_noise((1, 8, 32, 32), seed=1)
-    canvas = Canvas(752, 294, dark, scale=1)
+    canvas = Canvas(752, 294, dark)
     for row, (name, title) in enumerate([("ddim", "DDIM"), ("dpm++", "DPM-\nSolver++")]):
         canvas.text(76, 94 + 132 * row, title, 13, "rm")
         for column, k in enumerate(STEPS):

@@ -61,7 +61,7 @@ def draw_guidance(folder, dark):
     model = load_toy()
     noise = torch.cat([draw_noise((1, 8, 32, 32), seed) for seed in SEEDS])
     sampler = samplers.make_sampler("ddim", model.schedule, 25)
-    canvas = Canvas(664, 294, dark, scale=1)
+    canvas = Canvas(664, 294, dark)
     for column, w in enumerate(WEIGHTS):
         denoise = model.denoiser([PROMPT if w else ""] * len(SEEDS), guidance=w or 1)
         canvas.text(68 + 132 * column, 15, "without words" if w == 0 else f"w = {w}", 13, "mm")

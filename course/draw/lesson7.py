@@ -1,6 +1,7 @@
 """Lesson 7's figures: both UNets with their live shapes, where one query looks, what the reference is for."""
 
 import torch
+from PIL import ImageFont
 
 import diffdiff
 from course.draw.canvas import Canvas, heat, to_picture
@@ -94,6 +95,13 @@ def look_up(model, edits, which, t):
     return watch_attention(model.synthesizer, lambda: model(*inputs))
 
 
+def write_on(canvas, left, top, text, size):
+    """White letters on a dark strip, which can be read on any picture; left, top: the strip's corner"""
+    wide = canvas.draw.textlength(text, ImageFont.load_default(size * canvas.zoom)) / canvas.zoom
+    canvas.box(left, top, left + wide + 6, top + size + 5, fill="#16181d")
+    canvas.text(left + 3, top + (size + 5) / 2, text, size, "lm", "#ffffff")
+
+
 def draw_attention(folder, dark):
     """Two places of one edit, and where in the reference each of them looks."""
     model, edits = load_toy_mfx(), make_user_edits(EDITS)
@@ -123,8 +131,8 @@ def draw_attention(folder, dark):
             orange = torch.tensor([1.0, 0.45, 0.1])[:, None, None]
             canvas.picture(torch.lerp(grey, orange.expand_as(grey), 0.85 * lit) * 2 - 1, left, top, wide)
             top_share = weights.flatten().topk(side).values.sum()
-            canvas.text(left + 3, top + wide - 3, f"{top_share:.0%} on {side} of {side**2}", 10, "ld", "#ffffff")
-        canvas.text(19, top + 3, name, 11, "la", "#ffffff")
+            write_on(canvas, left, top + wide - 15, f"{top_share:.0%} on {side} of {side**2}", 10)
+        write_on(canvas, 16, top, name, 11)
     return canvas.save(folder, "lesson7-attention")
 
 
@@ -148,5 +156,5 @@ def draw_references(folder, dark):
             canvas.picture(shown, left, top, wide)
             if head in ("coarse edit", "output", "another reference"):
                 error = (picture - some["truth"][i]).square().mean() * 1000
-                canvas.text(left + 3, top + wide - 3, f"error {error:.2f}", 11, "ld", "#ffffff")
+                write_on(canvas, left, top + wide - 16, f"error {error:.2f}", 11)
     return canvas.save(folder, "lesson7-references")
