@@ -7,7 +7,7 @@
                                        by networks whose files checkpoints/published.py finds
 
 Folders are searched for videos; one that holds pictures is one clip. Start an interrupted run again
-with the same words, and it goes on; a finished one with more clips, and it adds theirs.
+with the same command, and it goes on; a finished one with more clips, and it adds theirs.
 
 A pair is two frames of one video: the reference I, and later the target I_gt. I, warped towards
 I_gt, is the coarse edit. The model learns to turn the coarse edit into the target. The pair with
@@ -70,7 +70,7 @@ class PairRecipe:
     flow: str = "dis"  # one of video.estimators.FLOW
     segments: str = "classical"
     depth: str = "flow"
-    as_paper: bool = False  # the frames are whole seconds apart
+    as_paper: bool = False  # the frames are whole seconds apart, or nearly
 
 
 # Seconds between the two frames: uniform from here to LONGEST, or as far as a shorter clip goes
@@ -101,12 +101,12 @@ def choose_frames(times, cuts, rng, as_paper=False):
     """Two frames of one shot, SHORTEST to LONGEST seconds apart where the shot is as long.
 
     times [n] in seconds; cuts [n - 1] bool: one between i and i + 1. -> i, j
-    as_paper: any whole number of seconds (section 3.5), not any number
+    as_paper: any whole number of seconds (section 3.5), or as near as the frames lie
     Rejected: no shot has two frames.
     """
     # Shots a .. b, both included. A longer one is chosen more often.
     edges = [0, *[i + 1 for i, cut in enumerate(cuts) if cut], len(times)]
-    shots = [(a, b - 1) for a, b in zip(edges, edges[1:]) if b - a > 1]
+    shots = [(a, b - 1) for a, b in zip(edges, edges[1:]) if times[b - 1] > times[a]]
     if not shots:
         raise Rejected("too short")
     lengths = np.array([times[b] - times[a] for a, b in shots])
@@ -179,10 +179,11 @@ def warp_frames(I, I_gt, flow, segment, estimate_depth):
     depth = torch.as_tensor(estimate_depth(I, flow.numpy()))
     edits["affine"] = affine_edit(x, x_gt, flow[None], segments[None], depth[None])
     check_cover(edits, "affine")
+    pictures = {}
     for model, (coarse, holes) in edits.items():
-        coarse = (coarse[0] * 255).round().byte().permute(1, 2, 0).numpy()
-        edits[model] = coarse, holes[0, 0].numpy()
-    return edits, int(segments.max())
+        pixels = (coarse[0] * 255).round().byte().permute(1, 2, 0).numpy()
+        pictures[model] = pixels, holes[0, 0].numpy()
+    return pictures, int(segments.max())
 
 
 def check_cover(edits, model):
@@ -266,7 +267,6 @@ def make_shards(args):
     if not weights and (args.networks or args.device):
         raise ValueError("--networks, --device are for --flow raft, --segments sam, --depth midas")
     device = choose_device(args.device or "auto") if weights else "cpu"
-    estimators.load_model.cache_clear()  # since an earlier run, another file may have the same path
 
     # Until here nothing is written. The manifest says what these shards are, to a later run too.
     # A network's file counts, wherever it lies.

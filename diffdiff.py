@@ -46,7 +46,9 @@ def check_shape(change_map, z_init):
     if z_init.ndim != 4:
         raise ValueError(f"z_init is (B, C, h, w), not {tuple(z_init.shape)}")
     shape, B = tuple(change_map.shape), len(z_init)
-    if len(shape) < 2 or 0 in shape or shape[:-2] not in ((), (1,), (1, 1), (B, 1)):
+    known = ((), (1,), (B,), (1, 1), (B, 1))
+    # (3, H, W) looks like colours, also where there are three pictures.
+    if len(shape) < 2 or 0 in shape or shape[:-2] not in known or shape[:-2] == (3,):
         raise ValueError(
             f"change_map is {shape}: it is grey, (H, W) or, for the {B} of z_init, ({B}, 1, H, W). "
             "Of an RGB map take the mean over its channels"

@@ -39,8 +39,7 @@ class Ladder:
 
     spacing  of the timesteps, as for `Schedule.space_timesteps`; None: the schedule's
 
-    ValueError where the first level has no signal at all, as in 'zero_snr' wherever t = 999 is
-    visited: `rho` is infinite there.
+    ValueError where the first level has no signal: 'zero_snr' at t = 999, where rho is infinite.
     """
 
     def __init__(self, schedule: Schedule, k: int, end: float, spacing: str | None = None):
@@ -61,7 +60,7 @@ class Ladder:
         return model(z, torch.full((len(z),), self.timesteps[i], device=z.device)).to(z.dtype)
 
     def predict(self, model, z: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        """The same -> x0, eps (B, C, h, w)"""
+        """One call of the model, as `ask` -> x0, eps (B, C, h, w)"""
         return self.schedule.convert_output(self.ask(model, z, i), z, self.timesteps[i])
 
     def transfer(self, z: Tensor, eps: Tensor, i: int) -> Tensor:
@@ -144,7 +143,7 @@ def require_noise(noise: Tensor | None, z: Tensor) -> Tensor:
 
 
 def ddpm(schedule: Schedule, k: int) -> Sampler:
-    """Ancestral sampling, of the posterior's variance or one behind the output. Stochastic."""
+    """Ancestral sampling. Its variance is the posterior's or the network's own. Stochastic."""
     ladder = Ladder(schedule, k, end=1.0)
     constants = []
     for abar, abar_next in zip(ladder.abar, ladder.abar[1:]):
@@ -367,7 +366,7 @@ def run_sampler(
 def invert_ddim(model, z: Tensor, sampler: Sampler, start=0, rounds=1) -> list[Tensor]:
     """DDIM backwards, `transfer` solved for z: the latents of levels start .. k on the way to z.
 
-    rounds  1: a latent's noise is asked of the next cleaner one, as in all papers; more: again
+    rounds  1: a latent's noise is asked of the next cleaner one, as in all papers; more: of guesses
     """
     ladder, levels = sampler.ladder, [z]
     for i in reversed(range(start, ladder.k)):

@@ -10,8 +10,8 @@ The size of the weights chooses the recipe: Stable Diffusion's gets the paper's,
 the toy's. OUT holds the last three training states, a loss curve, a sheet of samples and, at the
 end, the model, which `mfx.load` reads.
 
-Every batch is a function of (seed, step) alone. So a resumed run sees the same data and noise as
-one that never stopped; --micro-batch and the number of processes change no more than rounding.
+Every batch is a function of (seed, step) and of how many pairs are encoded. So a resumed run sees
+what one that never stopped would; --micro-batch and processes change no more than rounding.
 """
 
 if __name__ == "__main__":
@@ -83,7 +83,7 @@ class Recipe:
     save_every: int = 500
     init: str | None = None  # the weights to start from
     # The optimizer
-    beta2: float = 0.99  # less memory than Adam's usual 0.999: a few thousand steps change fast
+    beta2: float = 0.99  # forgets sooner than Adam's usual 0.999: a few thousand steps change fast
     weight_decay: float = 0.01
     muon: bool = False  # orthogonal steps for matrices, which small networks learn faster by
     clip: float | None = 1.0  # largest norm of the gradient; None = as it is
@@ -99,8 +99,8 @@ class Recipe:
 @dataclass
 class FixupRecipe(Recipe):
     """The same for Magic Fixup."""
-
     data: str = "toy"  # or a folder of shards that data.py wrote
+    shards: str | None = None  # how many these are
     pairs: int = 0  # encoded once, and seen often under new noise; 0 = encoded as they come
     exact: float = 0.0  # share of the toy world's exact pairs among those encoded from shards
     edits: float = 0.0  # share of a user's edits, with their truth, among the exact pairs
@@ -158,13 +158,14 @@ def start_model(recipe):
     path = recipe.init or TOY
     given = read_init(path)
     recipe.prediction = recipe.prediction or given.schedule.prediction
-    name = "linear" if recipe.as_paper else given.schedule.name
-    schedule = diffusion.Schedule(name, recipe.prediction)
+    old = given.schedule
+    name = "linear" if recipe.as_paper else old.name
+    schedule = diffusion.Schedule(name, recipe.prediction, old.spacing, old.offset)
     if isinstance(given, sd.StableDiffusion):
         where = CLIP_IMAGES if given.unet.config.channels[0] >= FULL_WIDTH else TOY_CAPTIONER
         encoder = None if recipe.cross_reference else load_image_encoder(where)
-        given = mfx.from_stable_diffusion(given, schedule, recipe.as_paper, encoder)
-    elif bool(given.extractor) != recipe.cross_reference:
+        return mfx.from_stable_diffusion(given, schedule, recipe.as_paper, encoder)
+    if bool(given.extractor) != recipe.cross_reference:
         what, say = ("a", "leave out") if given.extractor else ("no", "it goes with")
         raise ValueError(f"{path} has {what} detail extractor: {say} --no-cross-reference")
     given.schedule = schedule
@@ -174,12 +175,11 @@ def start_model(recipe):
 
 def train_mfx(recipe, out, resume, device):
     """Both UNets together, from a Stable Diffusion, on pairs of frames -> OUT/model, in fp16"""
-    # Errors before the weights are read.
-    slice_batch(recipe.batch, recipe.micro_batch)
+    slice_batch(recipe.batch, recipe.micro_batch)  # errors before the weights are read
     batches.check_mixture(recipe)
     model = start_model(recipe)
     if recipe.data != "toy":
-        model.size = batches.find_picture_side(recipe)  # what it learns, it is for
+        model.size = batches.open_shards(recipe, resume)  # what it learns, it is for
     model = model.float().to(device, memory_format=torch.channels_last)
     model.unfreeze()
     latents = stream = None
@@ -390,7 +390,7 @@ def main(argv=None):
         if recipe.micro_batch == 0:
             share = max(1, recipe.batch // process_count())
             most = fit_micro_batch(share, device) if recipe.checkpointing else 1
-            recipe.micro_batch = -largest_over_processes(-most)
+            recipe.micro_batch = -largest_over_processes(-most)  # the smallest
         torch.manual_seed(recipe.seed)
         train_mfx(recipe, args.out, args.resume, device)
 

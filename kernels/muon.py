@@ -32,7 +32,11 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.reshape(p.shape), alpha=-rate)
 
     def nesterov(self, p, momentum):
-        average = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+        """-> the gradient of p, some way towards its running average, which it joins"""
+        state = self.state[p]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(p)
+        average = state["exp_avg"]
         average.lerp_(p.grad, 1 - momentum)
         return p.grad.lerp(average, momentum)
 

@@ -116,6 +116,8 @@ def test_maps_of_any_shape_that_says_what_is_meant():
     for other in ((3, 8, 8), (8, 8, 3), (1, 3, 8, 8), (2, 3, 8, 8), (3, 1, 8, 8), (8,), (), (0, 8), (1, 1, 1, 8, 8)):
         with pytest.raises(ValueError, match="^change_map is .*grey, .* mean over its channels"):
             run(torch.zeros(other))
+    with pytest.raises(ValueError, match="^change_map is"):  # colours, or three maps?
+        diffdiff.differential_diffusion(denoise, Z_INIT[:1].expand(3, -1, -1, -1), torch.zeros(3, 8, 8))
     with pytest.raises(ValueError, match="^z_init is"):
         diffdiff.differential_diffusion(denoise, Z_INIT[0], mu)
 
@@ -199,6 +201,8 @@ def test_soft_inpainting_map():
     mask = torch.ones(32, 32)
     mask[8:24, 8:24] = 0
     soft = diffdiff.soft_inpainting_map(mask, 2.0)
+    with pytest.raises(ValueError, match="0 .. 1, not 0 .. 255"):
+        diffdiff.soft_inpainting_map(255 * mask, 2.0)
     assert torch.equal(diffdiff.soft_inpainting_map(mask, 0)[0, 0], mask)
     assert soft[0, 0, 16, 16] < 0.01 and soft[0, 0, 0, 0] > 0.99
     assert abs(soft[0, 0, 16, 7:9].mean() - 0.5) < 0.02  # half way exactly on the edge

@@ -142,6 +142,7 @@ def test_the_rate_and_the_average(tmp_path):
 
 
 def test_one_timestep_from_each_part():
+    assert diffusion.draw_timesteps(32, train.generator_at(16, 48_502)).max() == 999  # 32 parts, and 31.9999999
     t = diffusion.draw_timesteps(8, torch.Generator().manual_seed(0))
     assert (t // 125).tolist() == list(range(8)) and t.dtype == torch.long
 

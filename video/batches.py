@@ -127,9 +127,16 @@ def read_shards(recipe, batch, rank=0, world=1, start=0):
                       world=world, start=start, held_out=False if recipe.held_out else None)
 
 
-def find_picture_side(recipe):
-    """-> pixels along a side of the pictures in the folder recipe.data"""
-    return read_shards(recipe, recipe.batch).picture_size()[-1]
+def open_shards(recipe, resume):
+    """-> pixels along a side of the pictures in the folder recipe.data. ValueError where a run is to
+    go on with other shards than it began with: each of its batches would be another one."""
+    pairs = read_shards(recipe, recipe.batch)
+    there = f"{len(pairs.shards)} shards of {pairs.pairs} pairs"
+    if resume and recipe.shards not in (None, there):
+        raise ValueError(f"{recipe.data} has {there} to train on, and had {recipe.shards} when this run began: start "
+                         "anew with another --out, or give it the folder as it was")
+    recipe.shards = there
+    return pairs.picture_size()[-1]
 
 
 def make_held_out(recipe, size):
@@ -218,6 +225,7 @@ def encode_pairs(pairs, model, device):
     for i in range(0, len(pairs["mask"]), few):
         some = {name: x[i : i + few].to(device, non_blocking=True) for name, x in pairs.items()}
         x = [to_channels_last(some[name]) for name in ("reference", "coarse", "mask", "target")]
-        parts.append((*model.encode_edit(*x[:3]), model.encode_image(x[3])))
+        with torch.autocast(device.type, enabled=False):  # bf16 errs by a third of the least noise
+            parts.append((*model.encode_edit(*x[:3]), model.encode_image(x[3])))
     names = "reference", "coarse", "mask", "target"
     return {name: torch.cat(some) for name, some in zip(names, zip(*parts))}

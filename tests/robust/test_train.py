@@ -123,6 +123,12 @@ def test_what_resuming_may_change_and_what_not(stable, tmp_path, capsys, monkeyp
                 "--save-every", "1", "--held-out", "1", "--micro-batch", "2", "--checkpointing", "--device", "cpu"])
     assert read_recipe(out, "mfx", train.FixupRecipe).data == "moved"
 
+    # As many pairs as before, or every batch would be another one
+    for path in (tmp_path / "moved").glob("pairs-000000*"):
+        shutil.copy(path, path.with_name(path.name.replace("000000", "000003")))
+    line = fails(train.main, ["--out", out, "--resume", "--steps", "3"], capsys)
+    assert "moved has 3 shards of 12 pairs to train on, and had 2 shards of 8 pairs when this run began" in line
+
 
 def write_notes(path, **changed):
     """The state again with other notes."""
