@@ -125,8 +125,8 @@ class Schedule:
         return [T - 1 - stride * int(i * (LCM_TIMESTEPS / k)) for i in range(k)]
 
     def alpha_sigma(self, t: int | Tensor, like: Tensor):
-        """alpha, sigma at t. For an int they are floats; for a (B,) LongTensor they are of the shape
-        (B, 1, .., 1), on the device and of the precision of `like` (B, ...)."""
+        """alpha, sigma at t. For an int they are floats; for a (B,) LongTensor they are tensors of
+        the shape (B, 1, .., 1), of the device and the precision of `like` (B, ...)."""
         if not torch.is_tensor(t):
             return self.alpha[t].item(), self.sigma[t].item()
         shape = (-1,) + (1,) * (like.ndim - 1)

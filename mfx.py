@@ -203,7 +203,7 @@ class MagicFixup(nn.Module):
     def denoiser(self, reference, coarse, mask, timesteps=(), noise=None):
         """The function that samplers and Algorithm 1 call: (x_t, t) -> output, both (B N, C, h, w).
 
-        reference, coarse, mask  of B edits, as for `forward`; x_t has N samples of each, edit by edit
+        reference, coarse, mask  of B edits, as for `forward`; x_t has N samples of each edit
         timesteps                a sampler's, in its order: the extractor runs ahead for several
         noise                    the reference's: timestep -> (B, C, h, w). None: a draw for every
                                  timestep, the same in each call
@@ -326,7 +326,7 @@ FIRST = re.compile(r"(.*transformer_blocks\.\d+)\.(attn|norm)1(\..*)")  # self-a
 
 
 def from_stable_diffusion(sd, schedule=None, as_paper=False, image_encoder=None):
-    """Sections 3.2 to 3.4: a Magic Fixup to be trained, in float32, from a `sd.StableDiffusion`, 1 or 2.
+    """Sections 3.2 to 3.4: a Magic Fixup to train, in float32, from a Stable Diffusion 1 or 2.
 
     schedule=None keeps the noise schedule and the prediction that the weights know. The autoencoder
     is shared with `sd`. With features of zero the synthesizer is exactly Stable Diffusion without

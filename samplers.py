@@ -39,7 +39,7 @@ class Ladder:
 
     spacing  of the timesteps, as for `Schedule.space_timesteps`; None: the schedule's
 
-    ValueError where the first level has no signal: 'zero_snr' at t = 999, where rho is infinite.
+    ValueError where the first level has no signal: 'zero_snr' at t = 999; rho is infinite.
     """
 
     def __init__(self, schedule: Schedule, k: int, end: float, spacing: str | None = None):
