@@ -7,18 +7,21 @@
     W' = magnitude * V / |V|, V = W + ...          DoRA, Liu et al. 2024, arXiv 2402.09353, equation 5
 
 Two layouts are read. kohya's has _ where a layer's name has a dot, and names the UNet's layers as Hugging Face or as
-the original program does. diffusers' has had several endings since 2023, the last of them PEFT's.
+the original program does. diffusers' has had several endings since 2023, the last of them PEFT's. PEFT's own files
+of a UNet are read as well.
 """
 
 import json
 import math
 import re
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from checkpoints.names import translate
 from checkpoints.read import FLOATS, read_content, read_metadata
+from common.files import read_json
 
 # What a tensor is, the end of its name says: of a layer, "down" (A in PEFT), "up" (B), and so on.
 ENDING = re.compile(r"(.+?)(?:[._]lora(?:_linear_layer)?[._](down|up|A|B|mid|magnitude_vector)(?:\.weight)?"
@@ -29,6 +32,9 @@ ROLES = {"A": "down", "B": "up"}
 BEGINNING = re.compile(r"(lora_unet|lora_te[12]?|unet|text_encoder(?:_2)?)_(.+)")
 PARTS = {"lora_unet": "unet", "unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder",
          "text_encoder": "text_encoder", "lora_te2": "text_encoder_2", "text_encoder_2": "text_encoder_2"}
+
+# PEFT's own files, each of one network, say so before every name
+PEFT = "base_model.model."
 
 # Where the original UNet's names have no dot, but a _
 WORD = re.compile(r"(?:input|output)_blocks|middle_block|transformer_blocks|time_embed|label_emb|skip_connection"
@@ -56,7 +62,7 @@ def merge_lora(model, path, weight=1.0):
     if len(set(found.values())) < len(found):
         raise ValueError(f"{path} is damaged: it changes a layer under two names")
 
-    said = read_config(path)
+    said = read_config(path, lora)
     alphas = {}
     for layer, name in found.items():
         factors, W = lora[layer], layers[name].weight
@@ -115,7 +121,9 @@ def read_lora(path):
         if not match:
             unknown.append(str(name))
             continue
-        if type(x) in (int, float) and abs(x) < 1e9:  # an alpha, in a pickle
+        if match[3] == "alpha" and torch.is_tensor(x) and x.dtype == torch.int64 and x.numel() == 1:
+            x = x.item()  # kohya's extracted LoRAs have their rank there
+        if type(x) in (int, float) and abs(x) < 1e9:  # as alpha is in a pickle
             x = torch.tensor(float(x))
         if not torch.is_tensor(x) or x.dtype not in FLOATS or x.nbytes > x.untyped_storage().nbytes():
             raise ValueError(f"{path} is damaged: {name!r:.100} is no tensor of floating-point numbers")
@@ -139,8 +147,12 @@ def read_lora(path):
     return lora
 
 
-def read_config(path):
-    """What diffusers and PEFT say of alpha beside the tensors, since 2025: {"unet.lora_alpha": 8, ...}"""
+def read_config(path, lora):
+    """What diffusers and PEFT say of alpha: {"unet.lora_alpha": 8, ...}. diffusers since 2025 in the file, PEFT beside
+    it. ValueError or FileNotFoundError where that cannot be read."""
+    if any(layer.startswith(PEFT) for layer in lora):
+        config = read_json(Path(path).parent / "adapter_config.json")
+        return {f"unet.{name}": value for name, value in config.items()}
     try:
         said = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
     except (ValueError, RecursionError):
@@ -182,7 +194,7 @@ def list_layers(model):
 
 def find_layer(layer, layers, per_level):
     """What a file calls a layer -> its name in `layers`, or None; per_level as for `translate`"""
-    name = layer.replace(".processor.", ".").replace(".", "_")
+    name = layer.removeprefix(PEFT).replace(".processor.", ".").replace(".", "_")
     match = BEGINNING.fullmatch(name)
     part, name = (PARTS[match[1]], match[2]) if match else ("unet", name)
     if part == "unet":

@@ -99,6 +99,20 @@ def test_every_layout_is_the_same(tmp_path, kind):
         assert all(torch.equal(got[key], want[key]) for key in want), name
 
 
+def test_a_file_of_peft_alone(tmp_path):
+    """Of one network, and alpha is in a file beside it."""
+    model, twice = small.stable_diffusion(), small.stable_diffusion()
+    lora = loras.make(model, rank=4, alpha=None, only="unet")
+    both = loras.diffusers(lora, model)
+    own = {name.replace("unet.", "base_model.model.", 1): x for name, x in both.items()}
+    file = loras.save(tmp_path / "adapter_model.safetensors", own)
+    with pytest.raises(FileNotFoundError, match="there is no file .*adapter_config.json"):
+        merge_lora(model, file)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    assert merge_lora(model, file) == merge_lora(twice, loras.save(tmp_path / "both.safetensors", both), 2) == len(lora)
+    assert all(torch.equal(W, loras.weights(twice)[key]) for key, W in loras.weights(model).items())
+
+
 def test_alpha(tmp_path):
     """The tensor's, or the configuration's, or the rank."""
     def merged(alpha, said=None):
@@ -124,6 +138,12 @@ def test_alpha(tmp_path):
     lora = loras.make(model, rank=4, only="to_q|q_proj")
     numbers = {name: 8 if name.endswith(".alpha") else x for name, x in loras.kohya(lora, model).items()}
     merge_lora(model, loras.save(tmp_path / "it.pt", numbers))
+    assert same(loras.weights(model), twice)
+
+    # What kohya's program extracts from a model has whole numbers.
+    model = small.stable_diffusion()
+    whole = {name: torch.tensor(8) if name.endswith(".alpha") else x for name, x in loras.kohya(lora, model).items()}
+    merge_lora(model, loras.save(tmp_path / "it.safetensors", whole))
     assert same(loras.weights(model), twice)
 
 
