@@ -11,6 +11,7 @@
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import warnings
@@ -67,7 +68,10 @@ def explain(error, memory):
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return lines[-1]  # the error of a worker process begins with its traceback
     # PyTorch has an error of its own for a GPU's memory, and none for others
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in str(error):
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    if "shared memory" in said:  # a process that loads ahead
+        return "out of shared memory, /dev/shm: give it more, in Docker by --shm-size 8g or --ipc host"
+    if isinstance(error, MemoryError) or re.search("out of memory|(allocate|enough) memory|ALLOC_FAILED", said):
         return f"out of memory: {memory}"
     return None
 

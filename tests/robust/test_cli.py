@@ -111,6 +111,10 @@ def test_an_option_needs_another():
 @pytest.mark.parametrize("error, said", [
     (ValueError("a\nb"), "b"), (FloatingPointError(), "FloatingPointError"), (OSError(28, "full"), "[Errno 28] full"),
     (MemoryError(), "out of memory: buy more"), (RuntimeError("CUDA out of memory"), "out of memory: buy more"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: buy more"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
+                  "are out of shared memory."),
+     "out of shared memory, /dev/shm: give it more, in Docker by --shm-size 8g or --ipc host"),
 ])  # fmt: skip
 def test_an_error_is_one_line(capsys, error, said):
     with pytest.raises(SystemExit) as stop, cli.report_errors(cli.Parser(prog="it"), "buy more"):
@@ -119,5 +123,6 @@ def test_an_error_is_one_line(capsys, error, said):
 
 
 def test_a_bug_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="shapes"), cli.report_errors(cli.Parser(prog="it"), "buy more"):
-        raise RuntimeError("shapes differ")
+    for bug in ("shapes differ", "CUDA error: an illegal memory access was encountered"):
+        with pytest.raises(RuntimeError, match=bug), cli.report_errors(cli.Parser(prog="it"), "buy more"):
+            raise RuntimeError(bug)

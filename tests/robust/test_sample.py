@@ -130,7 +130,7 @@ def test_other_trouble_in_one_line(tmp_path, capsys, monkeypatch):
     assert "are damaged" in last_line(capsys, *edit, "--precision", "fp32")
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to"), MemoryError()):
         monkeypatch.setattr(sd.StableDiffusion, "decode", mock.Mock(side_effect=error))
-        assert "out of memory: try a smaller --size" in last_line(capsys, *edit)
+        assert "out of memory: try fewer --samples, a smaller --size" in last_line(capsys, *edit)
     edit += ["--steps", 10, "--weights", ROOT / "weights/toy-inpainting"]
     assert "needs --image and --mask" in fails(capsys, *edit)
     assert not (tmp_path / "out.png").exists()
