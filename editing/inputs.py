@@ -56,7 +56,9 @@ def read(args, dtype, device):
         raise ValueError("--networks needs --change-map depth or sam:..., or --segments sam, or --prompt auto")
     folder = args.networks or published.FOLDER
     files = {kind: published.find(kind, folder) for kind in kinds}
-    networks = {kind: published.load(kind, files[kind], dtype, device) for kind in files}
+    # A map has more greys than half precision tells apart
+    dtypes = {kind: dtype if kind == "blip" else torch.float32 for kind in files}
+    networks = {kind: published.load(kind, files[kind], dtypes[kind], device) for kind in files}
     segment_at = sam.segmenter(networks["sam"]) if "sam" in networks else None
 
     photo = open_picture(args.image) if args.image else None

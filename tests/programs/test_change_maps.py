@@ -103,8 +103,9 @@ def test_the_network_sees_the_picture_as_a_person_does(tmp_path, folder, maps_se
 def test_networks_run_once_and_are_gone_before_the_weights_are_read(tmp_path, folder, monkeypatch):
     alive, calls, load, encode, read = [], [], published.load, sam.SAM.encode, sd.load
 
-    def watched(*args):
-        model = load(*args)
+    def watched(kind, path, dtype, device):
+        assert dtype == torch.float32  # whatever the model's
+        model = load(kind, path, dtype, device)
         alive.append(weakref.ref(model))
         calls.append("load")
         return model
@@ -117,7 +118,8 @@ def test_networks_run_once_and_are_gone_before_the_weights_are_read(tmp_path, fo
     monkeypatch.setattr(published, "load", watched)
     monkeypatch.setattr(sam.SAM, "encode", lambda *args: calls.append("encode") or encode(*args))
     monkeypatch.setattr(sd, "load", looked)
-    run(tmp_path, "--image", MEADOW, "--prompt", "snow", "--networks", folder, "--change-map", CLICK)
+    this = ["--image", MEADOW, "--prompt", "snow", "--networks", folder, "--precision", "bf16"]
+    run(tmp_path, *this, "--change-map", CLICK)
     assert calls == ["load", "encode"]
 
 
