@@ -200,7 +200,7 @@ def read_model(args, dtype, device):
     if args.prior:
         return kandinsky.load(args.prior, path, dtype, device)
     try:
-        model = sd.load(path, dtype, device, args.prediction)
+        model = sd.load(path, dtype, device, args.prediction, args.vae)
     except (ValueError, OSError):
         others = [
             (looks_like_magic_fixup(path), "a Magic Fixup: it goes with --edit or --collage"),
@@ -220,6 +220,7 @@ def read_model(args, dtype, device):
         raise ValueError("these weights follow instructions: reproduce/pix2pix.py runs them")
     if reads > C and not args.mask:
         raise ValueError("these weights are an inpainting model: it needs --image and --mask")
+    model.require_tokenizers()
     if args.vae:
         replace_vae(model, args.vae)
     for file in args.words or []:
@@ -239,6 +240,7 @@ def read_refiner(args, base, dtype, device):
     else:
         refiner = sd.load(path, dtype, device)
     xl.check_refiner(base, refiner, args.refiner)
+    refiner.require_tokenizers()
     make_fast(refiner, device)
     refiner.vae = base.vae  # their latents are the same, so one autoencoder will do
     return refiner
@@ -383,7 +385,7 @@ def main(argv=None):
     parser, args = options.parse(argv, __doc__)
     shorten_warnings(parser)
     kept = "pictures appear whole or not at all; the same command makes them anew"
-    with report_errors(parser, "try a smaller --size, or half precision", kept):
+    with report_errors(parser, "try fewer --samples, a smaller --size, or half precision", kept):
         options.check(args)
         run(args)
 

@@ -20,19 +20,20 @@ import torch.nn.functional as F
 
 import clip
 from checkpoints.configs import schedule_from_json, schedule_to_json
-from checkpoints.names import split_stable_diffusion
+from checkpoints.names import PREFIX, split_stable_diffusion
 from checkpoints.parts import (
     build_part,
     load_part,
     read_latent_side,
     read_schedule,
+    read_vae,
     require_folders,
     save_part,
 )
 from checkpoints.read import read_metadata, read_tensors
 from checkpoints.words import check_tokenizer, load_tokenizer
 from common.files import read_json, write_json
-from diffusion import Schedule
+from diffusion import Schedule, T, draw_noise
 from models import xl
 from models.prompts import encode_weighted, list_texts, warn_of_weights
 from models.xl import XL
@@ -62,6 +63,12 @@ class StableDiffusion:
         if self.xl and not self.xl.refines:
             pairs.insert(0, (self.xl.text, self.xl.tokenizer))
         return pairs
+
+    def require_tokenizers(self):
+        """ValueError where one is missing, with which files to put where"""
+        if any(tokenizer is None for _, tokenizer in self.readers()):
+            raise ValueError("a prompt needs a tokenizer, and there is none: "
+                             f"{self.tokenizer_help}")
 
     def encode_image(self, x):
         """x (B, 3, H, W) in [-1, 1], H and W multiples of `vae.config.factor`
@@ -94,11 +101,9 @@ class StableDiffusion:
         """
         if not a1111:
             warn_of_weights(texts)
+        self.require_tokenizers()
         contexts = []
         for encoder, tokenizer in self.readers():
-            if tokenizer is None:
-                raise ValueError("a prompt needs a tokenizer, and there is none: "
-                                 f"{self.tokenizer_help}")
             if a1111:
                 context, pooled = encode_weighted(encoder, tokenizer, texts)
             else:
@@ -153,7 +158,7 @@ class StableDiffusion:
 # Load
 
 
-def load(path, dtype=None, device="cpu", prediction=None):
+def load(path, dtype=None, device="cpu", prediction=None, vae=None):
     """Read a Stable Diffusion 1, 2 or XL, base or refiner, of any width, in any layout.
 
     path        a Hugging Face folder, or a .safetensors, .ckpt or .pt in the original layout
@@ -161,6 +166,7 @@ def load(path, dtype=None, device="cpu", prediction=None):
                 which the device computes well (common/devices.py: choose_stored). Otherwise cast
     prediction  what the UNet predicts, 'epsilon' or 'v_prediction'. None: a folder says it, and a
                 file may (`find_prediction`)
+    vae         for a file without an autoencoder: where one is, a folder or a file
       ->        StableDiffusion
 
     FileNotFoundError or ValueError, of one line, for a path that is not there, damaged, refused,
@@ -170,7 +176,7 @@ def load(path, dtype=None, device="cpu", prediction=None):
     if path.is_dir():
         sd = load_folder(path, dtype, device, prediction)
     elif path.exists():
-        sd = load_file(path, dtype, device, prediction)
+        sd = load_file(path, dtype, device, prediction, vae)
     else:
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     check_fit(path, sd)
@@ -210,9 +216,11 @@ def load_folder(path, dtype, device, prediction):
                            side * vae.config.factor, tokenizer_help, beside)
 
 
-def load_file(path, dtype, device, prediction):
+def load_file(path, dtype, device, prediction, vae):
     """The original layout: the tensors of all parts in one file, and nothing about them."""
     tensors = read_tensors(path)
+    if vae and not any(name.startswith(PREFIX["vae"]) for name in tensors):
+        tensors |= {PREFIX["vae"] + name: x for name, x in read_vae(vae).items()}
     parts, openclip = split_stable_diffusion(path, tensors)
     is_xl = "text_encoder_2" in parts
     unet = build_part("unet", parts["unet"], path, None, dtype, device)
@@ -240,7 +248,7 @@ def load_file(path, dtype, device, prediction):
                          "are: that is not implemented")
 
     # SD 2 with velocity prediction was trained at 768 pixels, XL at 1024, all others at 512.
-    prediction = prediction or find_prediction(path, tensors, openclip)
+    prediction = prediction or find_prediction(path, tensors, unet, openclip)
     side = 64
     if is_xl:
         side = xl.SIDE
@@ -255,12 +263,12 @@ def load_file(path, dtype, device, prediction):
 PARAMETERIZATION = re.compile(rb"""^\s*parameterization\s*:\s*["']?(v|eps)\b""", re.MULTILINE)
 
 
-def find_prediction(path, tensors, openclip):
+def find_prediction(path, tensors, unet, openclip):
     """What a single file's UNet predicts: 'epsilon' or 'v_prediction'.
 
     The first that says it: the YAML of the same name beside it, which training programs leave; the
-    file, by an entry v_pred or the metadata modelspec.prediction_type; its name, which for an SD 2
-    that predicts v has 768 in it as published (v2-1_768-ema-pruned.safetensors).
+    file, by an entry v_pred or the metadata modelspec.prediction_type; an SD 2's UNet itself. Others
+    predict the noise.
     """
     with contextlib.suppress(OSError), open(path.with_suffix(".yaml"), "rb") as file:
         if found := PARAMETERIZATION.search(file.read(2**20)):
@@ -268,7 +276,19 @@ def find_prediction(path, tensors, openclip):
     said = read_metadata(path).get("modelspec.prediction_type")
     if "v_pred" in tensors or said in ("v", "v_prediction"):
         return "v_prediction"
-    return "v_prediction" if openclip and "768" in path.name and said is None else "epsilon"
+    plain = unet.config.in_channels == unet.config.out_channels and not unet.config.added
+    return ask_prediction(unet) if openclip and plain and said is None else "epsilon"
+
+
+@torch.no_grad()
+def ask_prediction(unet):
+    """What a trained UNet predicts, by what it makes of pure noise at the last t, where
+    z = 0.07 x0 + 0.998 epsilon: epsilon is z itself there, and v = 0.07 epsilon - 0.998 x0 is not."""
+    w = unet.conv_in.weight
+    z = draw_noise((unet.config.in_channels, 16, 16), [0])
+    context = torch.zeros(1, 77, unet.config.context)
+    output = unet(z.to(w), torch.tensor([T - 1], device=w.device), context.to(w)).cpu().float()
+    return "v_prediction" if (output * z).sum() < 0.5 * (z * z).sum() else "epsilon"
 
 
 def check_fit(path, sd):

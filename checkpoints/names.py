@@ -85,6 +85,7 @@ NAMES = {
         "model.token_embedding.": "embeddings.token_embedding.",
         "model.positional_embedding": "embeddings.position_embedding.weight",
         "model.ln_final.": "final_layer_norm.",
+        "model.text_projection.weight": "text_projection.weight",  # diffusers' converter of 2023
         "model.text_projection": "text_projection.weight",
         "model.transformer.resblocks.": "encoder.layers.",
         "attn.": "self_attn.",
@@ -106,7 +107,7 @@ NAMES = {
 # as well), the noise schedule as buffers, signs of it (sd.py looks at them), the autoencoder's
 # training loss, and what CLIP sees and compares pictures with.
 IGNORED = re.compile(
-    r"model_ema\..*|first_stage_model\.loss\..*|(\w+_)?alphas_cumprod(_prev)?|betas|posterior_\w+"
+    r"model_ema\..*|(first_stage_model\.)?loss\..*|(\w+_)?alphas_cumprod(_prev)?|betas|posterior_\w+"
     r"|lvlb_weights|logvar|(.*\.)?(position_ids|logit_scale)|v_pred|ztsnr|encoder\.embed_tokens\.weight"
     r"|(.*\.)?(vision_model|visual_projection)\..*"
     r"|cond_stage_model\..*\.text_projection(\.weight)?|denoiser\.sigmas|quantize\..*"
@@ -171,8 +172,9 @@ def split_parts(path, tensors, prefixes, what, ignored=IGNORED):
 
     absent = [f"{prefixes[part]}*" for part, found in parts.items() if not found]
     if absent:
+        other = "; sample.py --vae names another autoencoder" if absent == [f"{PREFIX['vae']}*"] else ""
         raise ValueError(f"{path} is not a whole {what} checkpoint: it has no tensors {' or '.join(absent)}; its first "
-                         f"is {next(iter(tensors))}")
+                         f"is {next(iter(tensors))}{other}")
     unknown = [name for name in names if not name.startswith(tuple(prefixes.values()))]
     if networks := [name for name in unknown if name.startswith("model.")]:
         raise ValueError(f"{path}: {len(networks)} unexpected tensors, e.g. {networks[0]:.200}")
@@ -198,12 +200,16 @@ def split_stable_diffusion(path, tensors):
     """
     parts = split_parts(path, tensors, list_prefixes(tensors), "Stable Diffusion")
     parts = {part: translate(part, found) for part, found in parts.items()}
+    if any(name.startswith("model_ema.diffusion_model") for name in tensors):
+        warnings.warn(f"{path} holds a moving average of the UNet as well, model_ema.*: it is not read", stacklevel=2)
 
     # SD 2 reads OpenCLIP's penultimate layer. Hugging Face's folder stores one layer less, and so
-    # do we.
+    # do we. A file that was converted from such a folder has no more: 23, and no projection.
     openclip = "cond_stage_model.model.ln_final.weight" in tensors
     if openclip:
         text = parts["text_encoder"]
-        last = sum(name.endswith(".layer_norm1.weight") for name in text) - 1
-        parts["text_encoder"] = {n: text[n] for n in text if f".encoder.layers.{last}." not in n}
+        layers = sum(name.endswith(".layer_norm1.weight") for name in text)
+        if layers == 24 or "cond_stage_model.model.text_projection" in tensors:
+            last = f".encoder.layers.{layers - 1}."
+            parts["text_encoder"] = {n: text[n] for n in text if last not in n}
     return parts, openclip

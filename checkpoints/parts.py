@@ -162,18 +162,29 @@ def fold_guidance(tensors, guidance=8.5):
         del tensors[told]
 
 
+def vae_folder(path):
+    """A folder of an autoencoder alone or of a whole model -> the autoencoder's"""
+    return path / "vae" if (path / "vae").is_dir() else path
+
+
+def read_vae(path):
+    """An autoencoder's tensors, as they are called there: of its own or a whole model's folder or file"""
+    path = Path(path)
+    tensors = read_folder(vae_folder(path)) if path.is_dir() else read_tensors(path)
+    tensors = {name: x for name, x in tensors.items() if not IGNORED.fullmatch(name)}
+    whole = {n.removeprefix(PREFIX["vae"]): x for n, x in tensors.items() if n.startswith(PREFIX["vae"])}
+    return whole or tensors
+
+
 def replace_vae(model, path):
     """Give a StableDiffusion another autoencoder, in place: a folder of Hugging Face's, of it alone or of a whole
     model, or a file in either layout, likewise. ValueError if its latents are of another size.
     """
     path, old, weight = Path(path), model.vae.config, model.vae.quant_conv.weight
     if path.is_dir():
-        inside = path / "vae"
-        vae = load_part(inside if inside.is_dir() else path, "vae", weight.dtype, weight.device)
+        vae = load_part(vae_folder(path), "vae", weight.dtype, weight.device)
     else:
-        tensors = {name: x for name, x in read_tensors(path).items() if not IGNORED.fullmatch(name)}
-        whole = {n.removeprefix(PREFIX["vae"]): x for n, x in tensors.items() if n.startswith(PREFIX["vae"])}
-        vae = build_part("vae", translate("vae", whole or tensors), path, None, weight.dtype, weight.device,
+        vae = build_part("vae", translate("vae", read_vae(path)), path, None, weight.dtype, weight.device,
                          scaling_factor=old.scaling_factor, size=old.size)  # which no file says
     new = vae.config
     if (new.latent_channels, new.factor) != (old.latent_channels, old.factor):

@@ -1,5 +1,6 @@
 """sd.py: every layout in, the standard folder out."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import clip
 import sample
 import sd
 from checkpoints import read
+from checkpoints.names import split_stable_diffusion
 from checkpoints.parts import load_part, replace_vae, save_part
 from common import devices
 from tests import small
+from tests.runs import MEADOW, fails
 
 
 @pytest.mark.parametrize("kind, suffix", [
@@ -20,7 +23,7 @@ from tests import small
 ])
 def test_original_layout(tmp_path, kind, suffix):
     file, _, model = small.original_file(tmp_path, kind, suffix)
-    got = sd.load(file)
+    got = sd.load(file, prediction="epsilon")
     assert (got.unet.config, got.vae.config) == (small.UNETS[kind], small.VAE)
     assert got.text.config == small.TEXTS[kind]
     assert got.size == 64 * 2
@@ -34,12 +37,20 @@ def test_original_layout(tmp_path, kind, suffix):
 
 def test_v_prediction_and_the_native_size(tmp_path):
     file, _, _ = small.original_file(tmp_path, "sd2", ".safetensors")
-    assert (sd.load(file).schedule.prediction, sd.load(file).size) == ("epsilon", 64 * 2)
-    got = sd.load(file, prediction="v_prediction")
-    assert (got.schedule.prediction, got.size) == ("v_prediction", 96 * 2)
-    named = file.rename(tmp_path / "v2-1_768-ema-pruned.safetensors")
-    assert sd.load(named).schedule.prediction == "v_prediction"
-    assert sd.load(named, prediction="epsilon").schedule.prediction == "epsilon"
+    for said, size in (("epsilon", 64 * 2), ("v_prediction", 96 * 2)):
+        got = sd.load(file, prediction=said)
+        assert (got.schedule.prediction, got.size) == (said, size)
+
+
+def test_an_sd2_that_says_nothing_is_asked(tmp_path, monkeypatch):
+    """The toy, which was trained, predicts v; what it says of the noise makes it one that predicts that."""
+    toy, forward = sd.load(sample.TOY, torch.float32), sd.UNet.forward
+    assert sd.ask_prediction(toy.unet) == "v_prediction"
+    file, _, _ = small.original_file(tmp_path, "sd2", ".safetensors")
+    assert sd.load(file).schedule.prediction == "v_prediction"  # random, so it is no epsilon
+    alpha, sigma = toy.schedule.alpha_sigma(999, torch.ones(1))
+    monkeypatch.setattr(sd.UNet, "forward", lambda self, z, t, c: sigma * z + alpha * forward(self, z, t, c))
+    assert sd.ask_prediction(toy.unet) == sd.load(file).schedule.prediction == "epsilon"
 
 
 def test_a_yaml_beside_a_file_says_what_it_predicts(tmp_path):
@@ -69,8 +80,8 @@ def test_a_file_says_what_it_predicts(tmp_path):
         sd.load(file)
     save_file(tensors, file, metadata={"modelspec.prediction_type": "v"})
     assert sd.load(file).schedule.prediction == "v_prediction"
-    save_file(tensors, tmp_path / "my 768.safetensors", metadata={"modelspec.prediction_type": "epsilon"})
-    assert sd.load(tmp_path / "my 768.safetensors").schedule.prediction == "epsilon"
+    save_file(tensors, file, metadata={"modelspec.prediction_type": "epsilon"})
+    assert sd.load(file).schedule.prediction == "epsilon"
 
 
 def test_weights_stay_in_the_file(tmp_path):
@@ -146,7 +157,7 @@ def test_the_precision_of_parts_that_differ(tmp_path):
     ("mps", {torch.bfloat16}, torch.float16), ("cpu", {torch.float16}, torch.float32),
 ])
 def test_the_precision_of_other_devices(monkeypatch, device, stored, computed):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {torch.device("cuda"): (8, 0)}.get)
     assert devices.choose_stored(stored, device) == computed
 
 
@@ -174,10 +185,52 @@ def test_another_autoencoder(tmp_path):
         replace_vae(toy, folder)
 
 
-def test_no_tokenizer(tmp_path):
+def test_a_file_without_an_autoencoder(tmp_path):
+    """It takes another's, in any layout; what an autoencoder's own training left beside it is no part of it."""
+    model = small.stable_diffusion()
+    tensors = small.to_original(model)
+    own = {n.removeprefix("first_stage_model."): x for n, x in tensors.items() if n.startswith("first_stage_model.")}
+    rest = {n: x for n, x in tensors.items() if not n.startswith("first_stage_model.")}
+    save_file(rest, tmp_path / "it.ckpt")
+    small.write_tokenizer(tmp_path)
+    save_part(model.vae, tmp_path / "vae")
+    more = {"loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}
+    torch.save({"state_dict": own | more}, tmp_path / "vae.ckpt")
+    for vae in ("vae", "vae.ckpt"):
+        got = sd.load(tmp_path / "it.ckpt", vae=tmp_path / vae)
+        assert small.same_model(got, model)
+        replace_vae(got, tmp_path / vae)
+        assert small.same_model(got, model)
+    with pytest.raises(ValueError, match=r"no tensors first_stage_model\.\*; .*--vae names another"):
+        sd.load(tmp_path / "it.ckpt")
+
+
+def test_averages_in_a_file_are_told(tmp_path):
+    tensors = small.to_original(small.stable_diffusion())
+    save_file(tensors | {"model_ema.diffusion_modelout2bias": torch.zeros(4)}, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="moving average of the UNet as well"):
+        sd.load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("layers, projection, read", [(23, False, 23), (24, False, 23), (24, True, 23), (3, True, 2)])
+def test_the_layers_of_an_sd2(layers, projection, read):
+    """A file that was converted from Hugging Face's folder has 23, and no projection: all of them are read."""
+    model = small.stable_diffusion("sd2")
+    model.text = clip.TextEncoder(replace(small.TEXTS["sd2"], layers=layers))
+    tensors = small.to_original(model, openclip=True)
+    if not projection:
+        del tensors["cond_stage_model.model.text_projection"]
+    text = split_stable_diffusion("it", tensors)[0]["text_encoder"]
+    assert {int(name.split(".")[3]) for name in text if ".layers." in name} == set(range(read))
+
+
+def test_no_tokenizer(tmp_path, monkeypatch, capsys):
     save_file(small.to_original(small.stable_diffusion()), tmp_path / "model.safetensors")
     got = sd.load(tmp_path / "model.safetensors")
     got.decode(got.encode_image(torch.zeros(1, 3, 16, 16)))
+    command = "--weights", tmp_path / "model.safetensors", "--image", MEADOW, "--strength", 1, "--prompt", "a cat"
+    monkeypatch.setattr(sd.StableDiffusion, "encode_image", None)  # it is told before that
+    assert "needs a tokenizer" in fails(capsys, *command)
     with pytest.raises(ValueError, match=r"vocab\.json and merges\.txt") as info:
         got.encode_prompt(["a cat"])
     assert str(tmp_path) in str(info.value) and clip.ARCHIVE in str(info.value)
