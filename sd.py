@@ -267,8 +267,8 @@ def find_prediction(path, tensors, unet, openclip):
     """What a single file's UNet predicts: 'epsilon' or 'v_prediction'.
 
     The first that says it: the YAML of the same name beside it, which training programs leave; the
-    file, by an entry v_pred or the metadata modelspec.prediction_type; an SD 2's UNet itself. Others
-    predict the noise.
+    file, by an entry v_pred or the metadata modelspec.prediction_type; an SD 2's UNet itself. Any
+    other predicts the noise.
     """
     with contextlib.suppress(OSError), open(path.with_suffix(".yaml"), "rb") as file:
         if found := PARAMETERIZATION.search(file.read(2**20)):
@@ -282,8 +282,8 @@ def find_prediction(path, tensors, unet, openclip):
 
 @torch.no_grad()
 def ask_prediction(unet):
-    """What a trained UNet predicts, by what it makes of pure noise at the last t, where
-    z = 0.07 x0 + 0.998 epsilon: epsilon is z itself there, and v = 0.07 epsilon - 0.998 x0 is not."""
+    """What a trained UNet predicts, by what it makes of noise at the last t. There
+    z = 0.07 x0 + 0.998 epsilon, so epsilon is about z, and v = 0.07 epsilon - 0.998 x0 is not."""
     w = unet.conv_in.weight
     z = draw_noise((unet.config.in_channels, 16, 16), [0])
     context = torch.zeros(1, 77, unet.config.context)
