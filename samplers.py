@@ -39,7 +39,7 @@ class Ladder:
 
     spacing  of the timesteps, as for `Schedule.space_timesteps`; None: the schedule's
 
-    ValueError where the first level has no signal: 'zero_snr' at t = 999; rho is infinite.
+    ValueError where the first level has no signal, as at t = 999 of 'zero_snr': rho is infinite.
     """
 
     def __init__(self, schedule: Schedule, k: int, end: float, spacing: str | None = None):
@@ -49,7 +49,7 @@ class Ladder:
         self.abar = [schedule.abar[t] for t in self.timesteps] + [end]
         if not self.abar[0]:
             raise ValueError(f"{k} steps start at t = {self.timesteps[0]}, where this schedule "
-                             "leaves nothing of the picture: take leading timesteps, fewer than 500")
+                             "leaves nothing of the picture: take leading steps, fewer than 500")
         self.alpha = [math.sqrt(a) for a in self.abar]
         self.sigma = [math.sqrt(1 - a) for a in self.abar]
         # EDM's sigma, DEIS's rho, DPM-Solver's exp(-lambda)
