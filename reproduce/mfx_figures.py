@@ -55,9 +55,10 @@ def figure4(lab):
     """Starting from pure noise, the model struggles with deep blacks and makes up content. Starting from the coarse
     edit under noise makes a drastic difference.
 
-    {n} edits of grass and water at night, both ways, {steps} steps. Off from the truth: brightness, the brightness that
-    a twentieth of the picture is darker than (blacks), squared error in thousandths. A control: the model without its
-    extractor, the coarse edit hidden and its reference grey, so that only its start can tell it of the night.
+    {n} edits of grass and water at night, {side} pixels a side, by the ablation's full model, both ways, {steps} steps.
+    Off from the truth: brightness, the brightness that a twentieth of the picture is darker than (blacks), squared
+    error in thousandths. A control: the model without its extractor, the coarse edit hidden and its reference grey, so
+    that only its start can tell it of the night.
     """
     models, n = mfx_tables.load_ablation(lab, FULL, ALONE), lab.count(48, 8)
     scenes = lab.scenes(n, 64)
@@ -76,7 +77,8 @@ def figure4(lab):
     mfx_tables.draw_columns(lab, columns, range(min(n, 4)), "mfx_figure4.png")
     table = [["", "", *OFF]] + [[how, start, *(plus_minus(row[start][what], OFF[what]) for what in OFF)]
                                 for how, row in off.items() for start in (WITH, WITHOUT)]
-    return Outcome({"n": n, "steps": mfx_tables.count_steps(models[FULL]), "off": off}, figure4_verdict(off), table,
+    facts = {"n": n, "side": models[FULL].size, "steps": mfx_tables.count_steps(models[FULL]), "off": off}
+    return Outcome(facts, figure4_verdict(off), table,
                    [("mfx_figure4.png", "Figure 4: edits at night, the first four.")])
 
 
@@ -146,8 +148,9 @@ def figure9(lab):
     """Trained on flow alone, the model stays conservative, close to the coarse edit. Trained on piecewise affine edits
     alone it hallucinates and loses the identity of objects; trained on both it has the best of each.
 
-    {n} held-out edits of a user's kind through the three models: squared error against the true re-render, and squared
-    distance from the coarse edit where shadows and reflections have to change, over the last model's.
+    {n} held-out edits of a user's kind through three models of the ablation, {side} pixels a side: squared error
+    against the true re-render, and squared distance from the coarse edit where shadows and reflections have to change,
+    over the last model's.
     """
     models, n = mfx_tables.load_ablation(lab, FLOW, AFFINE, FULL), lab.count(96, 24)
     edits, names = mfx_tables.make_user_edits(n, models[FULL].size), ("flow only", "affine only", "both")
@@ -159,7 +162,7 @@ def figure9(lab):
         for where, f in found.items():
             table.append([f"{what}, {where}", *(f"{f['error'][who]:.5f}" for who in names),
                           *(plus_minus(f["ratio"][who]) for who in names[:2])])
-    return Outcome({"n": n, "error": error, "distance from the coarse edit": moved},
+    return Outcome({"n": n, "side": models[FULL].size, "error": error, "distance from the coarse edit": moved},
                    figure9_verdict(error, moved[SHADOWS]["ratio"]["flow only"]), table,
                    [("mfx_figure9.png", "Figure 9, the first edit of each kind.")])
 

@@ -163,7 +163,8 @@ def magic_fixup(lab):
     return Outcome(
         {"n": n, "steps": count_steps(model), "squared": squared, "absolute": absolute},
         judge(*[(surely_below(s), f"{where} {percent(s)} of the squared error are left") for where, s in left.items()]),
-        table, [("magic_fixup.png", "The first edit of each kind.")])
+        table, [("magic_fixup.png", "The first edit that moves, scales, duplicates, deletes: before, as a collage, "
+                                    "through the model, the truth.")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,8 +175,10 @@ FULL, ALONE, FLOW, AFFINE = "both", "alone", "flow", "affine"
 TRAINED = {  # by these options of train.py, into folders of these names; the rest of their training is the same
     AFFINE: ("--motion", "affine"), FLOW: ("--motion", "flow"), ALONE: ("--no-cross-reference",), FULL: (),
 }
-# A fraction of weights/toy-mfx's, so that four models are soon done. bf16: as those that docs/results.md is about
-TRAINING = ("--steps", "1000", "--precision", "bf16")
+# On clips of half the toy's side, so that four models of a few thousand steps are soon done. bf16: as those that
+# docs/results.md is about
+TRAINING = ("--steps", "3200", "--precision", "bf16")
+CLIPS, SIDE = 3000, 64
 
 
 def is_trained(folder, name):
@@ -184,7 +187,7 @@ def is_trained(folder, name):
 
 def train_ablation(folder):
     """Train what is not there yet, one model after another, on pairs of clips; goes on where it stopped."""
-    pairs = make_shards(folder, 1000, 128, seed=0)
+    pairs = make_shards(folder, CLIPS, SIDE, seed=0)
     for name, how in TRAINED.items():
         if not is_trained(folder, name):
             resume = ["--resume"] if list_states(folder / name, "mfx") else []
@@ -243,12 +246,13 @@ def ablation(lab):
     """Without cross-reference attention the result is the worst on both tests, and training on flow is the best where
     the test is on flow.
 
-    {n} pairs of frames of held-out clips, the same for both tests, warped by flow or piecewise affinely (the two coarse
-    edits differ in {differ} of the pixels), through four models of the same training, {steps} steps of DDIM: {distance}
-    between output and target, and squared error in thousandths. The verdict takes the differences pair by pair.
+    {n} pairs of frames of held-out clips, {side} pixels a side, the same for both tests, warped by flow or piecewise
+    affinely (the two coarse edits differ in {differ} of the pixels), through four models of the same training, {steps}
+    steps of DDIM: {distance} between output and target, and squared error in thousandths. The verdict takes the
+    differences pair by pair.
     """
     models = load_ablation(lab, *TRAINED)
-    edits = make_held_out_pairs(lab.count(64, 8), models[FULL].size)
+    edits = make_held_out_pairs(lab.count(256, 8), models[FULL].size)
     n = len(edits["flow"]["truth"])
 
     def score(x, truth):  # (k, 3, S, S) -> perceptual distance and squared error of each, (k, 2)
@@ -266,8 +270,8 @@ def ablation(lab):
         tests[test] = {who: {"distance": mean_error(x[:, 0]), "squared": mean_error(x[:, 1]), "others less this": {
             other: mean_error(each[other][:, 0] - x[:, 0]) for other in TRAINED}} for who, x in each.items()}
     return Outcome(
-        {"n": n, "differ": compare_warps(edits), "steps": count_steps(models[FULL]), "distance": lab.perceptual[0],
-         "tests": tests},
+        {"n": n, "side": models[FULL].size, "differ": compare_warps(edits), "steps": count_steps(models[FULL]),
+         "distance": lab.perceptual[0], "tests": tests},
         ablation_verdict(tests), ablation_table(tests, lab.perceptual[0]))
 
 
@@ -309,9 +313,10 @@ def cross_reference(lab):
     """Without cross-reference attention to the untouched photograph, edits come out worse. Such a model, which sees an
     embedding of the photograph instead, cannot see what was changed, and so stays too close to the coarse edit.
 
-    The toy, and one of the same training without its detail extractor, on the same {n} held-out edits: squared error
-    against the true re-render, and squared distance from the coarse edit where shadows and reflections have to change.
-    Ratios with standard errors by bootstrap. (The embedding is the toy captioner's, where the paper has CLIP's.)
+    Two models of the ablation's training, with the detail extractor and without it, on the same {n} held-out edits,
+    {side} pixels a side: squared error against the true re-render, and squared distance from the coarse edit where
+    shadows and reflections have to change. Ratios with standard errors by bootstrap. (The embedding is the toy
+    captioner's, where the paper has CLIP's.) Both are far from the shipped toy, which was trained for longer.
     """
     models, n = load_ablation(lab, FULL, ALONE), lab.count(96, 24)
     edits = make_user_edits(n, models[FULL].size)
@@ -323,7 +328,7 @@ def cross_reference(lab):
     table = [["squared error against the truth", "collage", "with", "without", "without / with"]]
     for where, f in error.items():
         table.append([where, *(f"{e:.5f}" for e in f["error"].values()), plus_minus(f["ratio"]["without"])])
-    return Outcome({"n": n, "error": error, "distance from the coarse edit": moved},
+    return Outcome({"n": n, "side": models[FULL].size, "error": error, "distance from the coarse edit": moved},
                    cross_reference_verdict(error, moved[SHADOWS]), table,
                    [("cross_reference.png", "Figure 10, the first edit of each kind.")])
 

@@ -107,7 +107,8 @@ def write_section(entry, page):
         shutil.copyfile(entry.folder / name, EXAMPLES / name)
         source = Path(os.path.relpath(EXAMPLES / name, Path(page).parent)).as_posix()
         lines.append(f'\n<img src="{source}" width="780" alt="{caption}">\n')
-    return "".join([*lines, f"\n`{entry.command}`\n"])
+    first = "`python -m reproduce --train-ablation`, once; then " if "ablation_weights" in item.needs else ""
+    return "".join([*lines, f"\n{first}`{entry.command}`\n"])
 
 
 def write_table(rows):
