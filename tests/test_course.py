@@ -61,6 +61,12 @@ def test_a_lesson_is_whole(lesson):
         assert f"`{name}`" in text, f"the page does not speak of {name}"
 
 
+def test_every_question_has_an_answer():
+    answers = re.split(r"^## Lesson \d+$", (COURSE / "answers.md").read_text(encoding="utf-8"), flags=re.M)[1:]
+    asked = [(COURSE / f"lesson{lesson}.md").read_text(encoding="utf-8").count("> **Question.**") for lesson in LESSONS]
+    assert [len(re.findall(r"^\d+\. ", text, re.M)) for text in answers] == asked
+
+
 def test_committed_figures_are_small_and_light():
     figures = [path for path in COURSE.glob("figures/*.png") if not path.stem.endswith("-dark")]
     assert sum(path.stat().st_size for path in figures) <= 3e6
