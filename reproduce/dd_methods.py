@@ -15,9 +15,10 @@ from common.files import read_json
 from reproduce import blended, charts, diffedit, pix2pix
 from reproduce.dd_figures import depth_maps, measure_surprise, write_range
 from reproduce.dd_tables import BLD, INPAINT, OURS, distance_from, pattern, wide_gradient
-from reproduce.lab import NotHere, Outcome, item, judge, percent, plus_minus, progress, prompts_of
+from reproduce.lab import NotHere, Outcome, item, judge, percent, plus_minus, progress
 from reproduce.metrics import cam, is_surely_less, mean_error, sky_and_ground
 from toy import world
+from toy.captions import caption_scenes
 
 ASKED = read_json(Path(__file__).parent / "prompts.json")
 
@@ -99,11 +100,11 @@ def figure9(lab):
         scenes = lab.scenes(n, 90, objects=1)
         scenes.time[:], scenes.ground[:] = world.TIMES.index("noon"), world.GROUNDS.index("grass")
         other = replace(scenes, colour=(scenes.colour + 1) % len(world.COLOURS))
-        recoloured = prompts_of(other)
+        recoloured = caption_scenes(other)
         other.time, other.ground = (torch.full_like(scenes.time, 2) for _ in range(2))  # night, snow
         frames = world.render(scenes, size)
         image, thing = frames.image * 2 - 1, frames.segments[:, None] > 0
-        wanted, shown, told = prompts_of(other), prompts_of(scenes), ["make it night"] * n
+        wanted, shown, told = caption_scenes(other), caption_scenes(scenes), ["make it night"] * n
     edits = {f"ours: {name}": lab.edit(image, torch.where(thing, *keep), wanted, steps=steps)
              for name, keep in progress(MAPS.items())}
     edits[DIFFEDIT], mask = run_diffedit(lab, image, wanted, shown, steps)

@@ -16,7 +16,7 @@ from common.pictures import picture_to_tensor
 from editing import paste
 from reproduce import charts
 from reproduce.dd_tables import distance_from
-from reproduce.lab import TOY, NotHere, Outcome, item, judge, percent, prompts_of, to_bytes
+from reproduce.lab import TOY, NotHere, Outcome, item, judge, percent, to_bytes
 from reproduce.metrics import mean_error
 from reproduce.mfx_tables import (
     COLLAGE,
@@ -180,7 +180,7 @@ def kept(lab):
     scenes = lab.scenes(n, 70, objects=1)
     image = world.render(replace(scenes, kind=torch.full_like(scenes.kind, -1))).image * 2 - 1
     mu = (distance_from(size, 0.5, 0.6) > 0.3).float()
-    prompts, outside = prompts_of(scenes), mu == 1
+    prompts, outside = captions.caption_scenes(scenes), mu == 1
     edited = lab.edit(image, mu, prompts, steps=STEPS)
     change = round(((edited - image).abs() * 127.5)[..., outside].mean().item(), 3)
     found, claims = {"n": n, "changed outside, of 255": change}, [(change <= 2, f"{change} of 255 outside the disc")]

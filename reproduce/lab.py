@@ -38,6 +38,7 @@ from diffusion import draw_noise
 from kernels.winograd import quicken
 from reproduce import metrics
 from toy import world
+from toy.captions import caption_scenes
 
 HELD_OUT = 10**9  # common.run_state.generator_at stays below it
 TRUE, PART, FALSE, OPEN = "came true", "came true in part", "did not come true", "not measured"  # a verdict is one
@@ -202,7 +203,7 @@ class Lab:
 
     def prompts(self, n, seed):
         """n prompts, each naming a random object, ground and time of the toy world; with --images --prompt, n times."""
-        return [self.options.prompt] * n if self.options.images else prompts_of(self.scenes(n, seed, objects=1))
+        return [self.options.prompt] * n if self.options.images else caption_scenes(self.scenes(n, seed, objects=1))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Edits
@@ -289,12 +290,6 @@ class Lab:
     def save(self, picture, name):
         """Into the folder of results."""
         pictures.save_picture(picture, self.out / name, {})
-
-
-def prompts_of(scenes):
-    """Scenes of one object, in words: ["a red ball on snow at night"]"""
-    words = zip(scenes.colour[:, 0], scenes.kind[:, 0], scenes.ground, scenes.time)
-    return [f"a {world.COLOURS[c]} {world.KINDS[k]} on {world.GROUNDS[g]} at {world.TIMES[t]}" for c, k, g, t in words]
 
 
 def to_bytes(x):

@@ -15,7 +15,7 @@ import sample
 import samplers
 from checkpoints.parts import TOY_CAPTIONER, load_image_encoder
 from reproduce import charts
-from reproduce.lab import HELD_OUT, TOY, Outcome, item, judge, percent, progress, prompts_of
+from reproduce.lab import HELD_OUT, TOY, Outcome, item, judge, percent, progress
 from reproduce.metrics import DEPTHS, cam, distances_by_depth
 from toy import captions, world
 from toy.world import COLOURS, GROUNDS, KINDS, TIMES
@@ -63,7 +63,7 @@ def paint_scenes(lab, n):
     """-> n held-out Scenes of one object, and (n, 3, S, S) in [0, 1], painted from what they are called alone: 25 steps
     of DDIM at a guidance of 7.5"""
     model, images, scenes = lab.model, [], lab.scenes(n, 2, objects=1)
-    prompts = prompts_of(scenes)
+    prompts = captions.caption_scenes(scenes)
     config, sampler = model.vae.config, samplers.make_sampler("ddim", model.schedule, STEPS)
     for i in progress(range(0, len(prompts), 32)):
         batch, side = prompts[i : i + 32], model.size // config.factor
