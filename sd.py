@@ -30,9 +30,9 @@ from checkpoints.parts import (
     require_folders,
     save_part,
 )
-from checkpoints.read import read_metadata, read_tensors
+from checkpoints.read import read_tensors
 from checkpoints.words import check_tokenizer, load_tokenizer
-from common.files import read_json, write_json
+from common.files import read_json, read_metadata, write_json
 from diffusion import Schedule, T, draw_noise
 from models import xl
 from models.prompts import encode_weighted, list_texts, warn_of_weights

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from checkpoints.names import translate
-from checkpoints.read import FLOATS, read_content, read_metadata
-from common.files import read_json
+from checkpoints.read import FLOATS, read_content
+from common.files import read_json, read_metadata
 
 # What a tensor is, the end of its name says: of a layer, "down" (A in PEFT), "up" (B), and so on.
 ENDING = re.compile(r"(.+?)(?:[._]lora(?:_linear_layer)?[._](down|up|A|B|mid|magnitude_vector)(?:\.weight)?"

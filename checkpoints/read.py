@@ -3,7 +3,6 @@
 What a file is, its first bytes say, and not its ending.
 """
 
-import contextlib
 import pickle
 import re
 import zipfile
@@ -77,13 +76,6 @@ def read_safetensors(path):
     except (SafetensorError, TypeError, AttributeError, RuntimeError) as e:
         reason = f"{path} is not a whole safetensors file ({first_line(e)}): download it again"
         raise ValueError(reason) from None
-
-
-def read_metadata(path):
-    """What is said about a safetensors file in it: {name: text}; of a pickle nothing"""
-    with contextlib.suppress(SafetensorError), safe_open(path, framework="pt") as f:
-        return f.metadata() or {}
-    return {}
 
 
 def check_shape(path, name, shape):

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and JSON."""
+"""Files that are there whole or not at all, JSON, and what safetensors files say of themselves."""
 
 import contextlib
 import fnmatch
@@ -12,7 +12,7 @@ import time
 import zlib
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 try:
     import fcntl
@@ -40,6 +40,13 @@ def read_json(path, default=None):
         raise ValueError(f"{path} is damaged: it should hold {{...}}, not a "
                          f"{type(found).__name__}. Copy it again")
     return found
+
+
+def read_metadata(path):
+    """What a safetensors file says of itself: {name: text}; of any other, or none, nothing"""
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+        return file.metadata() or {}
+    return {}
 
 
 def check_writable(out):

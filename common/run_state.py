@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from common.files import atomic_write, check_writable, lock_folder, remove_leftovers
+from common.files import atomic_write, check_writable, lock_folder, read_metadata, remove_leftovers
 from common.processes import process_rank, wait_for_all
 
 # What --resume may change: how long, how fast and in what memory, but not what the weights and the batches mean
@@ -267,15 +267,6 @@ def cache_tensors(path, made_from, make):
             save_file(tensors, temporary, metadata)
     wait_for_all()
     return load_file(path)
-
-
-def read_metadata(path):
-    """The metadata of a safetensors file; None if there is no such file."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata()
-    except (OSError, SafetensorError):
-        return None
 
 
 def digest(network, *data):
