@@ -257,12 +257,19 @@ def generator_at(seed, step):
 # Tensors that are expensive to make
 
 
-def cache_tensors(path, made_from, make):
-    """The {name: tensor} in the file at `path` if it was made from that, a text such as a `digest`; otherwise those of
-    make(), which are kept there. One process makes them, the others wait."""
+def cache_batches(path, made_from, batches, encode, total=None):
+    """The {name: tensor} in the file at `path` if it was made from that, a text such as a `digest`; otherwise what
+    encode(batch) gives for all batches together, which is kept there. One process makes them, the others wait.
+
+    total  how many batches, where they have no len()
+    """
     metadata = {"made_from": made_from}
     if process_rank() == 0 and read_metadata(path) != metadata:
-        tensors = make()
+        parts = []
+        with torch.no_grad():
+            for batch in tqdm(batches, path.stem, total, unit="batch", mininterval=1):
+                parts.append({name: x.cpu() for name, x in encode(batch).items()})
+        tensors = {name: torch.cat([part.pop(name) for part in parts]).contiguous() for name in list(parts[0])}
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata)
     wait_for_all()

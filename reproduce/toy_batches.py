@@ -5,13 +5,12 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import samplers
 import sd
 import train
 import vae
-from common.run_state import cache_tensors, digest, generator_at
+from common.run_state import cache_batches, digest, generator_at
 from diffusion import T, draw_timesteps
 from kernels.blocks import to_channels_last
 from toy import world
@@ -54,19 +53,6 @@ def render_mixed(scenes, generator):
     return frames.image.lerp(other.image, (step * mixed)[:, None]), mixed.flatten()
 
 
-def cache_batches(path, made_from, n, at_once, encode):
-    """What `encode` makes of scenes i to i + at_once, a dict of tensors, of all n: made once, and kept in a file for
-    what the text `made_from` says."""
-
-    def make():
-        bar = tqdm(range(0, n, at_once), desc=path.stem, unit="batch", mininterval=1)
-        with torch.no_grad():
-            parts = [encode(i) for i in bar]
-        return {name: torch.cat([part[name].cpu() for part in parts]).contiguous() for name in parts[0]}
-
-    return cache_tensors(path, made_from, make)
-
-
 def cache_scenes(scenes, path, encode, made_from, device):
     """-> a dict of latents (N, C, h, w), what `encode` makes of the scenes' pictures (B, 3, S, S) in [-1, 1], and mixed
     (N,) bool, as `cache_batches` does"""
@@ -75,7 +61,7 @@ def cache_scenes(scenes, path, encode, made_from, device):
         image, mixed = render_mixed(scenes[i : i + 64], generator_at(len(scenes), i))  # not what they come from
         return {"latents": encode(to_channels_last((image * 2 - 1).to(device))), "mixed": mixed}
 
-    return cache_batches(path, made_from, len(scenes), 64, encode_mixed)
+    return cache_batches(path, made_from, range(0, len(scenes), 64), encode_mixed)
 
 
 def cache_latents(scenes, path, autoencoder, device):

@@ -40,6 +40,7 @@ from common.cli import TOY, Parser, folder_name, number, report_errors
 from common.devices import choose_device
 from common.files import write_json
 from common.run_state import (
+    cache_batches,
     change_recipe,
     digest,
     generator_at,
@@ -51,7 +52,7 @@ from kernels.blocks import to_channels_last
 from kernels.memory import hold_memory
 from models import image_encoder, xl
 from reproduce import pix2pix
-from reproduce.toy_batches import ToyRecipe, base_loss, cache_batches, cache_latents, draws, given, paint
+from reproduce.toy_batches import ToyRecipe, base_loss, cache_latents, draws, given, paint
 from reproduce.train_cascade import train_first, train_second
 from toy import captions, world
 from toy.clips import Clip
@@ -287,7 +288,8 @@ def encode_masked(scenes, path, toy, recipe, device):
         repaint = random_masks(len(image), toy.size, generator_at(recipe.seed + 3, i)).to(device)
         return {"z": toy.encode_image(image).half(), "known": toy.inpainting_channels(image, repaint).half()}
 
-    return cache_batches(path, digest(toy.vae, scenes.x.tolist(), recipe.seed, toy.size), len(scenes), 32, encode)
+    made_from = digest(toy.vae, scenes.x.tolist(), recipe.seed, toy.size)
+    return cache_batches(path, made_from, range(0, len(scenes), 32), encode)
 
 
 def train_inpainting(recipe, out, resume, device):
@@ -340,7 +342,7 @@ def encode_told(before, after, path, toy, device):
         return {"z": z.half(), "seen": (seen / toy.vae.config.scaling_factor).half()}
 
     made_from = digest(toy.vae, before.x.tolist(), after.time.tolist(), toy.size)
-    return cache_batches(path, made_from, len(before), 32, encode)
+    return cache_batches(path, made_from, range(0, len(before), 32), encode)
 
 
 def train_instruct(recipe, out, resume, device):

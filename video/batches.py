@@ -10,10 +10,9 @@ import os
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from tqdm import tqdm
 
 from common.processes import process_count, process_rank, slice_batch
-from common.run_state import cache_tensors, digest, generator_at
+from common.run_state import cache_batches, digest, generator_at
 from kernels.blocks import to_channels_last
 from toy.pairs import ToyPairs, toy_pairs, user_pairs
 from video import shards
@@ -202,18 +201,14 @@ def cache_latents(recipe, path, model, device):
         batches = itertools.chain(toys, itertools.islice(DataLoader(pairs, 32), wanted - exact))
         source = (exact, recipe.data, [(path.name, count) for path, count in pairs.shards])
 
-    def make():
-        parts = []
-        for batch in tqdm(batches, "pairs", wanted, unit="batch"):
-            encoded = encode_pairs(batch, model, device)
-            parts.append({name: tensor.half().cpu() for name, tensor in encoded.items()})
-        return {name: torch.cat([p[name] for p in parts]).contiguous() for name in parts[0]}
+    def encode(batch):
+        return {name: x.half() for name, x in encode_pairs(batch, model, device).items()}
 
     encoder = model.image_encoder and digest(model.image_encoder)
     source = (*source, encoder) if encoder else source
     source = (*source, "edits", edits) if edits else source
     made_from = digest(model.vae, wanted, recipe.seed, recipe.motion, model.as_paper, *source)
-    return cache_tensors(path, made_from, make)
+    return cache_batches(path, made_from, batches, encode, wanted)
 
 
 @torch.no_grad()

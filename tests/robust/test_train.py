@@ -18,7 +18,7 @@ import mfx
 import train
 from common import files
 from common.files import HOST, atomic_write
-from common.run_state import cache_tensors, list_states, open_run, read_newest_state, read_recipe
+from common.run_state import cache_batches, list_states, open_run, read_newest_state, read_recipe
 from tests.training import arguments, fails, fit_tiny, random_fixup, write_shards, write_stable
 
 pytestmark = pytest.mark.usefixtures("short_sheets")
@@ -73,14 +73,15 @@ def test_resuming_from_nothing_says_so(tmp_path):
 def test_what_is_cached_is_made_again_of_other_things(tmp_path):
     made = []
 
-    def make():
-        made.append(1)
-        return {"x": torch.full((2,), float(len(made)))}
+    def encode(batch):
+        made.append(batch)
+        return {"x": torch.tensor([float(len(made))])}
 
-    for made_from, number in (("a", 1), ("a", 1), ("b", 2)):
-        assert cache_tensors(tmp_path / "x.safetensors", made_from, make)["x"].tolist() == [number] * 2
+    for made_from, found in (("a", [1, 2]), ("a", [1, 2]), ("b", [3, 4])):
+        assert cache_batches(tmp_path / "x.safetensors", made_from, "AB", encode)["x"].tolist() == found
     (tmp_path / "x.safetensors").write_bytes(b"damaged")
-    assert cache_tensors(tmp_path / "x.safetensors", "b", make)["x"].tolist() == [3, 3]
+    assert cache_batches(tmp_path / "x.safetensors", "b", "AB", encode)["x"].tolist() == [5, 6]
+    assert made == list("ABABAB")
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(stable, tmp_path, capsys, monkeypatch):
