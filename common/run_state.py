@@ -20,11 +20,13 @@ from typing import get_args
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from common.files import atomic_write, check_writable, lock_folder, read_metadata, remove_leftovers
+from common.pictures import save_picture, tensor_to_picture
 from common.processes import process_rank, wait_for_all
 
 # What --resume may change: how long, how fast and in what memory, but not what the weights and the batches mean
@@ -291,10 +293,8 @@ def digest(network, *data):
 def draw_sheet(images, path):
     """images (rows, columns, 3, H, W) in [0, 1] as a grid PNG."""
     rows, columns, _, h, w = images.shape
-    grid = images.clamp(0, 1).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, 3)
-    pixels = (grid.float().numpy() * 255).round().astype(np.uint8)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(cv2.imencode(".png", pixels[..., ::-1])[1])  # OpenCV has blue first
+    grid = images.permute(2, 0, 3, 1, 4).reshape(3, rows * h, columns * w)
+    save_picture(tensor_to_picture(grid), path, {})
 
 
 def draw_curve(losses, validation, path, width=900, height=400):
@@ -302,9 +302,9 @@ def draw_curve(losses, validation, path, width=900, height=400):
     orange line is `validation`, [[step, loss]]."""
     edges = np.unique(np.geomspace(1, len(losses) + 1, width // 3).astype(int)) - 1
     means = [np.mean(losses[a:b]) for a, b in zip(edges[:-1], edges[1:])]
-    lines = [(edges[1:], means, (200, 80, 20))]
+    lines = [(edges[1:], means, (20, 80, 200))]
     if validation:
-        lines.append((*np.transpose(validation), (0, 120, 240)))
+        lines.append((*np.transpose(validation), (240, 120, 0)))
 
     # Both lines in the same frame, 60 pixels from the left and 40 from the bottom
     x = np.log(np.concatenate([steps for steps, _, _ in lines]))
@@ -321,5 +321,4 @@ def draw_curve(losses, validation, path, width=900, height=400):
     cv2.putText(canvas, f"{math.exp(y.min()):.3g}", (8, height - 40), **text)
     label = f"step 1 .. {len(losses)} (log), loss (log)" + (", of held-out pairs orange" if validation else "")
     cv2.putText(canvas, label, (60, height - 12), **text)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(cv2.imencode(".png", canvas)[1])
+    save_picture(Image.fromarray(canvas), path, {})
