@@ -1,20 +1,11 @@
 """Sheets of pictures and charts of numbers, drawn with Pillow, for the page that -m reproduce writes."""
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common.pictures import tensor_to_picture
+from common.canvas import Canvas, to_picture
 
-INK, FAINT, LINES = "#222222", "#d5d5d5", ("#0b62a4", "#c8501e", "#2a8a4a")
-SCALE = 2  # charts are drawn at twice the size that they are shown at
-
-
-def to_picture(x):
-    """(3, H, W) in [-1, 1], or a map (H, W) in [0, 1] -> picture"""
-    if not isinstance(x, torch.Tensor):
-        return x
-    return tensor_to_picture(x / 2 + 0.5 if x.ndim == 3 else x[None])
+INK = "#222222"
 
 
 def heat(x):
@@ -74,38 +65,21 @@ def sheet(rows, columns=None, labels=None, cell=128, gap=3):
 
 def chart(series, x_label, y_label):
     """{name: (x, y)}, dots if the name is "measured" and a line otherwise; y from 0 -> picture, twice 560x340"""
-    font, small = ImageFont.load_default(13 * SCALE), ImageFont.load_default(12 * SCALE)
-    width, height = 560 * SCALE, 340 * SCALE
-    left, right, top, bottom = 62 * SCALE, width - 14 * SCALE, 30 * SCALE, height - 46 * SCALE  # of the axes
+    canvas = Canvas(560, 340)
     xs, ys = (np.concatenate([s[i] for s in series.values()]) for i in (0, 1))
-    x_span, y_span = xs.max() - xs.min(), 1.1 * ys.max()
-
-    def place(x, y):
-        return left + (x - xs.min()) / x_span * (right - left), bottom - y / y_span * (bottom - top)
-
-    # The grid and its numbers; what the axes are.
-    out = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(out)
-    for share in np.linspace(0, 1, 6):
-        x, y = xs.min() + share * x_span, share * y_span
-        across, up = place(x, y)
-        draw.line([(across, bottom), (across, top)], FAINT, SCALE)
-        draw.text((across, bottom + 5 * SCALE), f"{x:.3g}", INK, small, anchor="mt")
-        draw.line([(left, up), (right, up)], FAINT, SCALE)
-        draw.text((left - 6 * SCALE, up), f"{y:.3g}", INK, small, anchor="rm")
-    draw.text(((left + right) / 2, height - 4 * SCALE), x_label, INK, font, anchor="md")
-    draw.text((4 * SCALE, 4 * SCALE), y_label, INK, font)
+    place = canvas.axes((62, 30, 546, 294), (xs.min(), xs.max()), (0, 1.1 * ys.max()), x_label, y_label, ticks=6)
 
     # The lines, and above them their names.
-    name_x = left + font.getlength(y_label)
-    for colour, (name, (x, y)) in zip(LINES, series.items()):
+    small = ImageFont.load_default(12)
+    name_x = 74 + small.getlength(y_label)
+    for colour, (name, (x, y)) in zip(canvas.lines, series.items()):
         points = [place(*p) for p in zip(x, y)]
         if name == "measured":
-            for px, py in points:
-                draw.ellipse([px - 7, py - 7, px + 7, py + 7], colour)
+            for point in points:
+                canvas.dot(*point, colour, 3.5)
         else:
-            draw.line(points, colour, 2 * SCALE, joint="curve")
-        draw.line([(name_x, 15 * SCALE), (name_x + 18 * SCALE, 15 * SCALE)], colour, 3 * SCALE)
-        draw.text((name_x + 24 * SCALE, 15 * SCALE), name, INK, small, anchor="lm")
-        name_x += small.getlength(name) + 40 * SCALE
-    return out
+            canvas.line(points, colour)
+        canvas.line([(name_x, 17), (name_x + 18, 17)], colour, 3)
+        canvas.text(name_x + 24, 17, name, 12, "lm")
+        name_x += small.getlength(name) + 40
+    return canvas.finish()

@@ -1,4 +1,4 @@
-"""common/pictures.py: whatever the file, the picture that a person sees; maps and edits lie where it has them."""
+"""common/pictures.py: whatever the file, the picture that a person sees; maps and edits lie where it has them. Axes."""
 
 import json
 import struct
@@ -11,6 +11,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageFont, PngImagePlugin, TiffImagePlugin, TiffTags
 
 from common import colours, pictures
+from common.canvas import round_ticks
 from tests.pictures import grey_profile, noise, swapped_profile
 from tests.runs import MEADOW, fails
 
@@ -312,3 +313,11 @@ def test_a_maps_greys_are_numbers():
     picture = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (4, 1)))
     picture.info["icc_profile"] = grey_profile(gamma=1.2)
     assert np.array_equal(np.asarray(pictures.map_to_grey(picture)), np.asarray(picture))
+
+
+def test_ticks_are_round_and_0_is_one_of_them():
+    assert round_ticks(0, 8.65, 4) == [0, 2, 4, 6, 8]
+    assert round_ticks(-3, 3, 5) == [-2, 0, 2]
+    assert round_ticks(1000, 0, 5) == [0, 200, 400, 600, 800, 1000]
+    assert round_ticks(0, 1, 6) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert 0 in round_ticks(-0.003, 0.0071, 5)

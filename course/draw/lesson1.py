@@ -2,7 +2,7 @@
 
 import torch
 
-from course.draw.canvas import Canvas, heat
+from common.canvas import Canvas, heat
 from course.draw.toy import draw_noise, load_toy, read_picture
 
 TIMESTEPS = 1, 250, 500, 750, 999

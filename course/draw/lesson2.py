@@ -3,8 +3,8 @@
 import torch
 
 import samplers
+from common.canvas import Canvas
 from course.checks.lesson2 import two_bumps
-from course.draw.canvas import Canvas
 from course.draw.toy import draw_noise, load_toy
 from diffusion import Schedule
 

@@ -3,7 +3,7 @@
 import torch
 
 import samplers
-from course.draw.canvas import Canvas, heat
+from common.canvas import Canvas, heat
 from course.draw.toy import draw_noise, load_toy, read_picture, watch_attention
 
 PROMPT = "a purple mushroom on sand at sunset"

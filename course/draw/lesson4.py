@@ -4,7 +4,7 @@ import torch
 
 import diffdiff
 import samplers
-from course.draw.canvas import Canvas
+from common.canvas import Canvas
 from course.draw.toy import draw_noise, load_toy, read_map, read_picture
 
 PROMPT = "snow at night"

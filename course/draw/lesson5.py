@@ -3,7 +3,7 @@
 import torch
 
 import warp
-from course.draw.canvas import Canvas, to_picture
+from common.canvas import Canvas, to_picture
 
 SIDE = 64
 MOVE = 21.5  # pixels to the right

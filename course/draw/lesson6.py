@@ -6,8 +6,8 @@ import torch
 import collage
 import data
 import warp
+from common.canvas import Canvas, heat
 from common.run_state import generator_at
-from course.draw.canvas import Canvas, heat
 from toy.clips import FRAMES, Clip
 from toy.motion import flow_between, move
 from toy.world import random_scenes, render

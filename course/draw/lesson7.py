@@ -4,7 +4,7 @@ import torch
 from PIL import ImageFont
 
 import diffdiff
-from course.draw.canvas import Canvas, heat, to_picture
+from common.canvas import Canvas, heat, to_picture
 from course.draw.toy import draw_noise, load_toy_mfx, watch_attention
 from reproduce.mfx_tables import fix_up, make_user_edits
 

@@ -1,8 +1,8 @@
 """Lesson 8's figure: error bars, and what pairing does to them."""
 
 import mfx
+from common.canvas import Canvas
 from common.cli import TOY_MFX
-from course.draw.canvas import Canvas
 from course.solutions.lesson8 import paired_difference, standard_error
 from reproduce.mfx_tables import fix_up, make_user_edits
 
@@ -46,7 +46,6 @@ def draw_bars(folder, dark):
     high = max(mean + 2.2 * max(errors) for _, mean, *errors in bars)
     place = canvas.axes((480, 34, 745, 286), (0, 2), (low, high), "", "less Magic Fixup's: bars of two errors", ticks=5)
     canvas.box(474, 289, 750, 306, canvas.paper)
-    canvas.line([place(0, 0), place(2, 0)], canvas.ink, 1)
     for i, (what, mean, loose, paired) in enumerate(bars):
         draw_bar(canvas, place, i + 0.3, mean, 2 * loose, canvas.faint)
         draw_bar(canvas, place, i + 0.7, mean, 2 * paired, canvas.ink)

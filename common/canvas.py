@@ -1,4 +1,4 @@
-"""What the figures are drawn with: text, lines, pictures and axes, in light or dark, with Pillow alone.
+"""What charts and figures are drawn with: text, lines, pictures and axes, in light or dark, with Pillow alone.
 
     canvas = Canvas(640, 300, dark=False)
     canvas.text(320, 20, "nested masks", size=18, anchor="mm")
@@ -85,7 +85,10 @@ class Canvas:
         return top + height
 
     def axes(self, box, x_range, y_range, x_label="", y_label="", ticks=5):
-        """Axes in box (left, top, right, bottom), the numbers outside -> place(x, y): where a point of them is drawn"""
+        """Axes in box (left, top, right, bottom), about `ticks` round numbers outside, and a thicker line at 0
+
+        -> place(x, y): where a point of them is drawn
+        """
         left, top, right, bottom = box
 
         def place(x, y):
@@ -93,22 +96,34 @@ class Canvas:
             up = (y - y_range[0]) / (y_range[1] - y_range[0])
             return left + across * (right - left), bottom - up * (bottom - top)
 
-        for share in np.linspace(0, 1, ticks):
-            x = x_range[0] + share * (x_range[1] - x_range[0])
-            y = y_range[0] + share * (y_range[1] - y_range[0])
-            self.line([place(x, y_range[0]), place(x, y_range[1])], self.faint, 1)
-            self.line([place(x_range[0], y), place(x_range[1], y)], self.faint, 1)
-            self.text(place(x, y)[0], bottom + 4, f"{x:.4g}", 11, "ma")
-            self.text(left - 5, place(x, y)[1], f"{y:.4g}", 11, "rm")
+        for x in round_ticks(*x_range, ticks):
+            self.line([place(x, y_range[0]), place(x, y_range[1])], self.faint, 1 if x else 2)
+            self.text(place(x, 0)[0], bottom + 4, f"{x:.4g}", 11, "ma")
+        for y in round_ticks(*y_range, ticks):
+            self.line([place(x_range[0], y), place(x_range[1], y)], self.faint, 1 if y else 2)
+            self.text(left - 5, place(0, y)[1], f"{y:.4g}", 11, "rm")
         self.text((left + right) / 2, bottom + 20, x_label, 12, "ma")
         self.text(left, top - 6, y_label, 12, "ld")
         return place
 
+    def finish(self):
+        """-> picture"""
+        return coarsen(self.image.reduce(FINE))
+
     def save(self, folder, name):
         """-> the path: folder/NAME.png, or folder/NAME-dark.png"""
         path = Path(folder) / f"{name}{'-dark' * self.dark}.png"
-        save_picture(coarsen(self.image.reduce(FINE)), path, {})
+        save_picture(self.finish(), path, {})
         return path
+
+
+def round_ticks(start, end, count):
+    """-> about `count` multiples of 1, 2 or 5 times a power of ten, from the lesser of start and end to the other"""
+    rough = abs(end - start) / (count - 1)
+    power = 10 ** math.floor(math.log10(rough))
+    step = power * min((1, 2, 5, 10), key=lambda n: abs(math.log(n * power / rough)))
+    low, high = min(start, end) / step, max(start, end) / step
+    return [step * i for i in range(math.ceil(low - 1e-6), math.floor(high + 1e-6) + 1)]
 
 
 def coarsen(picture):
