@@ -1,6 +1,7 @@
 """The segments of a whole photo, found without a network, and a segment's outline for edits.json.
 
-(networks/automask.py finds better ones.)
+(networks/automask.py finds better ones. Those of video.estimators are for pairs: of one mean colour,
+so that a shaded thing, which is one segment here, is many there.)
 """
 
 import heapq
