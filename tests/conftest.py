@@ -4,6 +4,19 @@ import pytest
 
 import bench.peers  # noqa: F401, makes torchvision importable where it was built for another PyTorch
 import mfx
+import sd
+from tests import small
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Small models of 16x16 pixels, a folder each: sd1, sd2, an XL's base and refiner. No test writes to them."""
+    folder = tmp_path_factory.mktemp("models")
+    for kind in ("sd1", "sd2"):
+        sd.save(small.stable_diffusion(kind), folder / kind)
+    for kind in ("base", "refiner"):
+        sd.save(small.stable_diffusion_xl(kind), folder / kind)
+    return folder
 
 
 @pytest.fixture

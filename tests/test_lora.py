@@ -329,11 +329,9 @@ def test_a_picture_with_loras(tmp_path, capsys):
     assert same_picture(run(tmp_path, *edit, "--weights", tmp_path / "plain", "--lora", f"{files[0]}:0"), plain)
 
 
-def test_with_a_refiner_the_base_changes(tmp_path):
-    for kind in ("base", "refiner"):
-        sd.save(small.stable_diffusion_xl(kind), tmp_path / kind)
+def test_with_a_refiner_the_base_changes(tmp_path, folders):
     model = small.stable_diffusion_xl()
     file = loras.save(tmp_path / "it.safetensors", loras.kohya(loras.make(model), model))
-    this = ["--weights", tmp_path / "base", "--refiner", tmp_path / "refiner", "--prompt", "cats", "--switch"]
+    this = ["--weights", folders / "base", "--refiner", folders / "refiner", "--prompt", "cats", "--switch"]
     assert not same_picture(run(tmp_path, *this, 1, "--lora", file), run(tmp_path, *this, 1))
     assert same_picture(run(tmp_path, *this, 0, "--lora", file), run(tmp_path, *this, 0))

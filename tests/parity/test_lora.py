@@ -12,18 +12,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft", reason="diffusers reads no LoRA without peft")
 
 PIPELINES = {"sd1": diffusers.StableDiffusionPipeline, "sd2": diffusers.StableDiffusionPipeline,
-             "xl": diffusers.StableDiffusionXLPipeline}
+             "base": diffusers.StableDiffusionXLPipeline}
 # Layers that diffusers' own conversion of kohya's names knows
 KNOWN = "attn[12]|ff.net|proj_in|proj_out|self_attn|mlp|conv1|conv2|conv_shortcut|time_emb_proj|samplers"
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lora")
-    for kind in ("sd1", "sd2"):
-        sd.save(small.stable_diffusion(kind), folder / kind)
-    sd.save(small.stable_diffusion_xl(), folder / "xl")
-    return folder
 
 
 def open_peer(folders, kind):
@@ -50,8 +41,8 @@ def compare(folders, kind, file, weight, lora):
     assert changed == len(lora)
 
 
-KOHYA = [("sd1", loras.kohya), ("sd2", loras.kohya), ("xl", loras.kohya),
-         ("xl", loras.original)]  # diffusers takes the latter of an XL alone
+KOHYA = [("sd1", loras.kohya), ("sd2", loras.kohya), ("base", loras.kohya),
+         ("base", loras.original)]  # diffusers takes the latter of an XL alone
 
 
 @pytest.mark.parametrize("kind, write", KOHYA)
@@ -62,7 +53,7 @@ def test_kohyas_layout(tmp_path, folders, kind, write):
 
 
 @pytest.mark.parametrize("kind, endings, dora", [
-    ("sd1", "PEFT", None), ("xl", "dots", None), ("sd2", "processor", None), ("xl", "PEFT", "out")])
+    ("sd1", "PEFT", None), ("base", "dots", None), ("sd2", "processor", None), ("base", "PEFT", "out")])
 def test_diffusers_own_layouts(tmp_path, folders, kind, endings, dora):
     """Which have no alpha. A DoRA at weight 1, where all agree on what it is; of kohya's, diffusers leaves out the
     magnitudes. That every layout is the same in every model, tests/test_lora.py holds."""
@@ -75,12 +66,12 @@ def test_diffusers_own_layouts(tmp_path, folders, kind, endings, dora):
 def test_a_file_that_diffusers_wrote(tmp_path, folders):
     """Of layers trained by PEFT, with an alpha that is said beside the tensors."""
     peft = pytest.importorskip("peft")
-    pipe = open_peer(folders, "xl")
+    pipe = open_peer(folders, "base")
     config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, target_modules=["to_q", "conv1", "proj_in"],
                              alpha_pattern={"conv1": 2})
     pipe.unet.add_adapter(config)
     layers = peft.get_peft_model_state_dict(pipe.unet)
     more = {"unet_lora_adapter_metadata": pipe.unet.peft_config["default"].to_dict()}
     pipe.save_lora_weights(tmp_path, unet_lora_layers=layers, **more)
-    lora = loras.make(sd.load(folders / "xl"), only=r"unet.*(to_q|conv1|proj_in)$")
-    compare(folders, "xl", tmp_path / "pytorch_lora_weights.safetensors", 0.7, lora)
+    lora = loras.make(sd.load(folders / "base"), only=r"unet.*(to_q|conv1|proj_in)$")
+    compare(folders, "base", tmp_path / "pytorch_lora_weights.safetensors", 0.7, lora)

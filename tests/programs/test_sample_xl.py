@@ -5,19 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-import sd
-from tests import small
 from tests.runs import GRADIENT, MEADOW, run, same_picture
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Base and refiner, 16 x 16 pixels"""
-    folder = tmp_path_factory.mktemp("xl")
-    for kind in ("base", "refiner"):
-        sd.save(small.stable_diffusion_xl(kind), folder / kind)
-    return folder / "base", folder / "refiner"
-
 
 EDITS = {
     "map": ["--image", MEADOW, "--change-map", GRADIENT],
@@ -28,7 +16,7 @@ EDITS = {
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_every_edit(tmp_path, folders, edit):
-    base, refiner = folders
+    base, refiner = folders / "base", folders / "refiner"
     words = ["--weights", base, "--prompt", "a red circle", *EDITS[edit]]
     alone = run(tmp_path, *words)
     said = json.loads(Image.open(tmp_path / "out.png").text["parameters"])

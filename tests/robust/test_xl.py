@@ -16,15 +16,6 @@ from tests import small
 from tests.runs import MEADOW, fails, run
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("xl")
-    for kind in ("base", "refiner"):
-        sd.save(small.stable_diffusion_xl(kind), folder / kind)
-    sd.save(small.stable_diffusion("sd1"), folder / "sd1")
-    return folder
-
-
 def test_a_model_in_another_ones_place(tmp_path, folders, capsys):
     words = ["--prompt", "cats", "--steps", 2, "--out", tmp_path / "out.png", "--weights"]
     base, refiner, old = (folders / name for name in ("base", "refiner", "sd1"))
