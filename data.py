@@ -255,6 +255,11 @@ def try_pair(*task):
         return e
 
 
+def lose_pair(recipe, clip, *_):
+    """A clip during which a worker dies, as a decoder does of some broken videos -> Rejected"""
+    return Rejected("broken", f"{clip[1]} ends the process that reads it")
+
+
 # --------------------------------------------------------------------------------------------------
 # From pairs to shards
 
@@ -283,7 +288,7 @@ def make_shards(args):
              for k in numbers)
 
     # Results come in the order of the tasks, however many workers there are.
-    results = shards.run_in_order(try_pair, tasks, args.workers)
+    results = shards.run_in_order(try_pair, tasks, args.workers, lose_pair)
     counts = Counter()
     start = time.perf_counter()
     unit = "clip" if recipe.pairs == 1 else "pair"
@@ -371,7 +376,7 @@ def main(argv=None):
         with report_errors(parser, memory, "what is done is kept; the same command goes on"):
             make_shards(args)
     except BrokenProcessPool:
-        parser.error("a worker died: too little memory, or a video that crashes the decoder. "
+        parser.error("workers died of two clips in a row: too little memory, or a driver that fails. "
                      "What is done is kept")
 
 

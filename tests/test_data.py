@@ -1,7 +1,10 @@
 """data.py: from a video to a pair, and the order in which pairs are read."""
 
 import json
+import os
+import signal
 import tarfile
+from concurrent.futures.process import BrokenProcessPool
 
 import cv2
 import numpy as np
@@ -150,6 +153,29 @@ def test_what_is_added_leaves_the_work_before_it():
     more = shards.list_work(1000, 30_000, 3)
     assert more[: len(first)] == first and [k for numbers in more for k in numbers] == list(range(31_003))
     assert max(map(len, more)) == 256
+
+
+def kill(process, number):
+    if process == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number, os.environ["LOCAL_RANK"]
+
+
+@pytest.mark.slow
+def test_a_task_that_kills_its_process_is_lost_alone(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "6")
+    got = list(shards.run_in_order(kill, ((5, i) for i in range(20)), 2, lambda _, i: (-i, "7")))
+    assert [i for i, _ in got] == [*range(5), -5, *range(6, 20)] and {rank for _, rank in got} <= {"6", "7"}
+    with pytest.raises(BrokenProcessPool):
+        list(shards.run_in_order(kill, ((i, i) for i in range(20)), 2, lambda *_: None))
+
+
+@pytest.mark.parametrize("device, rank, own", [("cuda", "6", "cuda:2"), ("cuda:1", "6", "cuda:1"), ("cpu", "6", "cpu")])
+def test_processes_take_gpus_in_turn(monkeypatch, device, rank, own):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(estimators.published, "load", lambda kind, path, device: device)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert estimators.load_model.__wrapped__("raft", None, torch.device(device)) == torch.device(own)
 
 
 def test_clips_keep_their_order_and_new_ones_come_last(tmp_path):

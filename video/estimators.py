@@ -6,6 +6,7 @@ the same kind of result, and need a file each (checkpoints/published.py). Pictur
 
 import functools
 import heapq
+import os
 
 import cv2
 import numpy as np
@@ -158,6 +159,9 @@ def find_weights(recipe, folder):
 
 @functools.cache
 def load_model(kind, path, device):
+    """On the device. Processes take GPUs in turn, by the LOCAL_RANK of torchrun or `shards.start_worker`."""
+    if str(device) == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     return published.load(kind, path, device=device)
 
 

@@ -13,6 +13,7 @@ import tarfile
 import threading
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -66,8 +67,11 @@ def order_clips(out, clips, known):
     return [old[name].pop(0) for name in known] + new
 
 
-def run_in_order(make, tasks, workers):
-    """make(*task) for every task, in order, in `workers` processes, which run no further ahead than a few each."""
+def run_in_order(make, tasks, workers, lose):
+    """make(*task) for every task, in order, in `workers` processes, which run no further ahead than a few each.
+
+    lose  (*task) -> the result of a task that a process dies of. BrokenProcessPool: they die of two tasks in a row
+    """
     if workers == 1:
         threads = torch.get_num_threads()
         quieten()
@@ -76,25 +80,62 @@ def run_in_order(make, tasks, workers):
         finally:
             torch.set_num_threads(threads)
         return
+    tasks = iter(tasks)
+    while True:
+        ahead = deque()
+        try:
+            yield from run_ahead(make, tasks, workers, ahead)
+            return
+        except BrokenProcessPool:  # the results of all tasks that were ahead are gone
+            again = deque(task for task, _ in ahead)
+
+        # One after the other, in one process: if it dies, then of the first task that is not done.
+        died = False
+        while again:
+            try:
+                for result in run_ahead(make, list(again), 1, deque()):
+                    died = False
+                    again.popleft()
+                    yield result
+            except BrokenProcessPool:
+                if died:
+                    raise
+                died = True
+                yield lose(*again.popleft())
+
+
+def run_ahead(make, tasks, workers, ahead):
+    """The same, and ahead fills with (task, future) of those whose results are not taken yet."""
+    context = get_context("spawn")
     with kept_from_children():  # multiprocessing's own helper
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker)
+        turn = context.Value("i", 0)
+        pool = ProcessPoolExecutor(workers, context, start_worker, (turn,))
+
+    def take():
+        result = ahead[0][1].result()
+        ahead.popleft()
+        return result
+
     with pool:
         try:
-            ahead = deque()
             for task in tasks:
+                ahead.append((task, None))
                 with kept_from_children():  # submitting starts a worker, which imports for seconds
-                    ahead.append(pool.submit(make, *task))
+                    ahead[-1] = task, pool.submit(make, *task)
                 if len(ahead) > 4 * workers:
-                    yield ahead.popleft().result()
+                    yield take()
             while ahead:
-                yield ahead.popleft().result()
+                yield take()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def start_worker():
-    """In a process of its own: one thread, and gone when the parent is, even by kill -9."""
+def start_worker(turn):
+    """In a process of its own: one thread, a GPU in turn, and gone when the parent is, even by kill -9."""
     quieten()
+    with turn.get_lock():
+        os.environ["LOCAL_RANK"] = str(int(os.environ.get("LOCAL_RANK", 0)) + turn.value)
+        turn.value += 1
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
