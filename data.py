@@ -376,7 +376,7 @@ def main(argv=None):
         with report_errors(parser, memory, "what is done is kept; the same command goes on"):
             make_shards(args)
     except BrokenProcessPool:
-        parser.error("workers died of two clips in a row: too little memory, or a driver that fails. "
+        parser.error("workers died of two clips in a row: too little memory, or a failing driver. "
                      "What is done is kept")
 
 
