@@ -197,8 +197,8 @@ def make_pair(recipe, clip, index, preview=False, weights=None, device="cpu"):
     """Pair `index` of the clip (name, path). -> {extension: bytes}, pictures
 
     weights, {name: path}, are the files of the recipe's networks, which run on the device. The
-    pictures are a row of the preview, or None: I, I_gt, both coarse edits with grey holes, the
-    flow's colours. Rejected: the clip cannot be read, or TRIES pairs are not good enough.
+    pictures are `draw_row`'s, or None. Rejected: the clip cannot be read, or TRIES pairs are not
+    good enough.
     """
     name, path = clip
     seed = hashlib.sha256(f"{recipe.seed} {index} {name}".encode(*shards.ANY_NAME)).digest()
@@ -222,29 +222,38 @@ def make_pair(recipe, clip, index, preview=False, weights=None, device="cpu"):
             if not tries_left:
                 raise
 
-    # Painting holes in costs more than all else in reading a pair: here it is done once, instead of
-    # in every epoch.
+    origin = dict(source=name, pair=index, times=[round(times[k], 4) for k in (i, j)], steps=j - i)
+    used = dict(segments=count, estimators=[recipe.flow, recipe.segments, recipe.depth])
+    notes = origin | dict(size=recipe.size) | moved | used
+    files = encode_pair(frames[i], frames[j], edits, notes)
+    return files, draw_row(frames[i], frames[j], edits, flow) if preview else None
+
+
+def encode_pair(I, I_gt, edits, notes):
+    """A pair's pictures, edits as of `warp_frames`, and notes -> {extension: bytes}"""
     files = {}
     for model, (coarse, holes) in edits.items():
+        # Painting holes in costs more than all else in reading a pair: here it is done once,
+        # instead of in every epoch.
         alpha = np.where(holes, 0, 255).astype(np.uint8)
         painted = np.dstack([collage.fill_holes(coarse, holes), alpha])
         files[f"{model}.png"] = shards.encode(painted, ".png", cv2.IMWRITE_PNG_COMPRESSION, 3)
-        moved[f"covered_{model}"] = round(1 - holes.mean().item(), 4)
-    for key, k in (("ref.jpg", i), ("gt.jpg", j)):
-        files[key] = shards.encode(frames[k], ".jpg", *JPEG)
-    origin = dict(source=name, pair=index, times=[round(times[k], 4) for k in (i, j)], steps=j - i)
-    used = dict(segments=count, estimators=[recipe.flow, recipe.segments, recipe.depth])
-    files["json"] = json.dumps(origin | dict(size=recipe.size) | moved | used).encode()
-    if not preview:
-        return files, None
+        notes[f"covered_{model}"] = round(1 - holes.mean().item(), 4)
+    files["ref.jpg"] = shards.encode(I, ".jpg", *JPEG)
+    files["gt.jpg"] = shards.encode(I_gt, ".jpg", *JPEG)
+    files["json"] = json.dumps(notes).encode()
+    return files
 
-    row = [frames[i], frames[j]]
+
+def draw_row(I, I_gt, edits, flow):
+    """-> the row of a preview: I, I_gt, both coarse edits with grey holes, the flow's colours"""
+    row = [I, I_gt]
     for coarse, holes in edits.values():
         row.append(np.where(holes[..., None], 128, coarse).astype(np.uint8))
     colours = warp.flow_to_colour(flow[None])[0]
     row.append((colours * 255).byte().permute(1, 2, 0).numpy())
-    side = min(256, recipe.size)
-    return files, [cv2.resize(r, (side, side), interpolation=cv2.INTER_AREA) for r in row]
+    side = min(256, len(I))
+    return [cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA) for picture in row]
 
 
 def try_pair(*task):
