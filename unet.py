@@ -115,7 +115,7 @@ class Attention(nn.Module):
         return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
 
     def forward(self, x, keys_values):
-        """x (B, N, width) -> (B, N, width)"""
+        """x (B, N, width), keys and values (B, heads, L, d) -> (B, N, width)"""
         keys, values = keys_values
         out = F.scaled_dot_product_attention(self.split_heads(self.to_q(x)), keys, values)
         return self.to_out[0](out.transpose(1, 2).flatten(2))

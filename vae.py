@@ -83,7 +83,8 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the side. It pads on the right and below only, as the published weights were trained."""
+    """(B, c, H, W) -> (B, c, H/2, W/2). It pads on the right and below only, as the published
+    weights were trained."""
 
     def __init__(self, c):
         super().__init__()
@@ -94,7 +95,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the side: nearest neighbour, then a convolution that smooths the steps."""
+    """(B, c, H, W) -> (B, c, 2H, 2W): nearest neighbour, then a convolution that smooths steps."""
 
     def __init__(self, c):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Moving pixels along optical flow: forward (splatting), backward (sampling), as a rigid collage.
+"""Moving pixels along optical flow: forward (splatting), backward (sampling), piece by piece.
 
     softsplat(x, flow, metric, mode)    forward: pixels are thrown to where the flow says
     backwarp(x, flow)                   backward: every pixel is fetched from where the flow says
@@ -274,7 +274,7 @@ def flow_to_colour(flow):
 
 
 # --------------------------------------------------------------------------------------------------
-# The rigid collage: the second motion model of Magic Fixup, section 3.5
+# Piece by piece: the second motion model of Magic Fixup, section 3.5
 
 POINTS = 500  # of each segment, for RANSAC. (The release takes 50.)
 
@@ -327,7 +327,7 @@ def piecewise_affine_warp(image, flow, segments, depth, metric=None):
             continue
         piece, (x0, y0), (v, u) = lifted
 
-        # Each pixel there is read from where it came from, X, Y. It is covered if half of it is.
+        # Each pixel there is read from where it came from, X, Y. It is covered if more than half is.
         back = torch.from_numpy(cv2.invertAffineTransform(A)).double()
         there = here[:, v, u].double()  # (2, h, w)
         X, Y = torch.einsum("ij,jhw->ihw", back[:, :2], there) + back[:, 2, None, None]  # (h, w)
