@@ -327,7 +327,7 @@ def piecewise_affine_warp(image, flow, segments, depth, metric=None):
             continue
         piece, (x0, y0), (v, u) = lifted
 
-        # Each pixel there is read from where it came from, X, Y. It is covered if more than half is.
+        # Each pixel there is read from where it came from, X, Y. More than half covered, it counts.
         back = torch.from_numpy(cv2.invertAffineTransform(A)).double()
         there = here[:, v, u].double()  # (2, h, w)
         X, Y = torch.einsum("ij,jhw->ihw", back[:, :2], there) + back[:, 2, None, None]  # (h, w)
