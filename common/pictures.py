@@ -260,7 +260,9 @@ def labelled_columns(picture, labels):
     """The picture under a bar with a label over each of as many columns of equal width."""
     edges = np.arange(len(labels) + 1) * picture.width // len(labels)
     columns = [picture.crop((a, 0, b, picture.height)) for a, b in zip(edges[:-1], edges[1:])]
-    return labelled(columns, labels, gap=0)
+    sheet = labelled(columns, labels, gap=0)
+    sheet.info["icc_profile"] = picture.info.get("icc_profile")  # its numbers are the picture's own
+    return sheet
 
 
 def on_checkerboard(picture):

@@ -81,6 +81,9 @@ def test_labels_stand_over_their_columns(tmp_path):
     assert sheet.size == (82, 54) and sheet.getpixel((0, 53)) == (255, 0, 0)
     columns = pictures.labelled_columns(Image.open(MEADOW).convert("RGB"), ["0.5", "1"])
     assert columns.size == (128, 142)
+    photo = Image.new("RGB", (20, 10))
+    photo.info["icc_profile"] = SRGB  # its numbers are kept, and so is what they mean
+    assert pictures.labelled_columns(photo, ["1"]).info["icc_profile"] == SRGB
     assert np.array_equal(np.asarray(columns)[14:], np.asarray(Image.open(MEADOW).convert("RGB")))
 
 
