@@ -46,7 +46,7 @@ def report_errors(parser, memory, kept="start again"):
     with contextlib.suppress(AttributeError):  # a letter that cannot be shown is no failure
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with interrupts.interruptible():
+        with interrupts.interruptible(), contextlib.redirect_stderr(Stderr(sys.stderr)):
             yield
     except KeyboardInterrupt as e:
         number = e.args[0] if e.args else signal.SIGINT
@@ -82,6 +82,23 @@ def tell(line):
         print(line, flush=True)
     except OSError:
         sys.stdout = None
+
+
+class Stderr:
+    """For warnings and bars: what is said goes on without it, where it is closed or no more can be written to it."""
+
+    def __init__(self, file):
+        self.file = file or open(os.devnull, "w")  # 2>&-
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, text):
+        try:
+            self.file.write(text)
+            self.file.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 def shorten_warnings(parser):

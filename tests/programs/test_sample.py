@@ -67,7 +67,7 @@ def test_a_name_that_the_output_cannot_show(tmp_path, monkeypatch):
 def test_a_full_log_is_no_failure(tmp_path):
     argv = [sys.executable, ROOT / "sample.py", "--prompt", "snow", "--steps", "10", "--out", tmp_path / "out.png"]
     with open("/dev/full", "w") as full:
-        assert subprocess.run(argv, stdout=full, stderr=subprocess.DEVNULL).returncode == 0
+        assert subprocess.run(argv, stdout=full, stderr=full).returncode == 0
     assert (tmp_path / "out.png").exists()
 
 

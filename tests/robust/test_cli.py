@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +55,16 @@ def test_a_warning_beside_a_bar_has_a_line_of_its_own(capsys, monkeypatch):
     with tqdm(total=2, file=sys.stderr):
         warnings.showwarning("look out", UserWarning, "file", 1)
     assert "it: warning: look out\n" in capsys.readouterr().err.split("\r")
+
+
+@pytest.mark.parametrize("log", ["/dev/full", None])
+def test_a_warning_that_cannot_be_written_is_no_failure(monkeypatch, log):
+    if log and not Path(log).exists():
+        pytest.skip("needs /dev/full")
+    monkeypatch.setattr(sys, "stderr", log and open(log, "w"))
+    with cli.report_errors(cli.Parser(prog="it"), "buy more"):
+        for _ in range(2):
+            print("it: warning: look out", end="", file=sys.stderr, flush=True)
 
 
 def test_what_nohup_ignores_stays_ignored():
