@@ -135,6 +135,8 @@ def check(args):
         raise ValueError('say what to draw: --prompt "a red ball on grass at noon"')
     if args.prompt == AUTO and not args.image:
         raise ValueError("--prompt auto says what is in --image: say which")
+    if args.guidance not in (None, 1) and args.prompt is None and args.negative is None:
+        raise ValueError("--guidance has no effect without --prompt or --negative")
     check_guidance(args)
     check_files(args)
 
@@ -148,6 +150,8 @@ def check_files(args, named=()):
 def check_guidance(args):
     if args.negative and args.guidance == 1:
         raise ValueError("--negative has no effect with --guidance 1: say more than 1")
+    if args.guidance == 0 and (args.prompt or args.negative):
+        raise ValueError("--guidance 0 leaves --prompt out, and draws what --negative says: say 1 or more")
 
 
 def result_paths(args):
