@@ -89,13 +89,22 @@ def make_collage(edits, folder, segmenter=None):
 
 def read_json(path):
     try:
-        return json.loads(path.read_text("utf-8-sig"))
+        return json.loads(path.read_text("utf-8-sig"), object_pairs_hook=read_object)
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None
     except json.JSONDecodeError as e:
         raise ValueError(f"{path}, line {e.lineno}, column {e.colno}: not JSON: {e.msg}") from None
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not a JSON file that can be read ({e})") from None
+
+
+def read_object(pairs):
+    found = {}
+    for name, value in pairs:
+        if name in found:  # JSON itself takes the last
+            raise ValueError(f"{shorten(name)} stands twice in one {{...}}")
+        found[name] = value
+    return found
 
 
 def apply_edit(segment, edit):

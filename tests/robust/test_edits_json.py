@@ -131,6 +131,8 @@ def test_ten_thousand_pieces_and_no_more(folder):
     ('{"image": "photo.png",\n "segments": [}', r"edits.json, line 2, column 15: not JSON"),
     ("", "line 1, column 1: not JSON"),
     ("[" * 100000, "not a JSON file that can be read|not JSON"),
+    ('{"image": "photo.png", "image": "m.png", "segments": []}', r"JSON file .* .'image' stands twice in one {\.\.\.}"),
+    (EDIT % '{"scale": 2, "scale": 3}', "'scale' stands twice"),
     ("[]", r"the file is an object .* not \[\]"),
     ('{"image": "photo.png"}', 'lacks "segments"'),
     ('{"image": "photo.png", "segments": []}', "one segment or more"),
