@@ -72,12 +72,22 @@ def to_rgb(picture):
     file's own numbers. Those of grey and of CMYK are followed, to sRGB."""
     if picture.mode == "RGB" and not picture.has_transparency_data:
         return picture
+    warn_of_black(picture)
     return in_strips(lambda strip: lay_on(read_colours(strip), "white"), picture, "RGB")
 
 
 def to_rgba(picture):
     """RGBA, otherwise as to_rgb."""
+    warn_of_black(picture)
     return in_strips(lambda strip: read_colours(strip).convert("RGBA"), picture, "RGBA")
+
+
+def warn_of_black(picture):
+    high = np.asarray(picture).max() if picture.mode.startswith("I") else 0
+    if 0 < high <= 255:
+        name = getattr(picture, "filename", "") or "a picture"
+        warnings.warn(f"{name} is nearly black: it has mode {picture.mode}, in which white is 65535, and "
+                      f"nothing above {high}. If 255 is its white, save it with 8 bits", stacklevel=3)
 
 
 def map_to_grey(picture, white_is_change=False):
@@ -136,7 +146,10 @@ def deep_to_8_bit(picture):
         which = f"{getattr(picture, 'filename', '') or 'a picture'}, of mode {mode},"
         values = f"values in 0 .. {full}, not {low:g} .. {high:g}"
         raise ValueError(f"{which} should have {values}: save it with 8 bits per channel")
-    return Image.fromarray((x / full * 255).round().astype(np.uint8))
+    grey = Image.fromarray((x / full * 255).round().astype(np.uint8))
+    if "transparency" in picture.info:  # one of its tones, of which several become one of these
+        grey.putalpha(Image.fromarray(np.uint8(255) * (x != picture.info["transparency"])))
+    return grey
 
 
 # -------------------------------------------------------------------------------------------------

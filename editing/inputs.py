@@ -28,6 +28,7 @@ from common.pictures import (
     open_picture,
     picture_to_tensor,
     to_rgb,
+    to_rgba,
 )
 from editing import change_maps
 from editing.edits_json import read_edits
@@ -128,7 +129,7 @@ def alpha_of(photo, name):
         raise ValueError(f"{ALPHA} is that of --image: say which")
     if not photo.has_transparency_data:
         raise ValueError(f"{name} has no alpha: nothing in it is transparent")
-    return photo.convert("RGBA").getchannel("A")
+    return to_rgba(photo).getchannel("A")
 
 
 def warn_of_greys(picture, grey, name, mask, white_is_change):

@@ -44,6 +44,21 @@ def test_16_bit_grey_keeps_its_tones():
         assert np.abs(np.asarray(picture)[0, :, 0] - np.linspace(0, 255, 128)).max() <= 1
 
 
+def test_16_bit_grey_of_which_one_tone_is_transparent(tmp_path):
+    deep = np.array([[30000, 30001, 30002]], np.uint16)  # of 8 bits all are 117
+    Image.fromarray(deep).save(tmp_path / "in.png", transparency=30001)
+    picture = pictures.open_picture(tmp_path / "in.png")
+    assert np.asarray(pictures.to_rgba(picture))[0].tolist() == [[117] * 3 + [alpha] for alpha in (255, 0, 255)]
+    for read in (pictures.to_rgb, pictures.map_to_grey):
+        assert np.asarray(read(picture).convert("L"))[0].tolist() == [117, 255, 117]
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+def test_8_bits_in_a_file_of_more_are_told(kind):
+    with pytest.warns(UserWarning, match="in which white is 65535, and nothing above 255"):
+        pictures.to_rgb(Image.fromarray(np.array([[0, 255]], kind)))
+
+
 def test_exif_rotation_is_undone(tmp_path):
     picture = Image.new("RGB", (40, 20), "red")
     exif = picture.getexif()
