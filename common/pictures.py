@@ -35,6 +35,8 @@ KINDS = {
     ".webp": ("WEBP", 16383, {"quality": 95}),
 }
 
+SEVERAL = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")  # formats that may hold a film, or pages
+
 # Looked for in turn where Pillow's own font, of ASCII, lacks a letter: Linux, Windows, macOS
 FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "wqy-microhei.ttc",
          "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "unifont.otf", "arial.ttf", "msyh.ttc",
@@ -52,6 +54,8 @@ def open_picture(path):
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             file = Image.open(path)
         with file:
+            if file.format in SEVERAL and file.is_animated:
+                warnings.warn(f"{path} has more than one frame, or page: the first is taken", stacklevel=2)
             ImageOps.exif_transpose(file, in_place=True)
             if file.mode in ("P", "PA") and file.palette is None:
                 raise ValueError("its palette is missing")

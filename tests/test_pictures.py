@@ -202,6 +202,15 @@ def test_a_label_is_drawn_by_a_font_that_has_it_or_left_out(monkeypatch):
     assert np.asarray(sheet)[:14].min() == 255
 
 
+@pytest.mark.parametrize("ending", ["gif", "png", "webp", "tif"])
+def test_a_film_is_told_and_its_first_frame_taken(tmp_path, ending, recwarn):
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "lime")]
+    for n in (1, 2):
+        frames[0].save(tmp_path / f"in.{ending}", save_all=True, append_images=frames[1:n])
+        assert greatest(pictures.to_rgb(pictures.open_picture(tmp_path / f"in.{ending}")), frames[0]) < 3
+        assert ["more than one frame" in str(w.message) for w in recwarn] == [True] * (n - 1)
+
+
 def test_a_picture_with_damaged_exif_is_told(tmp_path, capsys):
     exif, plain = b"MM\0*", Path(MEADOW).read_bytes()  # a header that ends too soon
     chunk = struct.pack(">I", len(exif)) + b"eXIf" + exif + struct.pack(">I", zlib.crc32(b"eXIf" + exif))
