@@ -14,13 +14,14 @@ import diffdiff
 from checkpoints import published
 from checkpoints.parts import TOY_CAPTIONER, load_part
 from common.cli import tell
-from common.colours import to_srgb
+from common.colours import colour_transform, to_srgb
 from common.files import read_json
 from common.pictures import (
     KINDS,
     STRIP,
     fit_edit,
     fitted_size,
+    lay_on,
     map_over,
     map_to_grey,
     map_to_tensor,
@@ -95,6 +96,8 @@ def read(args, dtype, device):
         raise ValueError(f"{args.out}: this format does not hold {size}, say .png")
 
     drawn = args.change_map or args.mask
+    if args.paste_back and photo and not args.edit:
+        warn_of_loss(photo, args.image, drawn == ALPHA)
     if spec:
         network = networks[spec.network]
         image = np.asarray(to_srgb(original))
@@ -132,13 +135,34 @@ def alpha_of(photo, name):
     return to_rgba(photo).getchannel("A")
 
 
+def warn_of_loss(photo, name, repainted):
+    """A word where --paste-back does not keep a photograph's own pixels.
+
+    repainted  what is transparent in it
+    """
+    profile = photo.info.get("icc_profile")
+    clear = photo.has_transparency_data and alpha_of(photo, name).getextrema()[0] < 255
+    lost = {
+        f"mode {photo.mode}": photo.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"),
+        "transparency": clear and not repainted,
+        "profile of grey": photo.mode in ("L", "LA") and colour_transform(profile, "L") is not None,
+    }
+    if any(lost.values()):
+        what = " and ".join(word for word, is_lost in lost.items() if is_lost)
+        warnings.warn(f"--paste-back does not keep the {what} of {name}: it becomes RGB of 8 bits", stacklevel=2)
+
+
 def warn_of_greys(picture, grey, name, mask, white_is_change):
     """A word where the greys, L, of a map or mask, as it was opened, hardly mean what they do."""
     low, high = grey.getextrema()
     deep = picture.mode[0] in "IF" and np.asarray(picture).max() > 0  # its 1 of 65535 is 0 of 255
     steps = np.asarray(grey)
     steps = cv2.erode(cv2.inRange(steps, 26, 229), np.ones((3, 3)))  # not at the rim of a shape
-    if high < 26 and (high or deep):
+    few = (grey if picture.mode[0] in "IF" else picture).resize((256, 256), Image.Resampling.NEAREST)
+    colours = np.ptp(np.asarray(lay_on(few, "white")), axis=2)
+    if np.mean(colours > 64) > 0.01:
+        word = f"{name} is coloured: of its colours only the grey counts, 0.3 red + 0.59 green + 0.11 blue"
+    elif high < 26 and (high or deep):
         word = (f"nothing in {name} is lighter than {high or 1} of 255, so all of it counts as about "
                 "black: if its values are 0 and 1, or labels, spread them over 0 .. 255")
     elif low == high == (0 if white_is_change else 255):
@@ -156,6 +180,10 @@ def warn_of_greys(picture, grey, name, mask, white_is_change):
 def fit_map(args, mu, original, size):
     """The map, mask or strengths at `size` (width, height) -> (1, 1, H, W); None: there are none"""
     width, height = size
+    aspect = width / height / (original.width / original.height)
+    cut = 1 - min(aspect, 1 / aspect)
+    if cut > 0.1:
+        warnings.warn(f"{cut:.0%} of the picture is cut off, for a size of {width}x{height}", stacklevel=2)
     if args.strength_fan or args.strength is not None:
         strengths = args.strength_fan or [args.strength]
         return diffdiff.strength_fan_map(strengths, height, width)

@@ -8,7 +8,7 @@ from PIL import Image, ImageCms
 import diffdiff
 from common.pictures import picture_to_tensor
 from editing import inputs, paste
-from tests.pictures import swapped_profile
+from tests.pictures import grey_profile, swapped_profile
 from tests.runs import fails, last_line, run
 
 SIZE = 160, 104  # as the toy sees 3:2
@@ -103,6 +103,23 @@ def test_a_damaged_profile_is_no_reason_to_refuse(profile):
     *_, over_photo = paste.prepare(photo, None, torch.ones(1, 1, 20, 30), (24, 16))
     pasted = over_photo(Image.new("RGB", (24, 16)))
     assert np.array_equal(np.asarray(pasted), np.asarray(photo)) and not pasted.info
+
+
+def grey_with_profile(photo):
+    photo = photo.convert("L")
+    photo.info["icc_profile"] = grey_profile(gamma=1.2)
+    return photo
+
+
+@pytest.mark.parametrize("change, lost", [
+    (lambda p: p.convert("CMYK"), "mode CMYK"), (lambda p: Image.new("I;16", p.size), "mode I;16"),
+    (grey_with_profile, "profile of grey"), (lambda p: p.putalpha(9) or p, "transparency"),
+    (lambda p: p.convert("RGBA"), None), (lambda p: p.convert("L"), None), (lambda p: p.convert("P"), None),
+])  # fmt: skip
+def test_what_of_a_photograph_cannot_be_kept_is_told(recwarn, change, lost):
+    photo = change(random_photo(30, 20))
+    inputs.warn_of_loss(photo, "photo.tif", repainted=False)
+    assert [f"does not keep the {lost} of photo.tif" in str(w.message) for w in recwarn] == [True] * bool(lost)
 
 
 @pytest.mark.parametrize("kind", ["image", "collage"])

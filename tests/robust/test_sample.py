@@ -96,6 +96,18 @@ def test_a_deep_mask_that_is_nearly_black(tmp_path, white, kind):
     hear(tmp_path, np.array([0, white], kind), "--mask", "lighter than 1 of 255")
 
 
+def test_a_coloured_map(tmp_path):
+    hear(tmp_path, np.uint8([[255, 0, 0], [255, 255, 255]]), "--change-map", "only the grey counts")
+    hear(tmp_path, np.uint8([[60, 90, 70], [255, 255, 255]]), "--change-map", None)
+
+
+def test_a_picture_of_which_much_is_cut_is_told(recwarn):
+    for size in ((128, 120), (400, 100)):
+        _, args = options.parse(["--image", MEADOW, "--strength", "0.5"], "")
+        inputs.fit_map(args, None, Image.new("RGB", (100, 100)), size)
+    assert [str(w.message) for w in recwarn] == ["75% of the picture is cut off, for a size of 400x100"]
+
+
 def test_a_deep_mask_of_the_other_byte_order(tmp_path):
     Image.frombytes("I;16B", (128, 128), np.full((128, 128), 200, ">u2").tobytes()).save(tmp_path / "map.tif")
     hear_of(tmp_path / "map.tif", "--mask", "lighter than 1 of 255")
@@ -103,8 +115,8 @@ def test_a_deep_mask_of_the_other_byte_order(tmp_path):
 
 def hear(tmp_path, values, option, said):
     """Columns of these values as a map or a mask: what is said of it, once, or nothing"""
-    row = np.repeat(values, 128 // len(values) + 1)[:128]
-    hear_of(save(tmp_path / "map.tif", np.tile(row, (128, 1))), option, said)
+    row = np.repeat(values, 128 // len(values) + 1, axis=0)[:128]
+    hear_of(save(tmp_path / "map.tif", np.stack([row] * 128)), option, said)
 
 
 def hear_of(path, option, said):
