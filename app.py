@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request. `serve` sets what belongs to all: the studio, the page, who may ask."""
 
     timeout = 60  # seconds without a byte: an upload that was cut off ends
-    studio = page = rules = hosts = token = None
+    studio = page = rules = hosts = token = cookie = None
 
     def log_message(self, *_):
         pass
@@ -109,8 +109,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def has_token(self):
         """In the address that was printed, or afterwards in a cookie"""
-        query = parse_qs(urlsplit(self.path).query).get("token", [""])[0]
-        kept = re.search(r"app-token=([\w-]+)", self.headers.get("Cookie", ""))
+        query = parse_qs(self.path.partition("?")[2]).get("token", [""])[0]
+        kept = re.search(rf"{self.cookie}=([\w-]+)", self.headers.get("Cookie", ""))
         given = kept[1] if kept and not query else query
         return hmac.compare_digest(given.encode(), self.token.encode())
 
@@ -203,7 +203,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in self.rules.items():
             self.send_header(name, value)
         if self.token and self.has_token():
-            self.send_header("Set-Cookie", f"app-token={self.token}; HttpOnly; SameSite=Strict")
+            self.send_header("Set-Cookie", f"{self.cookie}={self.token}; HttpOnly; SameSite=Strict")
         self.end_headers()
         self.wfile.write(body)
 
@@ -233,14 +233,16 @@ def make_server(args):
         server = Server((args.host or "127.0.0.1", args.port), handler)
     except OSError as e:
         raise ValueError(f"{args.host or '127.0.0.1'}:{args.port} cannot be used ({e.strerror}): "
-                         "choose another --port") from None
+                         f"choose another {'--host or ' if args.host else ''}--port") from None
     port = server.server_address[1]
+    handler.cookie = f"app-token-{port}"  # a browser sends one machine's cookies to all its ports
     if args.host:
         handler.token = secrets.token_urlsafe()
         name = socket.gethostname() if args.host == "0.0.0.0" else args.host
         address = f"http://{name}:{port}/?token={handler.token}"
     else:
-        handler.hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
+        ends = [":80", ""] if port == 80 else [f":{port}"]  # browsers leave 80 out
+        handler.hosts = {name + end for name in ("127.0.0.1", "localhost") for end in ends}
         address = f"http://127.0.0.1:{port}/"
     handler.studio = Studio(args, make_runner())
     return server, address

@@ -21,6 +21,17 @@ RESULT = r"\d{8}-\d{6}-[0-9a-f]{8}"  # a job's id, and the name of its folder
 FILE = r"(picture|map|coarse|out(-\d+)?)\.png|edits\.json"  # in it
 WAITING = 20  # in line
 
+usual_warning = warnings.showwarning
+edit = threading.local()  # .notes: the warnings of the edit that a thread makes
+
+
+def take_warning(message, *more):
+    """A warning is a note of the edit in whose thread it is given: a page's upload may warn meanwhile."""
+    if hasattr(edit, "notes"):
+        edit.notes.append(str(message))
+    else:
+        usual_warning(message, *more)
+
 
 class Cancelled(Exception):
     pass
@@ -66,13 +77,14 @@ class Jobs:
     def read_result(self, path):
         """A result of an earlier time. What is left of an edit that was interrupted is deleted."""
         if not (path / "job.json").exists():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # it may be a file of somebody's
             return
         try:
             job = Job(path.name, state="done", **read_json(path / "job.json"))
             names = [str(name) for name in job.pictures]
             if job.kind not in uploads.FIELDS or not all(re.fullmatch(FILE, name) for name in names):
                 raise ValueError("it is not of this program")
+            uploads.check_parameters(job.kind, job.parameters)
             job.describe()  # raises for a command of anything but words
             self.change(job)
         except (ValueError, TypeError) as e:
@@ -143,12 +155,12 @@ class Jobs:
         self.idle.wait(60)
 
     def finish(self, job):
-        with warnings.catch_warnings(record=True) as notes:
-            warnings.simplefilter("always", UserWarning)
-            self.run(job, self.watcher(job))
+        edit.notes, warnings.showwarning = [], take_warning
+        warnings.simplefilter("always", UserWarning)
+        self.run(job, self.watcher(job))
         names = [path.name for path in options.result_paths(options.parse(job.argv, "")[1])]
         said = {"kind": job.kind, "parameters": job.parameters, "argv": job.argv, "pictures": names,
-                "notes": [str(note.message) for note in notes]}
+                "notes": edit.notes}
         with self.changes:
             if job.state == "cancelled":
                 raise Cancelled

@@ -32,6 +32,8 @@ def read_picture(data):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             width, height = Image.open(Upload(data), formats=FORMATS).size
+    except Image.DecompressionBombError:
+        raise ValueError(f"the picture has more than {PIXELS // 10**6} megapixels: save it smaller") from None
     except Exception:  # a damaged file can fail in any way
         raise ValueError(f"this is no picture that can be read, of {', '.join(FORMATS)}") from None
     if width * height > PIXELS:

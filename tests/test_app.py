@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+import warnings
 from unittest import mock
 
 import numpy as np
@@ -113,11 +114,26 @@ def test_another_machine_needs_the_token(tmp_path):
         status, headers, _ = made.ask("GET", "/?" + made.address.partition("?")[2], Host="some.machine:1")
         cookie = headers["Set-Cookie"]
         assert status == 200 and "HttpOnly" in cookie and "SameSite=Strict" in cookie
+        assert f"-{made.port}=" in cookie  # another port's program has another
+        status, _, said = made.ask("GET", "http://[x?" + made.address.partition("?")[2], Host="x")
+        assert status == 400 and set(said) == {"error"}
         assert made.ask("GET", "/about", Cookie=cookie.partition(";")[0])[0] == 200
         assert made.ask("GET", "/about", Cookie=cookie.partition(";")[0], Sec_Fetch_Site="cross-site")[0] == 403
     finally:
         made.server.shutdown()
         made.server.server_close()
+
+
+def test_at_port_80_browsers_name_no_port(tmp_path, monkeypatch):
+    monkeypatch.setattr(app, "Server", made := mock.Mock(return_value=mock.Mock(server_address=("127.0.0.1", 80))))
+    monkeypatch.setattr(app, "Studio", mock.Mock())
+    app.make_server(app.parse([])[1])
+    assert made.call_args.args[1].hosts == {"127.0.0.1", "127.0.0.1:80", "localhost", "localhost:80"}
+
+
+def test_a_host_that_is_not_here():
+    with pytest.raises(ValueError, match="choose another --host or --port"):
+        app.make_server(app.parse(["--host", "192.0.2.1"])[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,6 +197,11 @@ def test_a_picture_of_100_megapixels_and_a_body_too_large(client, monkeypatch):
     assert "megapixels" in client.post("/pictures", png((10000, 10000), "1"))["error"]
     monkeypatch.setattr(app, "BODY", 1000)
     assert "larger than" in client.post("/pictures", b"x" * 3_000_000)["error"]
+
+
+def test_a_picture_over_pillows_own_limit(client, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert "64 megapixels" in client.post("/pictures", png())["error"]
 
 
 def test_an_upload_that_breaks_off(client):
@@ -301,10 +322,32 @@ def test_jobs_whose_folders_are_deleted(tmp_path):
     assert seen() == ["cancelled", "cancelled", "failed"] and "a bug" in made.all["next"].notes[0]
 
 
-@pytest.mark.parametrize("argv", [[1], None, 3])
-def test_a_result_with_a_senseless_command_is_left_out(tmp_path, capsys, argv):
+def test_a_warning_is_a_note_of_the_edit_that_gives_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "usual_warning", elsewhere := mock.Mock())
+
+    def run(job, watch):
+        upload = threading.Thread(target=lambda: warnings.warn("of an upload", stacklevel=1))
+        upload.start()
+        upload.join()
+        warnings.warn("of the edit", stacklevel=1)
+
+    made = jobs.Jobs(tmp_path, run)
+    made.add(jobs.Job("one", "map", {}, ["--prompt=snow"]))
+    with made.changes:
+        assert made.changes.wait_for(lambda: made.all["one"].state == "done", 10)
+    assert made.all["one"].notes == ["of the edit"] and str(elsewhere.call_args.args[0]) == "of an upload"
+
+
+def test_a_file_that_is_named_like_a_result_stays(tmp_path):
+    file = tmp_path / "20200101-000000-00000000"
+    file.write_text("mine")
+    assert not jobs.Jobs(tmp_path, None).all and file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("argv, parameters", [([1], {}), (None, {}), (3, {}), ([], None), ([], {"steps": "3"})])
+def test_a_senseless_result_is_left_out(tmp_path, capsys, argv, parameters):
     folder = tmp_path / "20200101-000000-00000000"
-    write_json(folder / "job.json", {"kind": "map", "parameters": {}, "argv": argv})
+    write_json(folder / "job.json", {"kind": "map", "parameters": parameters, "argv": argv})
     assert not jobs.Jobs(tmp_path, None).all and f"{folder} is left out" in capsys.readouterr().out
 
 
