@@ -101,6 +101,18 @@ def lay(opaque, mask, matrix):
     return cv2.warpAffine(piece, A, size, flags=cv2.INTER_LINEAR), (v, u)
 
 
+def is_seen(mask, matrix):
+    """Does a pixel of the mask (H, W) come to lie over the centre of one of the picture's?"""
+    H, W = mask.shape
+    wider = max(0, np.abs(matrix[0, :2]).sum() / 2 - 0.5)  # half of what a pixel grows by
+    for top in range(0, H, 64):  # in strips, as above: these are 80 bytes a pixel
+        y, x = mask[top : top + 64].nonzero()
+        u, v = matrix[:, :2] @ [x + 0.5, y + top + 0.5] + matrix[:, 2:]
+        if ((u > -wider) & (u < W + wider) & (v > -wider) & (v < H + wider)).any():
+            return True
+    return False
+
+
 def fill_holes(image, holes, dilate=None):
     """A copy of the image with its holes painted in from around them, as Magic Fixup starts from.
 
@@ -227,14 +239,12 @@ class Collage:
 
     def pieces(self):
         """What `composite` takes. ValueError if a segment is out of sight, but not deleted."""
-        H, W = self.image.shape[:2]
         for n, segment in enumerate(self.segments, 1):
-            y, x = segment.mask.nonzero()
+            area = np.count_nonzero(segment.mask)
             for A in segment.places:
-                u, v = A[:, :2] @ [x + 0.5, y + 0.5] + A[:, 2:]
-                if not ((u > 0) & (u < W) & (v > 0) & (v < H)).any():
+                if not is_seen(segment.mask, A):
                     where = "outside the picture"
-                elif abs(np.linalg.det(A[:, :2])) * len(x) < 0.5:
+                elif abs(np.linalg.det(A[:, :2])) * area < 0.5:
                     where = "smaller than a pixel"
                 else:
                     continue

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from collage import Collage, composite, fill_holes
+from collage import Collage, composite, fill_holes, is_seen
 from tests.pictures import box, disc, noise, smooth
 
 # --- The verbs ------------------------------------------------------------------------------------
@@ -146,6 +146,20 @@ def test_no_holes_all_holes_and_nearly_all():
     assert (fill_holes(image, nearly)[5, 5] == image[5, 5]).all()
     edges = ~box(40, 48, 10, 10, 38, 30)
     assert fill_holes(np.full((40, 48, 3), 90, np.uint8) * ~edges[..., None], edges).min() > 0
+
+
+def test_a_piece_that_is_seen():
+    """Its pixels' centres may all lie outside, where it has grown; or it is seen in one of the strips alone."""
+    image = noise()
+    edit = Collage(image)
+    edit.segment(box(40, 48, 20, 10, 30, 20)).scale(200, about=(26, 16.4))
+    coarse = edit.coarse()
+    assert coarse[..., 3].min() == 255 and np.abs(coarse[:, :, :3] - image[16, 26].astype(int)).max() < 60
+    mask = box(40, 48, 20, 10, 30, 20)
+    for shift, seen in ((-19.9, True), (-29.4, True), (-29.6, False), (27.4, True), (27.6, False)):
+        assert is_seen(mask, np.array([[1, 0, shift], [0, 1, 0]])) == seen
+    tall = box(1100, 8, 2, 1060, 4, 1062)
+    assert is_seen(tall, np.eye(2, 3)) and not is_seen(tall, np.array([[1, 0, 0], [0, 1, 40]]))
 
 
 def test_wrong_pictures_and_masks():
