@@ -178,10 +178,12 @@ def soft_inpainting_map(mask, softness):
 def strength_fan_map(strengths, height, width):
     """Section 4.2: one column for each strength, from left to right -> (1, 1, height, width).
 
-    ValueError for strengths outside 0 .. 1, or for none.
+    ValueError for strengths outside 0 .. 1, for none, or for more than `width`.
     """
     if not all(0 <= s <= 1 for s in strengths) or not strengths:
         raise ValueError(f"strengths lie in 0 .. 1, not {strengths}")
+    if len(strengths) > width:
+        raise ValueError(f"{len(strengths)} strengths do not fit into {width} columns")
     mu = 1 - torch.tensor(strengths, dtype=torch.float32)
     column = torch.arange(width) * len(strengths) // width
     return mu[column].expand(1, 1, height, width)

@@ -328,6 +328,7 @@ def run(args, load=load_model, watch=None):
 
     # What the model is given, at its size
     size = fitted_size(original, args.size or model.size, model.vae.config.factor)
+    options.check_fan(args, size[0] // model.vae.config.factor)
     picture = change_map = over_photo = None
     shown = {}  # on a sheet: label, and picture
     if original:

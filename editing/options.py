@@ -154,6 +154,13 @@ def check_guidance(args):
         raise ValueError("--guidance 0 leaves --prompt out, and draws what --negative says: say 1 or more")
 
 
+def check_fan(args, columns):
+    """ValueError for more strengths than latents in a row: they would mix."""
+    if len(args.strength_fan or []) > columns:
+        raise ValueError(f"--strength-fan has {len(args.strength_fan)} columns, and this size room for {columns}: say "
+                         "fewer, or a larger --size")
+
+
 def result_paths(args):
     """--out, or with several samples the same with the seed of each before its ending."""
     out = Path(args.out)

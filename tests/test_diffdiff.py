@@ -187,6 +187,8 @@ def test_fan_columns_are_separate_edits():
     for column, s in enumerate(strengths):
         alone = diffdiff.sdedit(pointwise, Z_INIT, s, make(), NOISE)
         assert torch.equal(fan[..., 2 * column : 2 * column + 2], alone[..., 2 * column : 2 * column + 2])
+    with pytest.raises(ValueError, match="4 strengths do not fit into 3 columns"):
+        diffdiff.strength_fan_map(strengths, 64, 3)
 
 
 def test_down_sample_is_the_mean_of_each_block():

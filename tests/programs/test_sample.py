@@ -149,6 +149,11 @@ def test_a_fan_of_a_number_of_columns():
     assert options.read_strengths("0.2,1") == [0.2, 1]
 
 
+def test_a_fan_of_more_columns_than_there_are_latents(tmp_path, capsys):
+    fan = "--image", MEADOW, "--strength-fan", 17, "--size", "64", "--out", tmp_path / "out.png"
+    assert "has 17 columns, and this size room for 16" in last_line(capsys, *fan)
+
+
 def test_a_prompt_that_is_too_long_is_cut_with_one_warning(tmp_path, capsys):
     run(tmp_path, "--prompt", "snow " * 100, "--steps", 10, "--size", "32")
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
