@@ -182,6 +182,8 @@ def check_outputs(outputs, inputs):
             raise ValueError(
                 f"{path} cannot be written: is {path.parent} a folder that exists and is yours?"
             )
+        if path.exists() and not os.access(path, os.W_OK):
+            raise ValueError(f"{path} is there, and protected from being written over")
         if path.resolve() in taken:
             raise ValueError(f"{path} would be written over: each output needs a name of its own")
         taken.append(path.resolve())

@@ -89,6 +89,14 @@ def test_the_first_interrupt_waits_for_the_step_and_the_second_does_not(capsys):
     assert done == [1] and not came()
 
 
+def test_a_result_that_is_protected_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "out.png").touch()
+    cli.check_outputs([tmp_path / "out.png"], [])
+    monkeypatch.setattr(cli.os, "access", lambda path, mode: path != tmp_path / "out.png")  # root may write anywhere
+    with pytest.raises(ValueError, match="out.png is there, and protected"):
+        cli.check_outputs([tmp_path / "out.png"], [])
+
+
 @pytest.mark.parametrize("text", ["0", "11", "2.5", "x", "nan"])
 def test_a_number_out_of_its_range_is_told(text, capsys):
     parser = cli.Parser(prog="it")
