@@ -159,11 +159,16 @@ def test_both_tabs_from_a_photo_to_a_result(tmp_path):
         # A change map: a stroke of the brush is black where it passed
         browser.click("#tab-map")
         browser.drag((20, 20), (60, 20), (100, 20))
+        browser.run("pressed({x: 20, y: 100}); moved({x: 60, y: 100})")
+        browser.keys("\ue00c")  # Escape: the stroke is given up
         made = finish(browser, steps=3)
         drawn = np.asarray(Image.open(gallery / made["id"] / "map.png"))
         assert made["state"] == "done" and (drawn[20, 20:100] == 0).all() and (drawn[60:] == 255).all()
 
         # An error is said in the page; a job that runs is cancelled
+        browser.run("$('guidance').value = ''")
+        browser.click("#run", "[data-do=fan]")
+        assert browser.run("return jobs.size") == 2  # an empty field is not 0
         browser.run("$('guidance').value = 1; $('negative').value = 'snow'")
         browser.click("#run")
         browser.until("/guidance/.test($('error').textContent) && !$('error').hidden")
@@ -173,6 +178,18 @@ def test_both_tabs_from_a_photo_to_a_result(tmp_path):
         browser.until("jobs.get(shown)?.state === 'running' && $('samples').querySelector('img')")
         browser.click("[data-do=cancel]")
         browser.until("jobs.get(shown).state === 'cancelled'")
+
+        # What is not here is not saved; an edit is not replaced unasked; one finger paints
+        said = browser.run("return fetchBlob('/pictures/none').catch(error => error.message)")
+        assert said.startswith("this picture")
+        browser.run("window.confirm = text => { window.asked = text; }")
+        browser.click("#show-edit", "[data-do=scene]")
+        assert browser.run("return Boolean(asked) && picture.width === 128 && done.map.length === 1")
+        for more in ({"isPrimary": False}, {"isPrimary": True, "button": 2}):
+            browser.run("view.dispatchEvent(new PointerEvent('pointerdown', arguments[0]))", more)
+            assert browser.run("return press") is None
+        browser.run("$(arguments[0]).firstChild.focus(); showCard(jobs.get(arguments[0]))", made["id"])
+        assert browser.run("return document.activeElement.parentNode.id") == made["id"]
 
         # A reload, and the collage as it was
         browser.send("/url", {"url": address})
