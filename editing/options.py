@@ -135,8 +135,6 @@ def check(args):
         raise ValueError('say what to draw: --prompt "a red ball on grass at noon"')
     if args.prompt == AUTO and not args.image:
         raise ValueError("--prompt auto says what is in --image: say which")
-    if args.guidance not in (None, 1) and args.prompt is None and args.negative is None:
-        raise ValueError("--guidance has no effect without --prompt or --negative")
     check_guidance(args)
     check_files(args)
 
