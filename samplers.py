@@ -49,7 +49,7 @@ class Ladder:
         self.abar = [schedule.abar[t] for t in self.timesteps] + [end]
         if not self.abar[0]:
             raise ValueError(f"{k} steps start at t = {self.timesteps[0]}, where this schedule "
-                             "leaves nothing of the picture: take leading steps, fewer than 500")
+                             "leaves nothing of the picture: take --spacing leading, below 500")
         self.alpha = [math.sqrt(a) for a in self.abar]
         self.sigma = [math.sqrt(1 - a) for a in self.abar]
         # EDM's sigma, DEIS's rho, DPM-Solver's exp(-lambda)
