@@ -14,7 +14,7 @@ import threading
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import current_process, get_context, parent_process
 from pathlib import Path
 
 import cv2
@@ -106,10 +106,8 @@ def run_in_order(make, tasks, workers, lose):
 
 def run_ahead(make, tasks, workers, ahead):
     """The same, and ahead fills with (task, future) of those whose results are not taken yet."""
-    context = get_context("spawn")
     with kept_from_children():  # multiprocessing's own helper
-        turn = context.Value("i", 0)
-        pool = ProcessPoolExecutor(workers, context, start_worker, (turn,))
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (workers,))
 
     def take():
         result = ahead[0][1].result()
@@ -130,12 +128,11 @@ def run_ahead(make, tasks, workers, ahead):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def start_worker(turn):
+def start_worker(workers):
     """In a process of its own: one thread, a GPU in turn, and gone when the parent is, even by kill -9."""
     quieten()
-    with turn.get_lock():
-        os.environ["LOCAL_RANK"] = str(int(os.environ.get("LOCAL_RANK", 0)) + turn.value)
-        turn.value += 1
+    number = int(current_process().name.rpartition("-")[2])  # SpawnProcess-3 is the third
+    os.environ["LOCAL_RANK"] = str(int(os.environ.get("LOCAL_RANK", 0)) + (number - 1) % workers)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
