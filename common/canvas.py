@@ -133,9 +133,9 @@ def coarsen(picture):
 
 
 def to_picture(x):
-    """(3, H, W) in [-1, 1], or a map (H, W) in [0, 1] -> picture, and a picture is one"""
+    """(3, H, W) in [-1, 1], or a map (H, W) in [0, 1] -> picture. A picture is one; None, an empty place, stays"""
     if not torch.is_tensor(x):
-        return x.convert("RGB")
+        return x and x.convert("RGB")
     return tensor_to_picture(x / 2 + 0.5 if x.ndim == 3 else x[None])
 
 
