@@ -106,7 +106,8 @@ def choose_frames(times, cuts, rng, as_paper=False):
     """
     # Shots a .. b, both included. A longer one is chosen more often.
     edges = [0, *[i + 1 for i, cut in enumerate(cuts) if cut], len(times)]
-    shots = [(a, b - 1) for a, b in zip(edges, edges[1:]) if times[b - 1] > times[a]]
+    pieces = [(a, b - 1) for a, b in zip(edges, edges[1:]) if b - a > 1]
+    shots = [(a, b) for a, b in pieces if times[b] > times[a]]
     if not shots:
         raise Rejected("too short")
     lengths = np.array([times[b] - times[a] for a, b in shots])

@@ -68,7 +68,7 @@ def test_pairs_are_one_to_ten_seconds_apart_and_in_one_shot():
     assert {j - i for i, j in whole} == {10 * seconds for seconds in range(1, 11)}
     assert all(0 <= i < j <= 9 or 10 <= i < j <= 30 or 32 <= i < j for i, j in seen)
     assert len(seen) > 100
-    for short in ((times[:3], [True, True]), (times[:1], []), ([0.5, 0.5], [False])):
+    for short in ((times[:3], [True, True]), (times[:1], []), ([0.5, 0.5], [False]), ([], [])):
         with pytest.raises(Rejected, match="too short"):
             data.choose_frames(*short, rng)
     assert data.choose_frames([0, 0.2, 0.4], [False, False], rng) == (0, 2)
