@@ -51,6 +51,7 @@ from common.processes import (
 )
 from common.run_state import (
     change_recipe,
+    check_room,
     draw_sheet,
     generator_at,
     open_run,
@@ -259,6 +260,7 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
     followers = dict(average.named_parameters())
     bf16 = choose_precision(recipe.precision, device) == torch.bfloat16
     optimizers = make_optimizers(recipe, parameters, torch.bfloat16 if bf16 else torch.float32)
+    check_room(out, stage, model, average, recipe)
     losses, validation = [], []
     if resume:
         losses, validation = restore_state(out, stage, model, average, optimizers)
@@ -274,9 +276,8 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
     model_loss = share_loss(model, loss)
     parts = slice_batch(recipe.batch, recipe.micro_batch)
     pending = []  # losses and gradient norms that are still on the device
-    first = len(losses)
-    bar = tqdm(range(first, recipe.steps), stage, recipe.steps, initial=first, mininterval=1,
-               smoothing=0.02, disable=process_rank() > 0)
+    bar = tqdm(range(len(losses), recipe.steps), stage, recipe.steps, initial=len(losses),
+               mininterval=1, smoothing=0.02, disable=process_rank() > 0)
     for step in bar:
         # Forward and backward. Gradients of micro-batches add up, and processes average theirs
         # with the last one.
@@ -326,9 +327,8 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
                 with torch.no_grad(), autocast():
                     if validate and planned:
                         validation.append([step + 1, float(validate(average))])
-                    pictures = sheet(average) if sheet and planned else None
-                if pictures is not None:
-                    draw_sheet(pictures, out / f"{stage}-samples.png")
+                    if sheet and planned:
+                        draw_sheet(sheet(average), out / f"{stage}-samples.png")
                 save_state(out, stage, model, average, optimizers, losses, validation, recipe)
         if stop:
             raise KeyboardInterrupt(stop)

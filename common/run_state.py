@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import shlex
+import shutil
 import struct
 import sys
 from dataclasses import asdict, fields, replace
@@ -85,6 +86,18 @@ def save_state(out, stage, model, average, optimizers, losses, validation, recip
 def list_states(out, stage):
     """-> the state files of a stage, from old to new"""
     return sorted(out.glob(f"{stage}-state-{'[0-9]' * 7}.safetensors"))
+
+
+def check_room(out, stage, model, average, recipe):
+    """ValueError unless the disk has room for the states that a run keeps, and for one more while it is written."""
+    numbers = sum(p.numel() for p in trained_parameters(model).values())
+    state = 4 * numbers * (3 + (average is not model))  # the weights, Adam's two moments, the average
+    saves = math.ceil(recipe.steps / recipe.save_every)
+    more = state * (min(KEPT + 1, saves) - len(list_states(out, stage)))
+    free = shutil.disk_usage(out).free
+    if more > free:
+        raise ValueError(f"{out} has {free / 2**30:.1f} GiB left, and this training's states need {more / 2**30:.1f}: "
+                         "make room, or choose another --out")
 
 
 @contextlib.contextmanager

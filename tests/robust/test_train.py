@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import mfx
 import train
-from common import files
+from common import files, run_state
 from common.files import HOST, atomic_write
 from common.run_state import cache_batches, list_states, open_run, read_newest_state, read_recipe
 from tests.training import arguments, fails, fit_tiny, random_fixup, write_shards, write_stable
@@ -233,6 +234,25 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, error):
             raise error
     assert str(told.value) == f"{tmp_path / 'a.bin'} cannot be written: {error.args[-1]}"
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_disk_without_room_for_the_states_is_told_at_the_start(stable, tmp_path, capsys, monkeypatch):
+    argv = [*map(str, arguments(stable, tmp_path / "out")), "--steps", "2", "--save-every", "1"]
+    asked = []
+
+    def usage(path):
+        asked.append(path)
+        return SimpleNamespace(free=free)
+
+    monkeypatch.setattr(run_state.shutil, "disk_usage", usage)
+    free = 0
+    line = fails(train.main, argv, capsys)
+    assert f"{tmp_path / 'out'} has 0.0 GiB left, and this training's states need" in line
+    assert asked == [tmp_path / "out"] and not list_states(tmp_path / "out", "mfx")
+    parameters = sum(p.numel() for p in random_fixup(stable).unfreeze())
+    free = 2 * 4 * 4 * parameters  # two states of the weights, their average, two moments
+    train.main(argv)
+    assert sum(path.stat().st_size for path in list_states(tmp_path / "out", "mfx")) <= free + 20_000
 
 
 def test_two_trainings_do_not_write_to_one_folder(stable, tmp_path, capsys, monkeypatch):
