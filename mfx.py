@@ -106,8 +106,8 @@ class MagicFixup(nn.Module):
 
     def blind_blocks(self):
         """The synthesizer's transformer blocks that do not look at the reference. The paper reads
-        n = 11 features and does not say which; the release reads all, 16 in Stable Diffusion. Those
-        below the latents' own resolution are 11."""
+        "each of the n = 11"; Stable Diffusion has 16, and the release reads all. Those below the
+        latents' own resolution are 11."""
         if not (self.as_paper and self.extractor):
             return []
         unet = self.synthesizer

@@ -68,7 +68,7 @@ from video import batches
 from video.motion import MODELS
 
 # --------------------------------------------------------------------------------------------------
-# Recipes. An option of the same name on the command line changes a field.
+# Recipes. An option of the same name, where there is one, changes a field.
 
 
 @dataclass

@@ -221,10 +221,11 @@ def backwarp(x, flow, outside="zeros", *, mask=False):
 
 
 def importance(image, target, flow):
-    """Who wins where several pixels land: Z (B, 1, H, W) for `softsplat`. Magic Fixup, section 3.5.
+    """Who wins where several pixels land: Z (B, 1, H, W) for `softsplat`.
 
     Z = -20 |I - backwarp(I_gt)|, of pictures (B, 3, H, W) in [0, 1]: the less a pixel looks like
-    what it becomes, the less it counts. (The release clips that to -20 .. 20, where it is already.)
+    what it becomes, the less it counts. The paper does not say which Z; this is its release's,
+    which also clips it to -20 .. 20, where it is already.
     """
     return -20 * (image - backwarp(target, flow)).abs().mean(1, keepdim=True)
 

@@ -12,9 +12,9 @@
                   "polygon"  three points or more
                   "box"      [x0, y0, x1, y1]
                   "click"    a point in it: a segmenter finds the rest
-    edits     done in this order: translate, scale, rotate, mirror ("horizontal" or "vertical"),
-              duplicate, delete, with what collage.Segment takes; "about" a point if not the
-              segment's centre. Left out: the segment stays, and hides what is behind
+    edits     done one after another as they are listed: translate, scale, rotate, mirror
+              ("horizontal" or "vertical"), duplicate, delete, with what collage.Segment takes; "about" a
+              point if not the segment's centre. Left out: the segment stays, and hides what is behind
     z         what is larger lies in front; 0 if left out
 """
 
