@@ -168,11 +168,11 @@ def soft_inpainting_map(mask, softness):
     # The blur is separable: along rows, then along columns.
     radius = math.ceil(3 * softness)
     offsets = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.exp(-0.5 * (offsets / softness) ** 2)
+    kernel = torch.exp(-0.5 * (offsets.double() / softness) ** 2)  # so that white stays 1
     kernel = (kernel / kernel.sum())[None, None, None]  # (1, 1, 1, 2 radius + 1)
-    x = F.conv2d(F.pad(x, (radius, radius, 0, 0), mode="replicate"), kernel)
+    x = F.conv2d(F.pad(x.double(), (radius, radius, 0, 0), mode="replicate"), kernel)
     x = F.conv2d(F.pad(x, (0, 0, radius, radius), mode="replicate"), kernel.mT)
-    return x.clamp(0, 1)  # of rounding
+    return x.float().clamp(0, 1)  # of rounding
 
 
 def strength_fan_map(strengths, height, width):

@@ -115,7 +115,7 @@ def edit(model, prompt, picture=None, change_map=None, *, size=None, repaint=Non
     denoise = model.denoiser(prompts, negative, guidance, beside, **said)
     if refiner:
         second = refiner.denoiser(prompts, negative, guidance, **said)
-        denoise = xl.hand_over(denoise, second, switch)
+        denoise = xl.hand_over(denoise, second, switch, sampler.timesteps)
     return generate(model, denoise, shape, z_init, change_map, sampler, seeds, skip, blend,
                     watch)
 
@@ -238,7 +238,9 @@ def read_refiner(args, base, dtype, device):
         refiner = xl.load_unet(base, path, dtype, device)
         sd.check_fit(path, refiner)
     else:
-        refiner = sd.load(path, dtype, device)
+        refiner = sd.load(path, dtype, device, args.prediction, args.vae)
+        for file in args.words or []:
+            learn_word(refiner, file)
     xl.check_refiner(base, refiner, args.refiner)
     refiner.require_tokenizers()
     make_fast(refiner, device)
@@ -259,13 +261,14 @@ def choose_steps(args, model):
     few = args.sampler == "lcm" or distilled
     coarse = args.edit or args.collage
     args.steps = args.steps or (4 if few else 50 if coarse else 100)
+    guided = getattr(getattr(model, "unet", None), "guided", False)
     if args.guidance is None and not coarse:
-        args.guidance = 1.0 if few else kandinsky.GUIDANCE if args.prior else 7.5
-    options.check_guidance(args)
+        args.guidance = 1.0 if few or guided else kandinsky.GUIDANCE if args.prior else 7.5
+    options.check_guidance(args, guided)
     first = samplers.make_sampler(args.sampler, schedule, args.steps).timesteps[0]
     if first < 900:
         warnings.warn(f"{args.steps} steps start at t = {first}, far below full noise: use 10 to "
-                      "100, a divisor of 1000, or --spacing trailing", stacklevel=3)
+                      "100, a divisor of 1000, or --spacing linspace", stacklevel=3)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -154,21 +154,21 @@ def fit_micro_batch(share, device):
 
 
 def start_model(recipe):
-    """The Magic Fixup to be trained, with gradients. What the recipe leaves open is as in its
-    initial weights. ValueError for what would make another network of a Magic Fixup."""
-    path = recipe.init or TOY
-    given = read_init(path)
+    """The Magic Fixup to be trained. What the recipe leaves open is as in its initial weights.
+    ValueError for what would make another network of a Magic Fixup."""
+    given = read_init(recipe.init or TOY)
     recipe.prediction = recipe.prediction or given.schedule.prediction
     old = given.schedule
     name = "linear" if recipe.as_paper else old.name
-    schedule = diffusion.Schedule(name, recipe.prediction, old.spacing, old.offset)
+    spacing = "leading" if name == "zero_snr" else old.spacing  # no sampler begins without signal
+    schedule = diffusion.Schedule(name, recipe.prediction, spacing, old.offset)
     if isinstance(given, sd.StableDiffusion):
         where = CLIP_IMAGES if given.unet.config.channels[0] >= FULL_WIDTH else TOY_CAPTIONER
         encoder = None if recipe.cross_reference else load_image_encoder(where)
         return mfx.from_stable_diffusion(given, schedule, recipe.as_paper, encoder)
     if bool(given.extractor) != recipe.cross_reference:
         what, say = ("a", "leave out") if given.extractor else ("no", "it goes with")
-        raise ValueError(f"{path} has {what} detail extractor: {say} --no-cross-reference")
+        raise ValueError(f"{recipe.init} has {what} detail extractor: {say} --no-cross-reference")
     given.schedule = schedule
     given.as_paper |= recipe.as_paper
     return given
@@ -260,10 +260,10 @@ def fit(stage, model, loss, sheet, recipe, out, resume, validate=None):
     followers = dict(average.named_parameters())
     bf16 = choose_precision(recipe.precision, device) == torch.bfloat16
     optimizers = make_optimizers(recipe, parameters, torch.bfloat16 if bf16 else torch.float32)
-    check_room(out, stage, model, average, recipe)
     losses, validation = [], []
     if resume:
         losses, validation = restore_state(out, stage, model, average, optimizers)
+    check_room(out, stage, model, average, recipe, done=len(losses))
 
     # Weights stay fp32; matrices are multiplied in bf16 where that is faster, or asked for. A
     # weight is cast once in a forward pass, so a cache of the casts would only hold memory.

@@ -117,9 +117,10 @@ def load_part(folder, part, dtype=None, device="cpu"):
     ignored = IGNORED_BESIDE_IMAGES if part == "image_encoder" else IGNORED
     tensors = {name: tensor for name, tensor in read_folder(folder).items() if not ignored.fullmatch(name)}
     tensors = translate(part, tensors)
-    if part == "unet":
-        fold_guidance(tensors)
-    return build_part(part, tensors, folder, config, dtype, device)
+    guided = part == "unet" and fold_guidance(tensors)
+    network = build_part(part, tensors, folder, config, dtype, device)
+    network.guided = guided  # it needs no other guidance
+    return network
 
 
 def require_folders(path, what, parts):
@@ -144,11 +145,12 @@ def fold_guidance(tensors, guidance=8.5):
 
     tensors   {name: tensor} of a UNet; one without such an input stays as it is
     guidance  w of classifier-free guidance: 8.5 where diffusers' pipeline is told none
+      ->      whether it had one
     """
     told = "time_embedding.cond_proj.weight"
     first = "time_embedding.linear_1."
     if told not in tensors:
-        return
+        return False
     # Damaged tensors stay as they are, and `build_part` names them.
     with contextlib.suppress(LookupError, RuntimeError, ArithmeticError):
         project = tensors[told].float()  # (c, D)
@@ -160,6 +162,7 @@ def fold_guidance(tensors, guidance=8.5):
         more = tensors[first + "weight"].float() @ (project @ embedded)
         tensors[first + "bias"] = (bias.float() + more).to(bias)
         del tensors[told]
+    return True
 
 
 def vae_folder(path):

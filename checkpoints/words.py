@@ -122,6 +122,8 @@ def learn_word(model, path):
         raise ValueError(f"a learned word needs a tokenizer: {model.tokenizer_help}")
     added = {}
     for word in words:
+        if word in getattr(model.tokenizer, "added", {}):
+            raise ValueError(f"{path} is the word {word}, which another file is already: rename one")
         first = len(table.weight)
         added |= {f"{word}_{i}" if i else word: first + i for i in range(len(rows))}
         table.weight = torch.nn.Parameter(torch.cat([table.weight, rows.to(table.weight)]), requires_grad=False)
@@ -148,6 +150,8 @@ def read_word(path):
     one = len(found) == 1 and torch.is_tensor(rows) and rows.dtype in FLOATS
     if not one or rows.ndim not in (1, 2) or not rows.shape[-1]:
         raise ValueError(f"{path} is not a learned word: expected one (D) or (n, D) tensor, of textual inversion")
+    if not rows.float().isfinite().all():
+        raise ValueError(f"{path} is damaged: it is not finite")
     rows = rows.reshape(-1, rows.shape[-1])
     if not 1 <= len(rows) <= clip.Tokenizer.length - 2:
         raise ValueError(f"{path} is not a learned word: no prompt holds {len(rows)} tokens")

@@ -172,7 +172,7 @@ def join_names(names):
 
 def check_outputs(outputs, inputs):
     """ValueError for a picture that cannot be written, or would replace an input or another."""
-    taken = [Path(path).resolve() for path in inputs if path]
+    taken = [os.path.realpath(path) for path in inputs if path]
     for path in [Path(path) for path in outputs if path]:
         if len(os.fsencode(path.name)) > NAME:
             raise ValueError(f"{path.name:.40}...: a name is at most {NAME} bytes long")
@@ -184,6 +184,6 @@ def check_outputs(outputs, inputs):
             )
         if path.exists() and not os.access(path, os.W_OK):
             raise ValueError(f"{path} is there, and protected from being written over")
-        if path.resolve() in taken:
+        if os.path.realpath(path) in taken:
             raise ValueError(f"{path} would be written over: each output needs a name of its own")
-        taken.append(path.resolve())
+        taken.append(os.path.realpath(path))

@@ -37,6 +37,9 @@ KINDS = {
 
 SEVERAL = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")  # formats that may hold a film, or pages
 
+Image.init()
+READ = sorted(set(Image.OPEN) - {"EPS", "WMF"})  # those are programs, which others would have to run
+
 # Looked for in turn where Pillow's own font, of ASCII, lacks a letter: Linux, Windows, macOS
 FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "wqy-microhei.ttc",
          "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "unifont.otf", "arial.ttf", "msyh.ttc",
@@ -48,11 +51,11 @@ FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "w
 
 
 def open_picture(path):
-    """Any file that Pillow reads, turned upright. ValueError, one line, for anything else."""
+    """Any file that Pillow reads by itself, turned upright. ValueError, one line, for others."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            file = Image.open(path)
+            file = Image.open(path, formats=READ)
         with file:
             if file.format in SEVERAL and file.is_animated:
                 warnings.warn(f"{path} has more than one frame, or page: the first is taken", stacklevel=2)

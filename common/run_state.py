@@ -88,12 +88,16 @@ def list_states(out, stage):
     return sorted(out.glob(f"{stage}-state-{'[0-9]' * 7}.safetensors"))
 
 
-def check_room(out, stage, model, average, recipe):
-    """ValueError unless the disk has room for the states that a run keeps, and for one more while it is written."""
+def check_room(out, stage, model, average, recipe, done):
+    """ValueError unless the disk has room for the states that a run keeps, and for one more while it is written.
+
+    done  steps of recipe.steps that are behind it
+    """
     numbers = sum(p.numel() for p in trained_parameters(model).values())
-    state = 4 * numbers * (3 + (average is not model))  # the weights, Adam's two moments, the average
-    saves = math.ceil(recipe.steps / recipe.save_every)
-    more = state * (min(KEPT + 1, saves) - len(list_states(out, stage)))
+    moments = 1 if recipe.muon else 2  # of most weights
+    state = 4 * numbers * (1 + moments + (average is not model))
+    saves = math.ceil(recipe.steps / recipe.save_every) - done // recipe.save_every
+    more = state * min(saves, KEPT + 1 - len(list_states(out, stage)))
     free = shutil.disk_usage(out).free
     if more > free:
         raise ValueError(f"{out} has {free / 2**30:.1f} GiB left, and this training's states need {more / 2**30:.1f}: "

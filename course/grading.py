@@ -238,7 +238,7 @@ def grade(check, module):
         return "not written yet"
     except Wrong as e:
         return str(e)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         said = str(e).strip().splitlines() or ["no reason is given"]
         file = getattr(module, "__file__", None)
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == file]
@@ -254,6 +254,6 @@ def read_answers(lesson, folder):
         return importlib.import_module(f"course.{folder}.lesson{lesson}")
     except SyntaxError as e:
         raise ValueError(f"{path}, line {e.lineno}: {e.msg}") from None
-    except Exception as e:  # whatever stands at the top of a student's file
+    except (Exception, SystemExit) as e:  # whatever stands at the top of a student's file
         said = str(e).strip().splitlines() or ["no reason is given"]
         raise ValueError(f"{path} cannot be read: {type(e).__name__}: {said[0]:.200}") from None

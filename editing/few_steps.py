@@ -19,11 +19,13 @@ def blend_overrides(denoise, z_init, change_map, sampler, noise, step_noise=None
     result is the paper's own.
     """
     k = sampler.k
-    mu_s = diffdiff.down_sample(change_map.cpu(), z_init.shape[-2:]).to(z_init.device)
+    position = diffdiff.down_sample(change_map.cpu(), z_init.shape[-2:]).double() * k
+    whole = position.round()
+    position = torch.where((position - whole).abs() < 1e-4, whole, position).float().to(z_init.device)
     z = sampler.noise_to(0, z_init, noise)
     state = None
     for i in range(k + 1):
-        weight = (mu_s * k - i + 1).clamp(0, 1)  # of the original: at i <= mu k all of it, at i >= mu k + 1 nothing
+        weight = (position - i + 1).clamp(0, 1)  # of the original: at i <= mu k all of it, at i >= mu k + 1 nothing
         if i:
             z_prime = sampler.noise_to(i, z_init, noise) if i < k else z_init
             original = sampler.noise_to(i, z_init, torch.zeros_like(noise)) if i < k else z_init

@@ -94,8 +94,15 @@ def read(args, dtype, device):
     if args.paste_back and max(original.size) > longest:
         size = "{} x {} pixels".format(*original.size)
         raise ValueError(f"{args.out}: this format does not hold {size}, say .png")
+    if args.paste_back and isinstance(args.size, tuple):
+        squeezed = args.size[0] / args.size[1] * original.height / original.width
+        if not 0.9 < squeezed < 1.1:
+            raise ValueError("--paste-back lays the result over all of the picture, of {}x{} pixels: a --size of {}x{} "
+                             "would squeeze it; say one number".format(*original.size, *args.size))
 
     drawn = args.change_map or args.mask
+    if drawn == ALPHA and args.white_is_change:
+        raise ValueError(f"{ALPHA} says by itself what changes, what is transparent: leave out --white-is-change")
     if args.paste_back and photo and not args.edit:
         warn_of_loss(photo, args.image, drawn == ALPHA)
     if spec:

@@ -135,6 +135,8 @@ def check(args):
         raise ValueError('say what to draw: --prompt "a red ball on grass at noon"')
     if args.prompt == AUTO and not args.image:
         raise ValueError("--prompt auto says what is in --image: say which")
+    if args.sampler == "lcm" and args.spacing not in (None, "lcm"):
+        raise ValueError(f"--spacing {args.spacing} does not go with --sampler lcm, which has its own")
     check_guidance(args)
     check_files(args)
 
@@ -145,7 +147,10 @@ def check_files(args, named=()):
                   [args.image, args.edit, args.collage, args.change_map, args.mask, *named])
 
 
-def check_guidance(args):
+def check_guidance(args, guided=False):
+    """guided  True: the weights are a model of few steps that is told its guidance"""
+    if guided and args.guidance not in (None, 1):
+        raise ValueError("these weights have their guidance inside: leave out --guidance and --negative")
     if args.negative and args.guidance == 1:
         raise ValueError("--negative has no effect with --guidance 1: say more than 1")
     if args.guidance == 0 and (args.prompt or args.negative):

@@ -12,6 +12,7 @@ here what its UNet is to be told. An edit with both is one denoiser, for any sam
     denoise = hand_over(base.denoiser(prompt), refiner.denoiser(prompt), switch=0.8)
 """
 
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,15 +83,19 @@ def embed_numbers(numbers, width):
 # Base and refiner
 
 
-def hand_over(base, refiner, switch=SWITCH):
+def hand_over(base, refiner, switch=SWITCH, timesteps=()):
     """Two denoisers (z, t) -> output as one: the base for the noisiest share `switch` of the timesteps, the refiner
     for the rest. Section 11.1 of Differential Diffusion; the map goes on as if there were one.
 
+    timesteps  the sampler's: a warning if the refiner runs at none of them
     ValueError for a share outside 0 .. 1.
     """
     if not 0 <= switch <= 1:
         raise ValueError(f"the base runs a share of the steps in 0 .. 1, not {switch}")
     last = round((1 - switch) * T)  # the base's last timestep
+    if switch < 1 and timesteps and min(timesteps) >= last:
+        warnings.warn(f"of {len(timesteps)} steps none is the refiner's, after {switch:g} of the way: take more steps, "
+                      "or a smaller --switch", stacklevel=2)
     return lambda z, t: (base if int(t[0]) >= last else refiner)(z, t)
 
 

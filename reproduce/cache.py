@@ -54,5 +54,5 @@ def read(item, key, out, quick=False):
         if found["key"] != key or not all((out / name).is_file() for name, _ in outcome.pictures):
             return None
         return Entry(item, outcome, found["seconds"], out, quick, found["code"] == digest_code())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -5,6 +5,7 @@ import shutil
 import textwrap
 from pathlib import Path
 
+from common.files import atomic_write
 from reproduce.lab import OPEN
 from reproduce.papers import ABSENT, DONE, ROWS, STAND_IN, count_states
 
@@ -40,8 +41,12 @@ say so below where they were not there.
 def write_results(found, names, page, settings):
     """Write the Markdown page. found {name: report.Entry}; names of all items that belong there, in its order. What an
     item that was not run here has on the page that is there stays."""
+    page = Path(page)
+    if page.exists() and not page.read_text(encoding="utf-8", errors="replace").startswith(PREFACE[:10]):
+        raise ValueError(f"{page} is there, and no page of results: choose another name")
     text = PREFACE + write_status() + write_numbers(found, names, page, settings)
-    Path(page).write_text(text, encoding="utf-8")
+    with atomic_write(page) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_status():

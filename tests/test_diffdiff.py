@@ -208,4 +208,6 @@ def test_soft_inpainting_map():
     assert torch.equal(diffdiff.soft_inpainting_map(mask, 0)[0, 0], mask)
     assert soft[0, 0, 16, 16] < 0.01 and soft[0, 0, 0, 0] > 0.99
     assert abs(soft[0, 0, 16, 7:9].mean() - 0.5) < 0.02  # half way exactly on the edge
+    for softness in (0.5, 1.0, 2.0):  # white stays white, in any number of steps
+        assert diffdiff.soft_inpainting_map(mask, softness)[0, 0, 0, 0] == 1
     torch.testing.assert_close(soft, soft.mT)

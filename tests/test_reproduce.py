@@ -146,6 +146,11 @@ def test_more_strengths_than_steps(how):
     z = how(denoise, z_init, mu, sampler, noise)
     torch.testing.assert_close(z, diffdiff.differential_diffusion(denoise, z_init, mu, sampler, noise))
     assert torch.equal(z[..., mu == 1], z_init[..., mu == 1])
+    sampler = samplers.make_sampler("ddim", diffusion.Schedule(spacing="trailing"), 10)
+    mu = torch.arange(64).view(8, 8) % 11 / 10  # binary fractions hit no tenth
+    z = how(denoise, z_init, mu, sampler, noise)
+    torch.testing.assert_close(z, diffdiff.differential_diffusion(denoise, z_init, mu, sampler, noise))
+    sampler = samplers.make_sampler("ddim", diffusion.Schedule(spacing="trailing"), 4)
     changes = [change(torch.full((8, 8), j / 16), how) for j in range(17)]
     assert all(a > b for a, b in zip(changes, changes[1:])) and changes[-1] == 0
 

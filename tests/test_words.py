@@ -77,6 +77,8 @@ def test_a_word_from_a_file(tmp_path, layout, suffix, n):
     rows = rows[0] if n == 0 else rows[:1].expand(n, -1).contiguous()
     names = write(tmp_path / f"style{suffix}", layout, rows.clone())
     assert learn_word(model, tmp_path / f"style{suffix}") == names
+    with pytest.raises(ValueError, match="which another file is already"):
+        learn_word(model, tmp_path / f"style{suffix}")
     for name in names:
         want = model.encode_prompt([" ".join(["a"] + ["circle"] * max(n, 1) + ["on a beach"])])
         assert len(circle) == 1  # so the learned word means what "circle" means
@@ -96,6 +98,7 @@ def test_files_that_are_no_learned_word(tmp_path):
     refused({"<x>": torch.ones(768)}, "width 768, and this one has 64")
     refused({"<x>": torch.ones(64), "<y>": torch.ones(64)}, "not a learned word")
     refused({"<x>": torch.ones(64, dtype=torch.int64)}, "not a learned word")
+    refused({"<x>": torch.full((64,), float("nan"))}, "damaged: it is not finite")
     refused({"<x>": torch.ones(76, 64)}, "no prompt holds 76")
     refused({"<x>": torch.ones(0, 64)}, "no prompt holds 0")
     refused({"<x>": torch.ones(0)}, "not a learned word")

@@ -225,6 +225,8 @@ def test_who_runs_which_step():
         assert set(seen) == {who}
     with pytest.raises(ValueError, match="0 .. 1, not 2"):
         xl.hand_over(BASE, REFINER, 2)
+    with pytest.warns(UserWarning, match="of 4 steps none is the refiner's, after 0.8"):
+        xl.hand_over(BASE, REFINER, 0.8, [999, 749, 499, 249])
 
 
 @pytest.mark.parametrize("name, options", small.EVERY_SAMPLER)

@@ -182,10 +182,16 @@ def check_mixture(recipe):
 def cache_latents(recipe, path, model, device):
     """recipe.pairs pairs, encoded once and kept in a file -> a dict of (N, ...) in fp16. To encode
     them again at every step would cost as much as the training. A short run gets fewer, and so do
-    shards that hold fewer: each pair once, or once by either motion model."""
+    shards that hold fewer: each pair once, or once by either motion model. Shares stay."""
     size = model.size
     wanted = math.ceil(min(recipe.pairs, recipe.steps * recipe.batch) / 32)  # batches
     exact = wanted if recipe.data == "toy" else round(recipe.exact * wanted)
+    if recipe.data != "toy":
+        pairs = read_shards(recipe, batch=32)
+        there = math.ceil(pairs.pairs * (2 if recipe.motion == "both" else 1) / 32)
+        if there < wanted - exact:  # then fewer exact ones, too
+            exact = round(there * recipe.exact / (1 - recipe.exact))
+            wanted = exact + there
     edits = round(recipe.edits * exact)
 
     def make_exact(i):
@@ -195,9 +201,6 @@ def cache_latents(recipe, path, model, device):
     toys = map(make_exact, range(exact))
     batches, source = toys, ()
     if recipe.data != "toy":
-        pairs = read_shards(recipe, batch=32)
-        there = pairs.pairs * (2 if recipe.motion == "both" else 1)
-        wanted = min(wanted, exact + math.ceil(there / 32))
         batches = itertools.chain(toys, itertools.islice(DataLoader(pairs, 32), wanted - exact))
         source = (exact, recipe.data, [(path.name, count) for path, count in pairs.shards])
 

@@ -67,6 +67,7 @@ def test_a_latent_consistency_model_is_told_its_guidance(tmp_path):
     peer = randomise(make_peer(config, time_cond_proj_dim=256))
     peer.save_pretrained(tmp_path)
     model = load_part(tmp_path, "unet")
+    assert model.guided  # so that sample.py does not guide it once more
     w = torch.tensor([8.5 - 1] * 2)
     told = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, 256)
     z, t, context = torch.randn(2, 4, 8, 8), torch.tensor([259, 999]), torch.randn(2, 7, config.context)

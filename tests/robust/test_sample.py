@@ -32,7 +32,9 @@ def test_wrong_options_and_files(tmp_path, capsys):
     Image.new("L", (50, 100)).save(tmp_path / "tall.png")
     edit = ["--image", MEADOW, "--prompt", "snow", "--out", tmp_path / "out.png", "--steps", 2]
     assert "no such file" in fails(capsys, "--image", tmp_path / "none.png", "--strength", 0.5)
-    for bad in (text, empty, half):
+    program = tmp_path / "program.png"  # to be run by Ghostscript, where that is there
+    program.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n")
+    for bad in (text, empty, half, program):
         assert "not a picture" in fails(capsys, "--image", bad, "--strength", 0.5, "--out", tmp_path / "out.png")
         assert "not a picture" in fails(capsys, *edit, "--change-map", bad)
     assert "aspect" in fails(capsys, *edit, "--change-map", tmp_path / "tall.png")
@@ -48,11 +50,17 @@ def test_wrong_options_and_files(tmp_path, capsys):
     assert "leaves --prompt out" in fails(capsys, *edit, "--strength", 0.5, "--guidance", 0)
     assert "not allowed with" in fails(capsys, *edit, "--strength", 0.5, "--change-map", GRADIENT)
     assert "--strength needs --image" in fails(capsys, "--strength", 0.5, "--prompt", "snow")
+    assert "leave out --white-is-change" in fails(capsys, *edit, "--mask", "alpha", "--white-is-change")
+    assert "would squeeze it" in fails(capsys, *edit, "--mask", GRADIENT, "--paste-back", "--size", "192x64")
+    assert "--sampler lcm, which has its own" in fails(capsys, *edit, "--strength", 0.5, "--sampler", "lcm",
+                                                       "--spacing", "leading")
     assert "how much" in fails(capsys, *edit)
     assert "what to draw" in fails(capsys)
     assert ".png" in fails(capsys, *edit, "--strength", 0.5, "--out", tmp_path / "out.gif")
     assert "folder" in fails(capsys, *edit, "--strength", 0.5, "--out", tmp_path / "none" / "out.png")
     assert "at most 230 bytes" in fails(capsys, *edit, "--strength", 0.5, "--out", tmp_path / f"{'é' * 115}.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    assert "loop.png" in fails(capsys, "--image", tmp_path / "loop.png", "--strength", 0.5)
     for device in ("abacus", "meta"):
         assert "--device" in fails(capsys, *edit, "--strength", 0.5, "--device", device)
     assert "a name of its own" in fails(capsys, *edit, "--strength", 0.5, "--sheet", tmp_path / "out.png")

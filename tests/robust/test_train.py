@@ -253,6 +253,9 @@ def test_a_disk_without_room_for_the_states_is_told_at_the_start(stable, tmp_pat
     free = 2 * 4 * 4 * parameters  # two states of the weights, their average, two moments
     train.main(argv)
     assert sum(path.stat().st_size for path in list_states(tmp_path / "out", "mfx")) <= free + 20_000
+    free = 0
+    train.main([*argv, "--resume"])  # nothing is left to save
+    assert f"{tmp_path / 'out'} has" in fails(train.main, [*argv, "--resume", "--steps", "3"], capsys)
 
 
 def test_two_trainings_do_not_write_to_one_folder(stable, tmp_path, capsys, monkeypatch):
