@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 import types
 
 import numpy as np
@@ -103,6 +104,8 @@ def test_a_student_sees_no_traceback(capsys, monkeypatch):
         return torch.zeros(2) + torch.zeros(3)
 
     stub = read_answers(1, "exercises")
+    leaves = named(stub, noise_latent=lambda *_: sys.exit(0))
+    assert grade(list_checks(1)["noise_latent"], leaves).startswith("it stops")
     assert grade(list_checks(1)["noise_latent"], named(stub, noise_latent=broken)).startswith("it stops")
     monkeypatch.setattr(program, "read_answers", lambda *_: stub)
     with pytest.raises(SystemExit) as stop:

@@ -271,6 +271,12 @@ def test_the_page_of_results_says_which_samples_and_what_was_not_run(tmp_path, m
         assert after.partition("## Magic Fixup: verdicts")[2] == text.partition("## Magic Fixup: verdicts")[2]
         assert "as they stood here before: `probe`, `other`." in after and "--only probe --quick`" in after
 
+    # Nothing else is written over.
+    page.write_text("my own notes")
+    with pytest.raises(ValueError, match="no page of results"):
+        results.write_results(found, names, page, {"weights": "toy"})
+    assert page.read_text() == "my own notes"
+
 
 def test_every_table_and_figure_has_a_row_and_its_item_names_it():
     for paper, rows in papers.ROWS.items():

@@ -27,7 +27,8 @@ def toy():
 
 
 @pytest.fixture
-def lab(tmp_path):
+def lab(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_items, "STEPS", 25)
     return make_lab(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """train.py from the command line: resume after kill -9, many processes, shards, the ablation."""
 
+import json
 from dataclasses import replace
 
 import cv2
@@ -79,6 +80,8 @@ def test_the_toys_exact_pairs_are_mixed_in(tmp_path):
     recipe = replace(recipe, data=str(write_shards(tmp_path / "pairs")), exact=0.5)
     both = cache_latents(recipe, tmp_path / "both.safetensors", model, device)
     none = cache_latents(replace(recipe, exact=0.0), tmp_path / "none.safetensors", model, device)
+    more = cache_latents(replace(recipe, pairs=256), tmp_path / "more.safetensors", model, device)
+    assert len(more["mask"]) == 64  # of few pairs from shards there is still a half
     users = cache_latents(replace(recipe, edits=1.0), tmp_path / "users.safetensors", model, device)
     for name in toys:
         assert torch.equal(users[name][32:], both[name][32:]) and not torch.equal(users[name], both[name])
@@ -96,6 +99,16 @@ def test_a_model_is_for_the_size_of_its_pairs(tmp_path):
     pairs = write_shards(tmp_path / "pairs")  # of 16 pixels
     train.main(arguments(larger, tmp_path / "out", "--data", pairs, "--steps", 1, "--pairs", 0))
     assert mfx.load(tmp_path / "out/model").size == 16
+
+
+def test_a_start_without_signal_at_the_end_can_draw_its_samples(tmp_path):
+    stable = write_stable(tmp_path / "stable")
+    config = stable / "scheduler/scheduler_config.json"
+    said = json.loads(config.read_text()) | {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    config.write_text(json.dumps(said))
+    train.main(arguments(stable, tmp_path / "out", "--steps", 1, "--prediction", "v_prediction"))
+    assert (tmp_path / "out/mfx-samples.png").exists()
+    assert mfx.load(tmp_path / "out/model").schedule.name == "zero_snr"
 
 
 def test_shares_of_pairs_that_there_will_not_be(stable, tmp_path, capsys):
