@@ -127,7 +127,7 @@ def fidelity(lab):
     the share of pixels inside the edited objects that are within 8/255 of the truth; the intersection over union of the
     objects' silhouettes with the truth's, by kind of object and by edit.
     """
-    model, n = lab.fixup(), lab.count(96, 24)
+    model, n = lab.fixup(), lab.count(120, 24)
     results, table, claims = {"n": n}, [["", "first set", "second set"]], []
     for name, seed in (("first set", 4), ("second set", 5)):
         edits, output = make_user_edits(n, model.size, seed), fix_user_edits(model, n, seed)

@@ -149,7 +149,7 @@ def magic_fixup(lab):
     trip through the autoencoder is the least error there can be. Absolute errors are small ones in many pixels: what
     was not edited comes back slightly changed.
     """
-    model, n = lab.fixup(), lab.count(96, 24)
+    model, n = lab.fixup(), lab.count(120, 24)
     edits, output = make_user_edits(n, model.size), fix_user_edits(model, n)
     back = [model.decode(model.encode_image(x * 2 - 1)).float().cpu() for x in edits["truth"].split(32)]
     shown = {COLLAGE: edits["coarse"], "output": output, "round trip": torch.cat(back).clamp(-1, 1) / 2 + 0.5}

@@ -71,7 +71,7 @@ def test_prompts_are_followed(lab):
     with torch.inference_mode():
         result = toy_items.adherence(lab).results
     assert result["true renders"]["all but kind"] >= 0.97  # the captioner itself
-    assert result["true renders"]["kind"] >= 0.95 and result["text to image"]["kind"] >= 0.8  # of 128: 0.94
+    assert result["true renders"]["kind"] >= 0.95 and result["text to image"]["kind"] >= 0.8  # of 256: 0.94
     assert result["text to image"]["all but kind"] >= 0.95  # of 32 pictures
 
 
@@ -84,12 +84,12 @@ def test_change_follows_a_gradient(lab):
 
 @pytest.mark.slow
 def test_shadows_and_reflections_follow_an_edit(lab):
-    """Of 96 edits 0.31 of the squared error is left in shadows, 0.38 of all; the absolute one is 1.15 times as much"""
+    """Of 120 edits 0.21 of the squared error is left in shadows, 0.28 of all; the absolute one is 1.06 times as much"""
     with torch.inference_mode():
         result = mfx_tables.magic_fixup(lab).results
-    assert result["squared"]["shadows and reflections"]["ratio"]["output"][0] <= 0.35
-    assert result["squared"]["everywhere"]["ratio"]["output"][0] <= 0.45
-    assert result["absolute"]["everywhere"]["ratio"]["output"][0] <= 1.25
+    assert result["squared"]["shadows and reflections"]["ratio"]["output"][0] <= 0.32
+    assert result["squared"]["everywhere"]["ratio"]["output"][0] <= 0.32
+    assert result["absolute"]["everywhere"]["ratio"]["output"][0] <= 1.12
 
 
 @pytest.mark.slow
