@@ -68,28 +68,20 @@ class Attention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    def __init__(self, c: TextConfig):
-        super().__init__()
-        self.activation = ACTIVATIONS[c.activation]
-        self.fc1 = nn.Linear(c.width, c.mlp_width)
-        self.fc2 = nn.Linear(c.mlp_width, c.width)
-
-    def forward(self, x):
-        return self.fc2(self.activation(self.fc1(x)))
-
-
 class Layer(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(c.width)
         self.self_attn = Attention(c)
         self.layer_norm2 = nn.LayerNorm(c.width)
-        self.mlp = MLP(c)
+        self.mlp = nn.ModuleDict({
+            "fc1": nn.Linear(c.width, c.mlp_width), "fc2": nn.Linear(c.mlp_width, c.width)})
+        self.activation = ACTIVATIONS[c.activation]
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        hidden = self.activation(self.mlp["fc1"](self.layer_norm2(x)))
+        return x + self.mlp["fc2"](hidden)
 
 
 class TextEncoder(nn.Module):

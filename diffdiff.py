@@ -17,6 +17,8 @@ Line numbers in comments are Algorithm 1's. Algorithm 2 puts `L = ...` in before
 import math
 import warnings
 
+import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -165,14 +167,11 @@ def soft_inpainting_map(mask, softness):
     x = down_sample(mask, mask.shape[-2:])
     if softness == 0:
         return x
-    # The blur is separable: along rows, then along columns.
-    radius = math.ceil(3 * softness)
-    offsets = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.exp(-0.5 * (offsets.double() / softness) ** 2)  # so that white stays 1
-    kernel = (kernel / kernel.sum())[None, None, None]  # (1, 1, 1, 2 radius + 1)
-    x = F.conv2d(F.pad(x.double(), (radius, radius, 0, 0), mode="replicate"), kernel)
-    x = F.conv2d(F.pad(x, (0, 0, radius, radius), mode="replicate"), kernel.mT)
-    return x.float().clamp(0, 1)  # of rounding
+    size = 2 * math.ceil(3 * softness) + 1
+    blurred = [cv2.GaussianBlur(m, (size, size), softness, borderType=cv2.BORDER_REPLICATE)
+               for m in x[:, 0].cpu().numpy()]
+    soft = torch.from_numpy(np.stack(blurred))[:, None].to(x.device)
+    return soft.round(decimals=5).clamp(0, 1)  # so that white stays 1
 
 
 def strength_fan_map(strengths, height, width):

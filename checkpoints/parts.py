@@ -221,18 +221,20 @@ def read_schedule(folder, default=None, read=configs.schedule_from_json):
         raise ValueError(f"{file}: {e}") from None
 
 
-def save_part(model, folder, dtype=None, **more):
+def save_part(model, folder, dtype=None, config=None, **more):
     """Write a UNet, VAE, text or image encoder as one part's folder, each file whole or not at all.
 
-    dtype  the stored precision; None as it is
-    more   further entries of config.json, e.g. sample_size=64
+    dtype   the stored precision; None as it is
+    config  config.json; None: of model.config
+    more    further entries of config.json, e.g. sample_size=64
     """
     folder = Path(folder)
-    to_json = next(to_json for network, _, _, to_json in PARTS.values() if type(model) is network)
-    stem = "model" if isinstance(model, (TextEncoder, ImageEncoder)) else "diffusion_pytorch_model"
+    stem = "model" if isinstance(model, (TextEncoder, ImageEncoder, t5.T5)) else "diffusion_pytorch_model"
     tensors = {}
     for name, tensor in model.state_dict().items():
         tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
     with atomic_write(folder / f"{stem}.safetensors") as file:
         save_file(tensors, file, metadata={"format": "pt"})  # transformers insists on that entry
-    write_json(folder / "config.json", to_json(model.config) | more)
+    if not config:
+        config = next(to_json for network, _, _, to_json in PARTS.values() if type(model) is network)(model.config)
+    write_json(folder / "config.json", config | more)

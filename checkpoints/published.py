@@ -70,11 +70,8 @@ def find_lpips(folder=FOLDER):
 
 def digest(path):
     """SHA-256 of a file, as hexadecimal digits."""
-    sha256 = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(2**20):
-            sha256.update(block)
-    return sha256.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(kind, path, dtype=None, device="cpu"):
@@ -98,7 +95,7 @@ def load(kind, path, dtype=None, device="cpu"):
     tensors = {rename(name): tensor for name, tensor in stored.items() if rename(name)}
     try:
         with torch.device("meta"):
-            model = build(read_shapes(tensors))
+            model = build({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         problems = describe_misfits(model, tensors)
     except KeyError as name:
         problems = f"there is no tensor {name.args[0]}; the first is {next(iter(stored))}"
@@ -155,7 +152,3 @@ def recognise(stored, kind):
         if any(re.match(sign, name) for name in stored):
             return None if other == kind else f"this is {words}"
     return None
-
-
-def read_shapes(tensors):
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -83,16 +83,12 @@ def largest_over_processes(number):
     return int(value)
 
 
-def average_over_processes(values):
-    """A tensor -> its mean over the processes"""
-    if process_count() > 1:
-        dist.all_reduce(values)
-    return values / process_count()
-
-
 def read_losses(pending, step):
     """[(loss, gradient norm)] of the steps from `step` on, as tensors -> losses, as numbers"""
-    values = average_over_processes(torch.stack(pending)).tolist()
+    values = torch.stack(pending)
+    if process_count() > 1:
+        dist.all_reduce(values)
+    values = (values / process_count()).tolist()
     for i, (value, norm) in enumerate(values):
         if not math.isfinite(value * norm):
             raise FloatingPointError(f"loss or gradient is not finite at step {step + i}: "

@@ -1,6 +1,5 @@
 """What the options of sample.py name -> pictures, coarse edits and maps, as models take them."""
 
-import math
 import warnings
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from common.colours import colour_transform, to_srgb
 from common.files import read_json
 from common.pictures import (
     KINDS,
-    STRIP,
     fit_edit,
     fitted_size,
     lay_on,
@@ -101,8 +99,6 @@ def read(args, dtype, device):
                              "would squeeze it; say one number".format(*original.size, *args.size))
 
     drawn = args.change_map or args.mask
-    if drawn == ALPHA and args.white_is_change:
-        raise ValueError(f"{ALPHA} says by itself what changes, what is transparent: leave out --white-is-change")
     if args.paste_back and photo and not args.edit:
         warn_of_loss(photo, args.image, drawn == ALPHA)
     if spec:
@@ -200,19 +196,8 @@ def fit_map(args, mu, original, size):
     if args.mask:
         softness = 40 if args.softness is None else args.softness  # in pixels of the original
         scale = (width * height / (original.width * original.height)) ** 0.5
-        change_map = soften(change_map.round(), softness * scale)
+        change_map = diffdiff.soft_inpainting_map(change_map.round(), softness * scale)
     return change_map
-
-
-def soften(mask, softness):
-    """diffdiff.soft_inpainting_map, in strips: pasted back, a mask has the size of the photograph."""
-    strips = []
-    beside = math.ceil(3 * softness)  # rows that a strip's own look at
-    for top in range(0, mask.shape[-2], STRIP):
-        first = max(0, top - beside)
-        soft = diffdiff.soft_inpainting_map(mask[..., first : top + STRIP + beside, :], softness)
-        strips.append(soft[..., top - first : top - first + STRIP, :])
-    return torch.cat(strips, -2)
 
 
 def fit_coarse_edit(coarse, original, size):

@@ -4,8 +4,6 @@ The papers do not do this: all that they give back has gone through the autoenco
 copy of the photograph is edited, and the result is laid over the photograph where the map says that something changes.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from PIL import Image, ImageCms
@@ -16,29 +14,14 @@ from common.pictures import fit_edit
 FEATHER = 0.25  # up to this strength photograph and result are mixed: so weak an edit doubles nothing
 
 
-@dataclass
-class Paste:
-    """What a result is laid over, and where."""
-
-    photo: Image.Image  # RGB, at its own size, in the colours of the profile in its .info
-    weight: Image.Image  # L, of the same size: 0 = the photograph, 255 = the result
-
-    def __call__(self, result):
-        """result, sRGB, at the model's size -> RGB, at the photograph's, with its colour profile"""
-        result = from_srgb(result, self.photo.info.get("icc_profile"))
-        large = result.resize(self.photo.size, Image.Resampling.LANCZOS)
-        pasted = Image.composite(large, self.photo, self.weight)
-        pasted.info = result.info
-        return pasted
-
-
 def prepare(original, coarse, change_map, size):
-    """The same at `size` (width, height), for the model: the whole photograph, nothing cut. And the Paste.
+    """The same at `size` (width, height), for the model: the whole photograph, nothing cut. And how to paste.
 
     original    RGB
     coarse      RGBA over it: then it is what the map keeps, but for its holes. Or None
     change_map  (1, 1, H, W) over the original's pixels, 1 = keep
-      ->        original, coarse, change map (1, 1, h, w), Paste
+      ->        original, coarse, change map (1, 1, h, w), over_photo: a result, sRGB, at `size` -> RGB, at the
+                photograph's size, with its colour profile
     """
     mu = change_map[0, 0].numpy()
     weight = 1 - mu
@@ -57,4 +40,12 @@ def prepare(original, coarse, change_map, size):
         photo = to_srgb(photo)
     small = original.resize(size, Image.Resampling.LANCZOS)
     mu = Image.fromarray(mu).resize(size, Image.Resampling.BOX)
-    return small, coarse, torch.from_numpy(np.array(mu))[None, None], Paste(photo, Image.fromarray(weight))
+    weight = Image.fromarray(weight)  # 0 = the photograph, 255 = the result
+
+    def over_photo(result):
+        result = from_srgb(result, photo.info.get("icc_profile"))
+        pasted = Image.composite(result.resize(photo.size, Image.Resampling.LANCZOS), photo, weight)
+        pasted.info = result.info
+        return pasted
+
+    return small, coarse, torch.from_numpy(np.array(mu))[None, None], over_photo

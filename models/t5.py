@@ -82,17 +82,6 @@ class Attention(nn.Module):
         return self.o(x.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    def __init__(self, c: T5Config):
-        super().__init__()
-        self.wi_0 = nn.Linear(c.width, c.mlp_width, bias=False)
-        self.wi_1 = nn.Linear(c.width, c.mlp_width, bias=False)
-        self.wo = nn.Linear(c.mlp_width, c.width, bias=False)
-
-    def forward(self, x):
-        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
-
-
 class Block(nn.Module):
     """Attention, then an MLP. Modules without a forward only give the parameters their names."""
 
@@ -102,11 +91,14 @@ class Block(nn.Module):
         for sublayer in self.layer:
             sublayer.layer_norm = RMSNorm(c.width)
         self.layer[0].SelfAttention = Attention(c, first)
-        self.layer[1].DenseReluDense = MLP(c)
+        self.layer[1].DenseReluDense = nn.ModuleDict({
+            name: nn.Linear(*sizes, bias=False) for name, sizes in {
+                "wi_0": (c.width, c.mlp_width), "wi_1": (c.width, c.mlp_width), "wo": (c.mlp_width, c.width)}.items()})
 
     def forward(self, x, bias):
         x = x + self.layer[0].SelfAttention(self.layer[0].layer_norm(x), bias)
-        return x + self.layer[1].DenseReluDense(self.layer[1].layer_norm(x))
+        y, mlp = self.layer[1].layer_norm(x), self.layer[1].DenseReluDense
+        return x + mlp["wo"](F.gelu(mlp["wi_0"](y), approximate="tanh") * mlp["wi_1"](y))
 
 
 class T5(nn.Module):

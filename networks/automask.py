@@ -11,6 +11,7 @@ The results are the published generator's, in its order, without the crops and t
 default. It is faster by what it leaves out: masks that do not pass the first test are never drawn.
 """
 
+import cv2
 import numpy as np
 import torch
 
@@ -88,9 +89,11 @@ def find_masks(sam, image, n, batch, iou_thresh, stability_thresh, offset):
             masks = (logits[stable] > 0).cpu().numpy()
             stability = stability.tolist()
             for i, mask in zip(stable.tolist(), masks):
+                x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
                 found.append({
-                    "mask": np.packbits(mask, axis=1), "box": find_box(mask), "stability_score": stability[i],
-                    "predicted_iou": scores[first + i], "point": clicks[first + i].tolist()})
+                    "mask": np.packbits(mask, axis=1), "box": np.array([x, y, x + w - 1, y + h - 1]),
+                    "stability_score": stability[i], "predicted_iou": scores[first + i],
+                    "point": clicks[first + i].tolist()})
     return found
 
 
@@ -100,32 +103,22 @@ def make_point_grid(n):
     return np.stack(np.meshgrid(centres, centres), -1).reshape(-1, 2)
 
 
-def find_box(mask):
-    """(H, W) bool, not empty -> x0, y0, x1, y1 of its outermost pixels"""
-    rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
-    return np.array([columns[0], rows[0], columns[-1], rows[-1]])
-
-
-def compute_area(box):
-    return (box[2] - box[0]) * (box[3] - box[1])
-
-
 def suppress(candidates, scores, threshold):
     """Non-maximum suppression: candidates by falling score, without those whose box has IoU > threshold with the box
     of one that is kept. Equal scores: in the order that they have."""
     if not candidates:
         return []
     boxes = np.stack([c["box"] for c in candidates]).astype(np.float32)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     order = np.argsort(-np.asarray(scores, np.float32), kind="stable")
     kept = []
     while len(order):
         best = order[0]
         order = order[1:]
         kept.append(candidates[best])
-        others = boxes[order]
-        sides = np.minimum(others[:, 2:], boxes[best, 2:]) - np.maximum(others[:, :2], boxes[best, :2])
+        sides = np.minimum(boxes[order, 2:], boxes[best, 2:]) - np.maximum(boxes[order, :2], boxes[best, :2])
         common = sides.clip(0).prod(1)
         with np.errstate(invalid="ignore"):  # two boxes without an area: 0 / 0, and both stay
-            iou = common / (compute_area(boxes[best]) + compute_area(others.T) - common)
+            iou = common / (areas[best] + areas[order] - common)
         order = order[~(iou > threshold)]
     return kept

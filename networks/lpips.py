@@ -38,17 +38,6 @@ def make_alexnet():
     )
 
 
-class Head(nn.Module):
-    """One layer's w_l^2, as a 1x1 convolution to one channel. Its place is 1, behind the dropout of the training."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
-
-    def forward(self, x):
-        return self.model(x)
-
-
 class LPIPS(nn.Module):
     """The metric on AlexNet. published.load_lpips makes one with weights."""
 
@@ -56,7 +45,9 @@ class LPIPS(nn.Module):
         super().__init__()
         self.features = make_alexnet()
         for l, channels in enumerate(CHANNELS):
-            setattr(self, f"lin{l}", Head(channels))
+            # w_l^2, as a 1x1 convolution to one channel. Its place is 1, behind the dropout of the training.
+            w = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
+            self.add_module(f"lin{l}", nn.ModuleDict({"model": w}))
 
     def forward(self, x, y, spatial=False):
         """Pictures x, y (B, 3, H, W) in [-1, 1], sides of 31 pixels or more -> (B,), or (B, 1, H, W) if spatial.
@@ -67,7 +58,7 @@ class LPIPS(nn.Module):
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 31:
             raise ValueError(f"two batches of pictures (B, 3, H, W) of one size, 31 pixels or more, are compared, not "
                              f"{tuple(x.shape)} and {tuple(y.shape)}")
-        heads = [getattr(self, f"lin{l}") for l in range(len(TAPS))]
+        heads = [getattr(self, f"lin{l}")["model"] for l in range(len(TAPS))]
         return distance(zip(self.depths(x), self.depths(y)), heads, x.shape[2:] if spatial else None)
 
     def depths(self, x):

@@ -52,27 +52,17 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = MLP(width)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
 class ViT(nn.Module):
@@ -109,26 +99,16 @@ class ViT(nn.Module):
 # Reassemble and fuse
 
 
-class Readout(nn.Module):
-    """The paper's Read_proj: every token reads the first one, which stands for no place. -> (B, hw, D)"""
-
-    def __init__(self, width):
-        super().__init__()
-        self.project = nn.Sequential(nn.Linear(2 * width, width), nn.GELU())
-
-    def forward(self, tokens):
-        readout, places = tokens[:, :1], tokens[:, 1:]
-        return self.project(torch.cat([places, readout.expand_as(places)], 2))
-
-
 class Reassemble(nn.ModuleDict):
     """Tokens (B, 1 + hw, D) -> a map of C channels, at h x w patches times the factor of `resize`, a layer."""
 
     def __init__(self, width, channels, resize):
-        super().__init__({"0": Readout(width), "3": nn.Conv2d(width, channels, 1), "4": resize})
+        project = nn.Sequential(nn.Linear(2 * width, width), nn.GELU())
+        super().__init__({"0": nn.ModuleDict({"project": project}), "3": nn.Conv2d(width, channels, 1), "4": resize})
 
     def forward(self, tokens, h, w):
-        x = self["0"](tokens).transpose(1, 2).unflatten(2, (h, w))
+        readout, places = tokens[:, :1], tokens[:, 1:]  # Read_proj: each reads the first one, which stands for no place
+        x = self["0"]["project"](torch.cat([places, readout.expand_as(places)], 2)).transpose(1, 2).unflatten(2, (h, w))
         return self["4"](self["3"](x))
 
 

@@ -77,11 +77,6 @@ def make_encoder(c_out, norm):
 # Correlation, section 3.2
 
 
-def count_cells(h, w):
-    """How many numbers the pyramid holds for each pixel of the first features, a border of zeros around each level."""
-    return sum(((h >> level) + 2) * ((w >> level) + 2) for level in range(LEVELS))
-
-
 def make_look_up(g1, g2):
     """Features g1, g2 (B, C, h, w) -> the look-up L_C: x' (B, 2, h, w), positions x, y -> (B, 4 * 9 * 9, h, w).
 
@@ -214,7 +209,9 @@ class RAFT(nn.Module):
         h, w = frames.shape[2] // 8, frames.shape[3] // 8
 
         # At their peak, early in an encoder, activations are 4 times 64 channels at half size: 16 KB for 8 x 8 pixels.
-        at_once = max(1, memory // (h * w * (4 * count_cells(h, w) + 2**14)))
+        # And the pyramid has so many numbers for each pixel of the first features, with its borders of zeros.
+        cells = sum(((h >> level) + 2) * ((w >> level) + 2) for level in range(LEVELS))
+        at_once = max(1, memory // (h * w * (4 * cells + 2**14)))
 
         # The last frame of a batch is the first of the next one.
         flows = [frames.new_empty(0, 2, *frames.shape[2:], dtype=torch.float32)]

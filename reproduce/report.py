@@ -2,9 +2,9 @@
 
 import base64
 import collections
-import html
 import io
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 from PIL import Image
@@ -101,10 +101,6 @@ def write_table(table, head=True):
 def write_mark(verdict):
     name, sign = MARK[verdict]
     return f'<span class="mark {name}">{sign} {verdict}</span>'
-
-
-def escape(text):
-    return html.escape(str(text), quote=True)
 
 
 def inline_picture(path):

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 import samplers
 import train
-from checkpoints.parts import load_part
-from common.files import atomic_write, write_json
+from checkpoints.parts import load_part, save_part
+from common.files import write_json
 from common.run_state import generator_at
 from diffusion import Schedule
 from kernels.blocks import to_channels_last
@@ -157,8 +156,8 @@ def train_first(recipe, out, resume, device):
 
     average = train.fit("if-1", model, loss, sheet, recipe, out, resume)
     folder = out / "model" / "IF-I"
-    save_network(average["unet"], folder / "unet", FIRST, "diffusion_pytorch_model")
-    save_network(average["text"], folder / "text_encoder", TEXT | {"vocab_size": len(pieces)}, "model")
+    save_part(average["unet"], folder / "unet", torch.float16, FIRST)
+    save_part(average["text"], folder / "text_encoder", torch.float16, TEXT, vocab_size=len(pieces))
     special = [{"id": i, "content": piece} for i, (piece, _, kind) in enumerate(pieces) if kind != t5.NORMAL]
     words = {"type": "Unigram", "unk_id": 2, "vocab": [[piece, score] for piece, score, _ in pieces]}
     write_json(folder / "tokenizer/tokenizer.json", {"normalizer": None, "added_tokens": special, "model": words})
@@ -200,12 +199,5 @@ def train_second(recipe, out, resume, device):
         return torch.stack([image, seen, x]).cpu() / 2 + 0.5
 
     average = train.fit("if-2", model, loss, sheet, recipe, out, resume)
-    save_network(average, out / "model/IF-II/unet", SECOND, "diffusion_pytorch_model")
+    save_part(average, out / "model/IF-II/unet", torch.float16, SECOND)
     write_json(out / "model/IF-II/scheduler/scheduler_config.json", SCHEDULER)
-
-
-def save_network(network, folder, config, stem):
-    tensors = {name: x.detach().half().cpu().contiguous() for name, x in network.state_dict().items()}
-    with atomic_write(folder / f"{stem}.safetensors") as file:
-        save_file(tensors, file, metadata={"format": "pt"})
-    write_json(folder / "config.json", config)

@@ -279,19 +279,6 @@ def random_masks(n, size, generator):
     return ((one | two & second) ^ turned)[:, None].float()
 
 
-def encode_masked(scenes, path, toy, recipe, device):
-    """Scenes, each with a mask of its own, encoded once: a dict of z (N, C, h, w), scaled, and known (N, 1 + C, h, w),
-    in fp16. (A new mask at every step would need the encoder at every step.)"""
-
-    def encode(i):
-        image = to_channels_last((world.render(scenes[i : i + 32], toy.size).image * 2 - 1).to(device))
-        repaint = random_masks(len(image), toy.size, generator_at(recipe.seed + 3, i)).to(device)
-        return {"z": toy.encode_image(image).half(), "known": toy.inpainting_channels(image, repaint).half()}
-
-    made_from = digest(toy.vae, scenes.x.tolist(), recipe.seed, toy.size)
-    return cache_batches(path, made_from, range(0, len(scenes), 32), encode)
-
-
 def train_inpainting(recipe, out, resume, device):
     """A base model's UNet learns to fill in what a mask covers -> OUT/model, as fp16
 
@@ -303,7 +290,15 @@ def train_inpainting(recipe, out, resume, device):
     toy = given(recipe.init or TOY, device)
     model = widened(toy.unet, toy.unet.config.in_channels + 1)  # the mask, the latent of the masked picture
     model = model.requires_grad_(True).to(device, memory_format=torch.channels_last)
-    latents, size = encode_masked(scenes, out / "masked.safetensors", toy, recipe, device), toy.size
+    size = toy.size
+
+    def encode(i):  # scenes, each with a mask of its own: a new one at every step would need the encoder at every step
+        image = to_channels_last((world.render(scenes[i : i + 32], size).image * 2 - 1).to(device))
+        repaint = random_masks(len(image), size, generator_at(recipe.seed + 3, i)).to(device)
+        return {"z": toy.encode_image(image).half(), "known": toy.inpainting_channels(image, repaint).half()}
+
+    made_from = digest(toy.vae, scenes.x.tolist(), recipe.seed, size)
+    latents = cache_batches(out / "masked.safetensors", made_from, range(0, len(scenes), 32), encode)
     nothing = toy.inpainting_channels(torch.zeros(1, 3, size, size), torch.ones(1, 1, size, size))
 
     def loss(step, _):
@@ -333,18 +328,6 @@ def train_inpainting(recipe, out, resume, device):
 # Stage instruct
 
 
-def encode_told(before, after, path, toy, device):
-    """-> a dict of z, the scenes as they are wanted, and seen, as they are, not scaled: (N, C, h, w), fp16"""
-
-    def encode(i):
-        wanted, image = (world.render(scenes[i : i + 32], toy.size).image * 2 - 1 for scenes in (after, before))
-        z, seen = (toy.encode_image(to_channels_last(x.to(device))) for x in (wanted, image))
-        return {"z": z.half(), "seen": (seen / toy.vae.config.scaling_factor).half()}
-
-    made_from = digest(toy.vae, before.x.tolist(), after.time.tolist(), toy.size)
-    return cache_batches(path, made_from, range(0, len(before), 32), encode)
-
-
 def train_instruct(recipe, out, resume, device):
     """A base model's UNet learns to do as it is told -> OUT/model, as fp16: InstructPix2Pix, on pairs of the toy world.
     The text encoder and the autoencoder stay as they are."""
@@ -353,7 +336,14 @@ def train_instruct(recipe, out, resume, device):
     toy = given(recipe.init or TOY, device)
     model = widened(toy.unet, toy.unet.config.in_channels).requires_grad_(True)
     model = model.to(device, memory_format=torch.channels_last)
-    latents = encode_told(scenes, edited, out / "pairs.safetensors", toy, device)
+
+    def encode(i):  # z as it is wanted, and seen, as it is, not scaled
+        wanted, image = (world.render(s[i : i + 32], toy.size).image * 2 - 1 for s in (edited, scenes))
+        z, seen = (toy.encode_image(to_channels_last(x.to(device))) for x in (wanted, image))
+        return {"z": z.half(), "seen": (seen / toy.vae.config.scaling_factor).half()}
+
+    made_from = digest(toy.vae, scenes.x.tolist(), edited.time.tolist(), toy.size)
+    latents = cache_batches(out / "pairs.safetensors", made_from, range(0, len(scenes), 32), encode)
 
     def loss(step, _):
         index, _, t, noise, g = draws(recipe, scenes, latents["z"].shape[1:], step)

@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-import diffdiff
 from common.pictures import picture_to_tensor
 from editing import inputs, paste
 from tests.pictures import grey_profile, swapped_profile
@@ -153,14 +152,6 @@ def test_a_photograph_lying_on_its_side_comes_back_upright_at_its_own_size(edit,
     own = np.asarray(photo.transpose(Image.Transpose.ROTATE_270))
     assert x.shape == (300, 420, 3) and (x[mask == 255] == own[mask == 255]).all()
     assert (x[mask == 0] != own[mask == 0]).any(1).mean() > 0.9
-
-
-@pytest.mark.parametrize("softness", ["0", "0.7", "5"])
-def test_a_mask_is_softened_in_strips_as_at_once(monkeypatch, softness):
-    monkeypatch.setattr(inputs, "STRIP", 9)
-    mask = torch.from_numpy(np.random.default_rng(0).integers(0, 2, (1, 1, 40, 30))).float()
-    want = diffdiff.soft_inpainting_map(mask, float(softness))
-    torch.testing.assert_close(inputs.soften(mask, float(softness)), want, atol=1e-6, rtol=0)
 
 
 def test_a_photograph_that_the_format_cannot_hold(capsys, tmp_path):

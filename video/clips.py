@@ -75,15 +75,6 @@ def name_for_opencv(path):
     return os.path.join(".", path)  # FFmpeg takes the beginning of 12:30.mp4 for a protocol
 
 
-def sort_naturally(paths):
-    """2 before 10"""
-
-    def key(path):
-        return [(int(n), text) for text, n in re.findall(r"(\D*)(\d+)", path.stem)] + [(0, path.stem)]
-
-    return sorted(paths, key=key)
-
-
 def read_window(path, size, fps, rng):
     """A stretch of at most LONGEST seconds from somewhere in a clip, with a frame for about every STEP seconds.
 
@@ -94,7 +85,8 @@ def read_window(path, size, fps, rng):
     path, video = Path(path), None
     if path.is_dir():
         inside = (p for p in path.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith("."))
-        pictures = sort_naturally(inside)
+        pictures = sorted(inside, key=lambda p: [  # 2 before 10
+            *((int(n), text) for text, n in re.findall(r"(\D*)(\d+)", p.stem)), (0, p.stem)])
         count = len(pictures)
     else:
         video, count, fps = open_video(path)

@@ -103,29 +103,9 @@ def time_at_the_start(x, time, norm1, conv1, norm2, conv2):
     return x + conv2(F.silu(norm2(h)))
 
 
-def time_at_the_end(x, time, norm1, conv1, norm2, conv2):
-    return x + conv2(F.silu(norm2(conv1(F.silu(norm1(x)))))) + time[:, :, None, None]
-
-
-def no_skip(x, time, norm1, conv1, norm2, conv2):
-    return right.resnet_block(x, time, norm1, conv1, norm2, conv2) - x
-
-
-def no_second_silu(x, time, norm1, conv1, norm2, conv2):
-    return x + conv2(norm2(conv1(F.silu(norm1(x))) + time[:, :, None, None]))
-
-
 def silu_first(x, time, norm1, conv1, norm2, conv2):
     h = conv1(norm1(F.silu(x))) + time[:, :, None, None]
     return x + conv2(norm2(F.silu(h)))
-
-
-def normalised_skip(x, time, norm1, conv1, norm2, conv2):
-    return right.resnet_block(x, time, norm1, conv1, norm2, conv2) - x + norm1(x)
-
-
-def activated_skip(x, time, norm1, conv1, norm2, conv2):
-    return right.resnet_block(x, time, norm1, conv1, norm2, conv2) - x + F.silu(norm1(x))
 
 
 WRONG_BLOCKS = {
@@ -133,12 +113,16 @@ WRONG_BLOCKS = {
         norm_after,
     "the time is added to the input, where the first GroupNorm takes most of it away: add it after conv1":
         time_at_the_start,
-    "the time is added at the end: add it after conv1, where norm2 and conv2 still see it": time_at_the_end,
-    "the skip is missing: what the block makes is added to x": no_skip,
-    "F.silu is missing after norm2": no_second_silu,
+    "the time is added at the end: add it after conv1, where norm2 and conv2 still see it":
+        lambda x, time, *layers: right.resnet_block(x, 0 * time, *layers) + time[:, :, None, None],
+    "the skip is missing: what the block makes is added to x": lambda x, *rest: right.resnet_block(x, *rest) - x,
+    "F.silu is missing after norm2": lambda x, time, norm1, conv1, norm2, conv2: (
+        x + conv2(norm2(conv1(F.silu(norm1(x))) + time[:, :, None, None]))),
     "F.silu stands before the norms: it follows each of them": silu_first,
-    "the skip is normalised: x itself is what is added to": normalised_skip,
-    "the skip is normalised and activated: x itself is what is added to": activated_skip,
+    "the skip is normalised: x itself is what is added to":
+        lambda x, time, norm1, *rest: right.resnet_block(x, time, norm1, *rest) - x + norm1(x),
+    "the skip is normalised and activated: x itself is what is added to":
+        lambda x, time, norm1, *rest: right.resnet_block(x, time, norm1, *rest) - x + F.silu(norm1(x)),
 }
 
 

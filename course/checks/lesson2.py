@@ -6,7 +6,7 @@ import math
 import torch
 
 import samplers
-from course.grading import Wrong, call, compare, draw, list_mistakes, predicted, resting_on
+from course.grading import Wrong, call, compare, compare_function, draw, list_mistakes, predicted, resting_on
 from course.solutions import lesson2 as right
 from diffusion import Schedule
 
@@ -79,27 +79,18 @@ def run_ladder(loop):
     return call(loop, model, *draw(SHAPE), ladder.timesteps, ladder.abar)
 
 
-def stop_early(model, z, timesteps, abar):
-    return right.sample(model, z, timesteps[:-1], abar)
-
-
-def start_late(model, z, timesteps, abar):
-    return right.sample(model, z, timesteps[1:], abar[1:])
-
-
-def stay(model, z, timesteps, abar):
-    return right.sample(model, z, timesteps, abar[1:] + [1.0])
-
-
 def ask_once(model, z, timesteps, abar):
     eps = model(z, torch.full((len(z),), timesteps[0]))
     return right.sample(lambda z, t: eps, z, timesteps, abar)
 
 
 WRONG_LOOPS = {
-    "off by one step: the last step is not taken": stop_early,
-    "off by one step: the first step is not taken": start_late,
-    "off by one step: step i goes from abar[i] to abar[i + 1], and yours from abar[i + 1] to abar[i + 2]": stay,
+    "off by one step: the last step is not taken":
+        lambda model, z, timesteps, abar: right.sample(model, z, timesteps[:-1], abar),
+    "off by one step: the first step is not taken":
+        lambda model, z, timesteps, abar: right.sample(model, z, timesteps[1:], abar[1:]),
+    "off by one step: step i goes from abar[i] to abar[i + 1], and yours from abar[i + 1] to abar[i + 2]":
+        lambda model, z, timesteps, abar: right.sample(model, z, timesteps, abar[1:] + [1.0]),
     "the model is asked once: ask it again at every step, about the new z": ask_once,
 }
 
@@ -112,52 +103,56 @@ def check_sample(module):
 
 
 def check_ddim_sigma(module):
-    a, b, eta = 0.4, 0.6, 0.5
-    var = (1 - b) / (1 - a) * (1 - a / b)
     # Of eta = 1 it is DDPM's, whose variance is the posterior's.
-    compare(call(module.ddim_sigma, a, b, eta), right.ddim_sigma(a, b, eta), {
-        "that is the variance: take the square root": eta * var,
-        "eta stands inside the square root: it multiplies the standard deviation": math.sqrt(eta * var),
-        "eta is missing": math.sqrt(var),
-        "the two factors are upside down: abar is the smaller one, and less noise is at abar_next":
-            eta * math.sqrt((1 - a) / (1 - b) * (1 - a / b)),
-        "the second factor is missing: 1 - abar / abar_next": eta * math.sqrt((1 - b) / (1 - a)),
-        "the first factor is missing: (1 - abar_next) / (1 - abar)": eta * math.sqrt(1 - a / b),
-    })
+    compare_function(module.ddim_sigma, right.ddim_sigma, WRONG_SIGMAS, 0.4, 0.6, 0.5)
+
+
+WRONG_SIGMAS = {
+    "that is the variance: take the square root": lambda a, b, eta: right.ddim_sigma(a, b, eta) ** 2 / eta,
+    "eta stands inside the square root: it multiplies the standard deviation":
+        lambda a, b, eta: right.ddim_sigma(a, b, 1) * math.sqrt(eta),
+    "eta is missing": lambda a, b, eta: right.ddim_sigma(a, b, 1),
+    "the two factors are upside down: abar is the smaller one, and less noise is at abar_next":
+        lambda a, b, eta: eta * math.sqrt((1 - a) / (1 - b) * (1 - a / b)),
+    "the second factor is missing: 1 - abar / abar_next": lambda a, b, eta: eta * math.sqrt((1 - b) / (1 - a)),
+    "the first factor is missing: (1 - abar_next) / (1 - abar)": lambda a, b, eta: eta * math.sqrt(1 - a / b),
+}
 
 
 def check_dpmpp_step(module):
     z, x0, before = draw(SHAPE, SHAPE, SHAPE)
     sampler = samplers.dpmpp(Schedule(prediction="sample"), 10)
-    want, _ = sampler.step(lambda z, t: x0, z, 3, samplers.History([before], torch.tensor(1)))
-    a = sampler.ladder.abar[2:5]
-    lam = [math.log(math.sqrt(x / (1 - x))) for x in a]
-    h, h_before = lam[2] - lam[1], lam[1] - lam[0]
 
-    def step(correction, sign=1):
-        D = x0 + correction * (x0 - before)
-        scale = math.sqrt((1 - a[2]) / (1 - a[1]))
-        return scale * z - sign * math.sqrt(a[2]) * (math.exp(-h) - 1) * D
+    def step(z, x0, before, *_):
+        return sampler.step(lambda z, t: x0, z, 3, samplers.History([before], torch.tensor(1)))[0]
 
-    compare(call(module.dpmpp_step, z, x0, before, *a), want, {
-        "the correction is missing: this is the step of first order, which is DDIM's": step(0),
-        "the correction is twice too large: divide by 2 h_before": step(h / h_before),
-        "the correction is upside down: h / h_before, the step to come over the step before": step(h_before / (2 * h)),
-        "the correction has the wrong sign: go on in the direction from x0_before to x0": step(-h / (2 * h_before)),
-        "the sign of the second term is wrong: exp(-h) - 1 is negative, so minus it adds":
-            step(h / (2 * h_before), sign=-1),
-    })
+    compare_function(module.dpmpp_step, step, WRONG_SOLVERS, z, x0, before, *sampler.ladder.abar[2:5])
 
 
 def correct(times):
-    """A dpmpp_step whose correction is so many times the right one"""
+    """A dpmpp_step whose correction is so many times the right one. times: a number, or a function of the three abar"""
 
-    def step(z, x0, x0_before, abar_before, abar, abar_next):
-        second = right.dpmpp_step(z, x0, x0_before, abar_before, abar, abar_next)
-        first = right.dpmpp_step(z, x0, x0, abar_before, abar, abar_next)
-        return first + times * (second - first)
+    def step(z, x0, x0_before, *abar):
+        first = right.dpmpp_step(z, x0, x0, *abar)
+        share = times(*abar) if callable(times) else times
+        return first + share * (right.dpmpp_step(z, x0, x0_before, *abar) - first)
 
     return step
+
+
+def upside_down(abar_before, abar, abar_next):
+    before, now, after = (math.log(a / (1 - a)) for a in (abar_before, abar, abar_next))
+    return ((now - before) / (after - now)) ** 2
+
+
+WRONG_SOLVERS = {
+    "the correction is missing: this is the step of first order, which is DDIM's": correct(0),
+    "the correction is twice too large: divide by 2 h_before": correct(2),
+    "the correction is upside down: h / h_before, the step to come over the step before": correct(upside_down),
+    "the correction has the wrong sign: go on in the direction from x0_before to x0": correct(-1),
+    "the sign of the second term is wrong: exp(-h) - 1 is negative, so minus it adds":
+        lambda z, x0, x0_before, *abar: right.dpmpp_step(z, -x0, -x0_before, *abar),
+}
 
 
 MISTAKES = {
@@ -174,17 +169,9 @@ MISTAKES = {
         (lambda model, z, timesteps, abar: right.sample(lambda z, t: model(z, int(t[0])), z, timesteps, abar), "(B,)"),
         (lambda model, z, timesteps, abar: right.sample(model, z, list(range(8)), abar), "number of the step"),
     ],
-    "ddim_sigma": [
-        (lambda a, b, eta: right.ddim_sigma(a, b, eta) ** 2 / eta, "square root"),
-        (lambda a, b, eta: right.ddim_sigma(a, b, 1) * eta**0.5, "inside"),
-        (lambda a, b, eta: right.ddim_sigma(a, b, 1), "eta is missing"),
-        (lambda a, b, eta: eta * (1 - a / b) ** 0.5, "first factor is missing"),
-        (lambda a, b, eta: eta * ((1 - b) / (1 - a)) ** 0.5, "second factor is missing"),
-    ],
+    "ddim_sigma": list_mistakes(WRONG_SIGMAS),
     "dpmpp_step": [
-        (correct(0), "first order"),
-        (correct(2), "twice too large"),
-        (correct(-1), "wrong sign"),
+        *list_mistakes(WRONG_SOLVERS),
         (lambda z, x0, before, a0, a, b: right.dpmpp_step(z, before, x0, a0, a, b), "expected"),
     ],
 }

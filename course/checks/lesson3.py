@@ -167,21 +167,9 @@ def check_denoise_guided(module):
     })
 
 
-def swap_halves(unet, z, t, context, empty, w):
-    return right.denoise_guided(unet, z, t, empty, context, w)
-
-
-def call_twice(unet, z, t, context, empty, w):
-    return right.guide(unet(z, t, empty), unet(z, t, context), w)
-
-
 def forget_t(unet, z, t, context, empty, w):
     u, c = unet(torch.cat([z, z]), t, torch.cat([empty, context])).chunk(2)
     return right.guide(u, c, w)
-
-
-def only_the_prompt(unet, z, t, context, empty, w):
-    return right.denoise_guided(unet, z, t, context, empty, 1.0)
 
 
 MISTAKES = {
@@ -202,9 +190,10 @@ MISTAKES = {
     ],
     "guide": list_mistakes(WRONG_GUIDES),
     "denoise_guided": [
-        (swap_halves, "halves"),
-        (call_twice, "once is enough"),
+        (lambda unet, z, t, context, empty, w: right.denoise_guided(unet, z, t, empty, context, w), "halves"),
+        (lambda unet, z, t, context, empty, w: right.guide(unet(z, t, empty), unet(z, t, context), w),
+         "once is enough"),
         (forget_t, "all three are doubled"),
-        (only_the_prompt, "without guidance"),
+        (lambda *given: right.denoise_guided(*given[:-1], 1.0), "without guidance"),
     ],
 }

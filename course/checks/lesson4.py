@@ -113,10 +113,6 @@ def overwrite_after(step, noise_to, z_init, mu, k):
     return torch.where(mu < 1, z, z_init)
 
 
-def overwrite_clean(step, noise_to, z_init, mu, k):
-    return right.differential_diffusion(step, lambda i: noise_to(i) if i == 0 else z_init, z_init, mu, k)
-
-
 def masked(keep, end=lambda mu, i, k: mu < 1):
     """An Algorithm 1 with another line 8: keep(mu, i, k), and `end` at t = 0"""
 
@@ -155,10 +151,6 @@ def weighted(at_the_end):
     return algorithm
 
 
-def one_level_late(step, noise_to, z_init, mu, k):
-    return right.differential_diffusion(step, lambda i: noise_to(max(i - 1, 0)), z_init, mu, k)
-
-
 WRONG_ALGORITHMS = {
     "off by one step: what is replaced after step i has the noise of level i + 1 and needs the mask of step i + 1":
         overwrite_after,
@@ -173,7 +165,8 @@ WRONG_ALGORITHMS = {
     "nothing is put back, not even white at the end: that is one strength for all":
         masked(lambda mu, i, k: mu < 2, lambda mu, i, k: mu < 2),
     "a pixel is replaced by the clean z_init: it needs the noise of this level, as its neighbours have":
-        overwrite_clean,
+        lambda step, noise_to, z_init, *rest: right.differential_diffusion(
+            step, lambda i: z_init if i else noise_to(0), z_init, *rest),
     "the mask is the wrong way round: where it is True, z stays":
         masked(lambda mu, i, k: mu >= i / k, lambda mu, i, k: mu >= 1),
     "the mask is the wrong way round before each step, and right at the end": masked(lambda mu, i, k: mu >= i / k),
@@ -182,7 +175,8 @@ WRONG_ALGORITHMS = {
         masked(lambda mu, i, k: mu != i / k),
     "the end is missing: at t = 0 a white pixel is z_init, and no step follows that could make it so":
         masked(right.keep_mask, lambda mu, i, k: mu <= 1),
-    "off by one step: what is put back has the noise of the level before": one_level_late,
+    "off by one step: what is put back has the noise of the level before": lambda step, noise_to, *rest: (
+        right.differential_diffusion(step, lambda i: noise_to(max(i - 1, 0)), *rest)),
     "the threshold counts like the paper's t, from k down: at step i it is i / k":
         masked(lambda mu, i, k: mu < (k - i) / k),
 }

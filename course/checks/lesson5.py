@@ -30,34 +30,21 @@ def read(x, X, Y, **how):
     return F.grid_sample(x, torch.stack([X, Y], -1), **{"padding_mode": "border", "align_corners": False} | how)
 
 
-def fetch_by_corners(x, flow):
-    H, W = x.shape[-2:]
-    X, Y = warp.positions(flow)
-    return read(x, 2 * X / (W - 1) - 1, 2 * Y / (H - 1) - 1)
+def fetch_by(count=lambda n, size: (2 * n + 1) / size - 1, **how):
+    """A fetch that counts pixels n from -1 to 1 in another way, or reads in another way"""
 
+    def fetch(x, flow):
+        H, W = x.shape[-2:]
+        X, Y = warp.positions(flow)
+        return read(x, count(X, W), count(Y, H), **how)
 
-def fetch_half_a_pixel_off(x, flow):
-    H, W = x.shape[-2:]
-    X, Y = warp.positions(flow)
-    return read(x, 2 * X / W - 1, 2 * Y / H - 1)
+    return fetch
 
 
 def fetch_y_first(x, flow):
     H, W = x.shape[-2:]
     X, Y = warp.positions(flow)
     return read(x, (2 * Y + 1) / H - 1, (2 * X + 1) / W - 1)
-
-
-def fetch_nearest(x, flow):
-    H, W = x.shape[-2:]
-    X, Y = warp.positions(flow)
-    return read(x, (2 * X + 1) / W - 1, (2 * Y + 1) / H - 1, mode="nearest")
-
-
-def fetch_without_border(x, flow):
-    H, W = x.shape[-2:]
-    X, Y = warp.positions(flow)
-    return read(x, (2 * X + 1) / W - 1, (2 * Y + 1) / H - 1, padding_mode="zeros")
 
 
 def fetch_scaled_first(x, flow):
@@ -70,12 +57,13 @@ WRONG_FETCHES = {
     "the sign of the flow is wrong: pixel q reads at q + flow[q]": lambda x, flow: right.fetch(x, -flow),
     "x and y of the flow are swapped: flow[:, 0] goes to the right": lambda x, flow: right.fetch(x, flow.flip(1)),
     "places are counted from centre to centre, by W - 1, but grid_sample counts from edge to edge: (2 X + 1) / W - 1":
-        fetch_by_corners,
-    "it reads half a pixel too far left and up: a centre is half a pixel from its edge": fetch_half_a_pixel_off,
+        fetch_by(lambda n, size: 2 * n / (size - 1) - 1),
+    "it reads half a pixel too far left and up: a centre is half a pixel from its edge":
+        fetch_by(lambda n, size: 2 * n / size - 1),
     "the flow is added to places that are counted from -1 to 1 already: it is in pixels. Add it first, then scale":
         fetch_scaled_first,
-    "it reads the nearest pixel: bilinear is asked for": fetch_nearest,
-    "beyond the edge it reads black: padding_mode='border' reads the edge": fetch_without_border,
+    "it reads the nearest pixel: bilinear is asked for": fetch_by(mode="nearest"),
+    "beyond the edge it reads black: padding_mode='border' reads the edge": fetch_by(padding_mode="zeros"),
     "the grid has y before x: grid_sample reads its last dimension as (x, y)": fetch_y_first,
     "the flow is not used: this is the picture as it was": lambda x, flow: x,
     "these are places alone: q is missing in q + flow[q]": lambda x, flow: right.fetch(x, flow - here(x)),

@@ -50,7 +50,6 @@ def test_wrong_options_and_files(tmp_path, capsys):
     assert "leaves --prompt out" in fails(capsys, *edit, "--strength", 0.5, "--guidance", 0)
     assert "not allowed with" in fails(capsys, *edit, "--strength", 0.5, "--change-map", GRADIENT)
     assert "--strength needs --image" in fails(capsys, "--strength", 0.5, "--prompt", "snow")
-    assert "leave out --white-is-change" in fails(capsys, *edit, "--mask", "alpha", "--white-is-change")
     assert "would squeeze it" in fails(capsys, *edit, "--mask", GRADIENT, "--paste-back", "--size", "192x64")
     assert "--sampler lcm, which has its own" in fails(capsys, *edit, "--strength", 0.5, "--sampler", "lcm",
                                                        "--spacing", "leading")
