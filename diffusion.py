@@ -48,8 +48,8 @@ BETAS = {
     "scaled_linear": torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2,
     # DDPM, and the text of Magic Fixup
     "linear": torch.linspace(1e-4, 0.02, T, dtype=torch.float64),
-    # Kandinsky 2.2
-    "kandinsky": torch.linspace(0.00085, 0.012, T, dtype=torch.float64),
+    # Kandinsky 2.2, and the toy: Stable Diffusion's ends, more noise between them
+    "linear_sd": torch.linspace(0.00085, 0.012, T, dtype=torch.float64),
     # DeepFloyd IF, and Kandinsky's prior
     "squaredcos_cap_v2": cosine_betas(),
 }

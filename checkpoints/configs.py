@@ -361,6 +361,8 @@ def schedule_from_json(c, prediction=None):
     name = c.get("beta_schedule", "linear")
     if not isinstance(name, str):
         raise ValueError(f"beta_schedule should be a name, not {show(name)}")
+    if name == "linear" and c.get("beta_start") == 0.00085:
+        name = "linear_sd"
     if name in BETAS and name != "squaredcos_cap_v2":  # which is a formula, and has no ends to choose
         for key, beta in (("beta_start", BETAS[name][0]), ("beta_end", BETAS[name][-1])):
             said = c.get(key, float(beta))
@@ -397,9 +399,9 @@ def schedule_to_json(schedule):
 
     It ends at the first noise level. Of a schedule for LCM the class has to be LCMScheduler.
     """
-    rescaled = schedule.name == "zero_snr"  # diffusers has no name for it
-    name = "scaled_linear" if rescaled else schedule.name
-    betas = BETAS[name]
+    rescaled = schedule.name == "zero_snr"
+    name = {"zero_snr": "scaled_linear", "linear_sd": "linear"}.get(schedule.name, schedule.name)
+    betas = BETAS[name if rescaled else schedule.name]
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": T,

@@ -168,8 +168,6 @@ def read_decoder_schedule(c):
     kind = c.get("variance_type", "fixed_small")
     if kind not in ("fixed_small", "learned_range"):
         raise ValueError(f"a variance_type of {kind!r:.60} is not implemented")
-    if c.get("beta_schedule") == "linear" and c.get("beta_start") == 0.00085:
-        c = c | {"beta_schedule": "kandinsky"}
     schedule = schedule_from_json({"steps_offset": 0} | c)
     if not c.get("thresholding"):
         schedule.clip = read_clip(c)

@@ -175,7 +175,9 @@ def new_base(out, scenes, device):
     C = autoencoder.config.latent_channels
     model = unet.UNet(replace(unet.CONFIGS["toy"], in_channels=C, out_channels=C))
     nn.init.zeros_(model.conv_out.weight)  # the first guess is no noise: a calm start
-    schedule = diffusion.Schedule(prediction="v_prediction")  # short trainings: see mfx.MagicFixup.loss
+    # All latents of a toy show its hour. Stable Diffusion's own schedule hides that at its noisiest levels alone, so
+    # under a gradient it changes all at once. More noise in the middle spreads that. v: see mfx.MagicFixup.loss.
+    schedule = diffusion.Schedule("linear_sd", "v_prediction")
     return sd.StableDiffusion(model, autoencoder, clip.TextEncoder(text), schedule, tokenizer, size=128)
 
 

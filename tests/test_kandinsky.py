@@ -62,7 +62,7 @@ def test_how_a_scheduler_says_what_limits_the_picture(model):
     dynamic, _ = kandinsky.read_decoder_schedule(said | {"thresholding": True, "sample_max_value": None})
     assert dynamic.threshold == (0.995, float("inf")) and dynamic.clip is None
     nothing, _ = kandinsky.read_decoder_schedule(said | {"clip_sample": False})
-    assert nothing.clip is None and nothing.name == "kandinsky" and nothing.offset == 0
+    assert nothing.clip is None and nothing.name == "linear_sd" and nothing.offset == 0
 
 
 # --- Wrong inputs: each is one line ---------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 import unet
 from checkpoints.configs import schedule_from_json, schedule_to_json
 from diffdiff import differential_diffusion
-from diffusion import Schedule, T
+from diffusion import BETAS, Schedule, T
 from models.pipelines import RectifiedFlow, dynamic_shift, flow_euler
 from samplers import make_sampler
 from tests.small import EVERY_SAMPLER, SHAPE, UNETS, mixture, randn, randomise, relative_error, trajectory
@@ -15,9 +15,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers") 
 
 
 @pytest.mark.parametrize("name, ends", [("linear", (1e-4, 0.02)), ("scaled_linear", (0.00085, 0.012)),
-                                        ("kandinsky", (0.00085, 0.012)), ("squaredcos_cap_v2", (0, 0))])
+                                        ("linear_sd", (0.00085, 0.012)), ("squaredcos_cap_v2", (0, 0))])
 def test_schedule_is_diffusers(name, ends):
-    kind = "linear" if name == "kandinsky" else name
+    kind = "linear" if name == "linear_sd" else name
     peer = pytest.importorskip("diffusers").DDPMScheduler(beta_schedule=kind, beta_start=ends[0], beta_end=ends[1])
     torch.testing.assert_close(Schedule(name).alphas_cumprod, peer.alphas_cumprod, rtol=1e-4, atol=0)
     t = torch.tensor([0, 999])
@@ -25,12 +25,16 @@ def test_schedule_is_diffusers(name, ends):
     torch.testing.assert_close(z, peer.add_noise(randn(*SHAPE), randn(*SHAPE, seed=1), t), rtol=1e-4, atol=1e-5)
 
 
-def test_a_schedule_without_signal_at_its_end_is_written_as_diffusers_says_it():
-    config = schedule_to_json(Schedule("zero_snr", "v_prediction"))
+@pytest.mark.parametrize("name", BETAS)
+def test_a_schedule_is_written_as_diffusers_says_it(name):
+    config = schedule_to_json(Schedule(name, "v_prediction"))
     peer = pytest.importorskip("diffusers").DDIMScheduler.from_config(config)
-    torch.testing.assert_close(Schedule("zero_snr").alphas_cumprod, peer.alphas_cumprod, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(Schedule(name).alphas_cumprod, peer.alphas_cumprod, rtol=1e-4, atol=1e-6)
     again = schedule_from_json(config)
-    assert (again.name, again.prediction) == ("zero_snr", "v_prediction")
+    assert (again.name, again.prediction) == (name, "v_prediction")
+
+
+def test_a_schedule_without_signal_at_its_end_has_two_names():
     assert schedule_from_json({"beta_schedule": "zero_snr", "beta_end": 1.0}).name == "zero_snr"  # as once written
     with pytest.raises(ValueError, match="'linear' noise schedule rescaled to no signal"):
         schedule_from_json({"beta_schedule": "linear", "beta_end": 0.02, "rescale_betas_zero_snr": True})
@@ -160,7 +164,7 @@ def check_trajectory(name, options, schedule, sampler, model, z):
 @pytest.mark.parametrize("prediction", ["epsilon", "sample"])
 def test_learned_variance_and_clipping_are_diffusers(prediction, k):
     """Kandinsky's. The network is any function."""
-    schedule = Schedule("kandinsky", prediction, offset=0, clip=0.8)
+    schedule = Schedule("linear_sd", prediction, offset=0, clip=0.8)
     peer = pytest.importorskip("diffusers").DDPMScheduler(
         beta_schedule="linear", beta_start=0.00085, beta_end=0.012, variance_type="learned_range",
         prediction_type=prediction, clip_sample_range=0.8)
