@@ -71,7 +71,7 @@ def test_prompts_are_followed(lab):
     with torch.inference_mode():
         result = toy_items.adherence(lab).results
     assert result["true renders"]["all but kind"] >= 0.97  # the captioner itself
-    assert result["true renders"]["kind"] >= 0.95 and result["text to image"]["kind"] >= 0.8  # of 256: 0.94
+    assert result["true renders"]["kind"] >= 0.95 and result["text to image"]["kind"] >= 0.8  # of 256: 0.96
     assert result["text to image"]["all but kind"] >= 0.95  # of 32 pictures
 
 
@@ -79,7 +79,7 @@ def test_prompts_are_followed(lab):
 def test_change_follows_a_gradient(lab):
     with torch.inference_mode():
         result = toy_items.gradient(lab).results
-    assert result["correlation by column"] >= 0.9 and result["cam"] > 0.2
+    assert result["correlation by column"] >= 0.95 and result["cam"] > 0.6
 
 
 @pytest.mark.slow
@@ -128,7 +128,7 @@ def test_the_refiner_takes_more_of_low_noise_away(toy):
     with torch.inference_mode():
         context = toy.encode_prompt(told)
         base, ours = (base_loss(m.unet, toy.schedule, z, context, t, noise) for m in (toy, refiner))
-        assert ours < 0.97 * base  # 0.90 measured, on 48 others
+        assert ours < 0.97 * base  # 0.94 measured, on 48 others
         mu = torch.linspace(0, 1.4, 32).clamp(max=1).expand(32, 32)
         both = xl.hand_over(*(m.denoiser(told[:1], guidance=3) for m in (toy, refiner)), 0.5)
         sampler = samplers.make_sampler("ddim", toy.schedule, 6)
