@@ -84,7 +84,7 @@ def test_change_follows_a_gradient(lab):
 
 @pytest.mark.slow
 def test_shadows_and_reflections_follow_an_edit(lab):
-    """Of 120 edits 0.21 of the squared error is left in shadows, 0.28 of all; the absolute one is 1.06 times as much"""
+    """Of 120 edits 0.22 of the squared error is left in shadows, 0.28 of all; the absolute one is 1.08 times as much"""
     with torch.inference_mode():
         result = mfx_tables.magic_fixup(lab).results
     assert result["squared"]["shadows and reflections"]["ratio"]["output"][0] <= 0.32
